@@ -1,0 +1,25 @@
+"""Stored activations: layout on disk, identity, writing, reading."""
+
+from __future__ import annotations
+
+from gim_stagewise.cache.digests import Digest, flatten
+from gim_stagewise.cache.layout import Block, CacheLayout, auto_chunk
+from gim_stagewise.cache.manifest import BuildFolder, Manifest, read_manifest
+from gim_stagewise.cache.reader import Cache
+from gim_stagewise.cache.writer import CacheWriter, StagedBlock, discard_cache, stage_block
+
+__all__ = [
+    "Block",
+    "BuildFolder",
+    "Cache",
+    "CacheLayout",
+    "CacheWriter",
+    "Digest",
+    "Manifest",
+    "StagedBlock",
+    "auto_chunk",
+    "discard_cache",
+    "flatten",
+    "read_manifest",
+    "stage_block",
+]

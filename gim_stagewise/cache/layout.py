@@ -1,0 +1,162 @@
+"""What a cache looks like on disk, and how it is cut into chunks and blocks.
+
+A cache is one Zarr v3 group (format version 1):
+
+=================  ==============================================================
+array              axes
+=================  ==============================================================
+``activations``    view, sample, grid_row, grid_col, channel, height, width
+``pooled``         view, sample, grid_row, grid_col, channel (float32)
+``ids``            sample (strings)
+``splits``         sample (bit mask, CF attributes ``flag_masks``, ``flag_meanings``)
+``labels/<name>``  sample (int64, -1 where missing)
+``checksums``      block, byte (SHA-256 of the block's files; written by the seal)
+=================  ==============================================================
+
+View 0 is the evaluation view; it is stored for every sample of a labelled split, and is the
+only view where nothing is drawn at random. Views 1 … V are stored for unlabeled samples.
+A *block* is one chunk of samples in one view, in ``activations`` and ``pooled`` alike: whole
+chunks, so that blocks can be written in any order by anyone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+from gim_stagewise.sources import Source
+from gim_stagewise.windows import Span, even_ranges
+
+FORMAT_VERSION = 1
+ACTIVATION_AXES = ("view", "sample", "grid_row", "grid_col", "channel", "height", "width")
+POOLED_AXES = ("view", "sample", "grid_row", "grid_col", "channel")
+
+# Chunks between these sizes keep a store fast: smaller ones pay per file, larger ones make a
+# shuffled epoch hold too much in memory.
+MIN_CHUNK_BYTES = 4_000_000
+MAX_CHUNK_BYTES = 16_000_000
+
+
+@dataclass(frozen=True)
+class Block:
+    """The unit of work and of commit: one chunk of samples in one view."""
+
+    index: int
+    view: int
+    samples: Span
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Shapes and codec of a cache's arrays.
+
+    Parameters
+    ----------
+    samples : int
+    views : int
+        Length of the view axis: 1, or 1 + V where augmentation is random.
+    grid : (int, int)
+        Rows and columns of the patch grid.
+    cell : tuple of int
+        One patch's activations: (channel, height, width).
+    embedding : int
+        Channels of ``pooled``.
+    chunk : int
+        Samples in a chunk.
+    codec : str
+        "lz4", "zstd" or "none".
+    """
+
+    samples: int
+    views: int
+    grid: tuple[int, int]
+    cell: tuple[int, int, int]
+    embedding: int
+    chunk: int
+    codec: str
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample's activations, uncompressed."""
+        return 4 * math.prod(self.grid) * math.prod(self.cell)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each array that blocks are written to."""
+        lead = (self.views, self.samples, *self.grid)
+        return {"activations": (*lead, *self.cell), "pooled": (*lead, self.embedding)}
+
+    @property
+    def chunks(self) -> dict[str, tuple[int, ...]]:
+        """Chunk shape of each array that blocks are written to."""
+        rows = self.grid[0]
+        if self.sample_bytes > MAX_CHUNK_BYTES:
+            # Even one sample is too much for a chunk: cut it between grid rows.
+            rows = max(1, rows * MAX_CHUNK_BYTES // self.sample_bytes)
+        return {
+            "activations": (1, self.chunk, rows, self.grid[1], *self.cell),
+            "pooled": (1, self.chunk, *self.grid, self.embedding),
+        }
+
+    def blocks(self, source: Source) -> list[Block]:
+        """All blocks, in storage order; a block is there if one of its samples needs that view."""
+        ids = [item.id for item in source.items()]
+        labelled = {*source.split("train"), *source.split("test")}
+        unlabeled = set(source.split("unlabeled"))
+        found: list[Block] = []
+        for view in range(self.views):
+            wanted = labelled if view == 0 and self.views > 1 else unlabeled
+            for samples in even_ranges(self.samples, self.chunk):
+                if self.views == 1 or not wanted.isdisjoint(ids[samples.slice]):
+                    found.append(Block(len(found), view, samples))
+        return found
+
+    def chunk_files(self, block: Block) -> list[str]:
+        """Paths, below the group, of the chunk files that hold a block."""
+        files = []
+        for name, chunks in self.chunks.items():
+            shape = self.shapes[name]
+            rows = math.ceil(shape[2] / chunks[2])
+            tail = ".0" * (len(shape) - 3)
+            first = block.samples.start // self.chunk
+            files += [f"{name}/c.{block.view}.{first}.{row}{tail}" for row in range(rows)]
+        return files
+
+
+def auto_chunk(sample_bytes: int) -> int:
+    """Samples per chunk so that a chunk reaches `MIN_CHUNK_BYTES`."""
+    return math.ceil(MIN_CHUNK_BYTES / sample_bytes)
+
+
+def create_arrays(path: Path, layout: CacheLayout) -> None:
+    """Create the group at ``path`` with the empty arrays that blocks are written to."""
+    group = zarr.open_group(str(path), mode="w-", zarr_format=3)
+    names = {"activations": ACTIVATION_AXES, "pooled": POOLED_AXES}
+    for name, axes in names.items():
+        group.create_array(
+            name,
+            shape=layout.shapes[name],
+            chunks=layout.chunks[name],
+            dtype="float32",
+            compressors=_codecs(layout.codec),
+            dimension_names=axes,
+            # All chunk files of an array in one folder: one folder to flush after a rename.
+            chunk_key_encoding={"name": "default", "separator": "."},
+            # All-zero chunks are data too: a chunk file that is absent is a chunk that is lost.
+            config={"write_empty_chunks": True},
+        )
+
+
+def _codecs(codec: str) -> list[Any]:
+    compress: dict[str, list[Any]] = {
+        "none": [],
+        "lz4": [BloscCodec(cname="lz4", clevel=5, shuffle="shuffle", typesize=4)],
+        "zstd": [BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=4)],
+    }
+    # The checksum comes last, over the compressed bytes: verified before anything is decoded.
+    return [*compress[codec], Crc32cCodec()]

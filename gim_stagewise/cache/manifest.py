@@ -1,0 +1,237 @@
+"""The recorded facts of a cache: attributes of its group, and the journal of a build.
+
+The manifest lies under the key ``gim_stage`` in the group's attributes. While a cache is being
+built, a hidden folder beside it holds the journal (which blocks are done) and the staging area;
+both are gone when it is sealed, and the sealed group describes itself wherever it is moved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gim_stagewise.cache.digests import Digest
+from gim_stagewise.cache.layout import FORMAT_VERSION, Block, CacheLayout
+from gim_stagewise.durable import fsync_directory, storage_errors, write_atomic, write_json
+from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
+
+KEY = "gim_stage"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a cache says about itself.
+
+    Parameters
+    ----------
+    pipeline, module
+        Name of the pipeline, and the module whose outputs are stored.
+    pipeline_text : str
+        The whole pipeline file, so that the next stage can be trained from the cache alone.
+    recipe, content : Digest
+        See `gim_stagewise.cache.digests`.
+    numerics : dict
+        What float results depend on; part of ``content``, repeated for readers.
+    precision : dict
+        Name of the precision and how to decode it ("decode" is None for plain values).
+    stored_operation : str or None
+        An operation of the next module that was applied before storing.
+    encoding : str
+        "patch": each patch was encoded on its own.
+    layout : CacheLayout
+    sealed : bool
+        Whether all blocks are there.
+    """
+
+    pipeline: str
+    module: int
+    pipeline_text: str
+    recipe: Digest
+    content: Digest
+    numerics: dict[str, Any]
+    precision: dict[str, Any]
+    stored_operation: str | None
+    encoding: str
+    layout: CacheLayout
+    sealed: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "sealed": self.sealed,
+            "pipeline": self.pipeline,
+            "module": self.module,
+            "encoding": self.encoding,
+            "precision": self.precision,
+            "stored_operation": self.stored_operation,
+            "numerics": self.numerics,
+            "recipe": self.recipe.as_json(),
+            "content": self.content.as_json(),
+            "layout": asdict(self.layout),
+            "pipeline_text": self.pipeline_text,
+        }
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write the group's ``zarr.json`` atomically; writing one that is sealed is the seal."""
+    attributes = {KEY: manifest.as_json()}
+    write_json(
+        path / "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    )
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read the manifest of the cache at ``path``, sealed or not.
+
+    Raises
+    ------
+    CacheNotFoundError
+        If there is no cache.
+    CorruptCacheError
+        If its metadata is damaged, or of another format version.
+    """
+    file = path / "zarr.json"
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise CacheNotFoundError(
+            f"no cache at {path}; give the path of a module's cache, such as cache/digits/m1.zarr"
+        ) from None
+    except UnicodeDecodeError:
+        raise CorruptCacheError(f"{file} is damaged: not text. Build the cache again") from None
+    try:
+        content = json.loads(text)["attributes"][KEY]
+        version = content["format_version"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise CorruptCacheError(
+            f"{path} is not a gim-stage cache, or its zarr.json is damaged"
+        ) from None
+    if version != FORMAT_VERSION:
+        raise CorruptCacheError(
+            f"{path} has cache format {version}, this version reads {FORMAT_VERSION}; "
+            "build it again, or use the release that wrote it"
+        )
+    try:
+        manifest = _parse(content)
+        intact = all(
+            content[name]["digest"] == getattr(manifest, name).value
+            for name in ("recipe", "content")
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptCacheError(
+            f"the manifest in {file} is damaged ({type(error).__name__}: {error}); "
+            "build the cache again"
+        ) from None
+    if not intact:
+        raise CorruptCacheError(
+            f"the digests in {file} do not match their parts: the manifest was altered; "
+            "build the cache again"
+        )
+    return manifest
+
+
+def _parse(content: dict[str, Any]) -> Manifest:
+    layout = dict(content["layout"])
+    layout["grid"] = tuple(layout["grid"])
+    layout["cell"] = tuple(layout["cell"])
+    if not isinstance(content["sealed"], bool):
+        raise TypeError("sealed is neither true nor false")
+    return Manifest(
+        pipeline=str(content["pipeline"]),
+        module=int(content["module"]),
+        pipeline_text=str(content["pipeline_text"]),
+        recipe=Digest(content["recipe"]["parts"]),
+        content=Digest(content["content"]["parts"]),
+        numerics=dict(content["numerics"]),
+        precision=dict(content["precision"]),
+        stored_operation=content["stored_operation"],
+        encoding=str(content["encoding"]),
+        layout=CacheLayout(**layout),
+        sealed=content["sealed"],
+    )
+
+
+class BuildFolder:
+    """The hidden folder beside an unsealed cache: journal and staging area.
+
+    Staging lies under a token drawn by each run. Only the coordinator moves files out of its
+    own token's folder, so a worker left over from a killed run can write nothing into a cache.
+    """
+
+    def __init__(self, cache: Path) -> None:
+        self.path = cache.with_name(f".{cache.name}.build")
+        self._journal = self.path / "journal.jsonl"
+
+    def start(self, content: Digest) -> Path:
+        """Begin an empty journal for a cache of this content; returns this run's staging folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(parents=True)
+        self._append({"content": content.value})
+        fsync_directory(self.path)
+        fsync_directory(self.path.parent)
+        return self._new_staging()
+
+    def resume(self, content: Digest) -> tuple[Path, dict[int, str]] | None:
+        """Go on with an earlier build of the same content.
+
+        Returns
+        -------
+        (Path, dict) or None
+            This run's staging folder, and the checksums of the blocks that are done; None if
+            there is no journal of this content.
+        """
+        records = self._records()
+        if not records or records[0].get("content") != content.value:
+            return None
+        for leftover in self.path.glob("staging-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        done = {int(r["block"]): str(r["sha256"]) for r in records[1:] if "block" in r}
+        # Rewritten whole, so that a line torn by a kill is not appended to.
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        write_atomic(self._journal, lambda path: path.write_text(text, encoding="utf-8"))
+        return self._new_staging(), done
+
+    def record(self, block: Block, sha256: str) -> None:
+        """Note durably that a block's files are in place."""
+        self._append({"block": block.index, "sha256": sha256})
+
+    def done_blocks(self, content: Digest) -> int:
+        """How many blocks an unfinished build of this content has."""
+        records = self._records()
+        return len(records) - 1 if records and records[0].get("content") == content.value else 0
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _new_staging(self) -> Path:
+        staging = self.path / f"staging-{uuid.uuid4().hex[:12]}"
+        staging.mkdir()
+        return staging
+
+    def _append(self, record: dict[str, Any]) -> None:
+        with storage_errors(str(self._journal)), self._journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _records(self) -> list[dict[str, Any]]:
+        """The journal's whole lines; what follows a torn one is not believed."""
+        try:
+            text = self._journal.read_text(encoding="utf-8", errors="replace")
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        records: list[dict[str, Any]] = []
+        for line in text.split("\n")[:-1]:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if not isinstance(record, dict):
+                break
+            records.append(record)
+        return records

@@ -1,0 +1,196 @@
+"""A sealed cache as a `Source`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from gim_stagewise.cache.layout import Block
+from gim_stagewise.cache.manifest import Manifest, read_manifest
+from gim_stagewise.errors import CorruptCacheError, DataError, PartialCacheError
+from gim_stagewise.sources import PATCH_AXES, SPLITS, Item, Request, Split
+from gim_stagewise.windows import Span
+
+
+class Cache:
+    """Stored activations of one module, read as the input of the next.
+
+    Values come decoded, float32 [grid_row, grid_col, channel, height, width] per sample; every
+    chunk's checksum is verified before it is used.
+
+    Parameters
+    ----------
+    path : Path
+        A sealed cache.
+
+    Raises
+    ------
+    CacheNotFoundError
+        If there is none.
+    PartialCacheError
+        If it was never sealed.
+    CorruptCacheError
+        If its metadata is damaged.
+    """
+
+    axes = PATCH_AXES
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest: Manifest = read_manifest(self.path)
+        if not self.manifest.sealed:
+            raise PartialCacheError(
+                f"{self.path} was begun but never finished; `gim-stage run` or `gim-stage extract` "
+                "goes on where it stopped"
+            )
+        self._group = self._open_group()
+
+    def _open_group(self) -> Any:
+        try:
+            return zarr.open_group(str(self.path), mode="r")
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise CorruptCacheError(f"{self.path} cannot be opened ({error})") from None
+
+    @property
+    def chunk_items(self) -> int:
+        return self.manifest.layout.chunk
+
+    @property
+    def views(self) -> int:
+        return self.manifest.layout.views - 1
+
+    @property
+    def item_bytes(self) -> int:
+        return self.manifest.layout.sample_bytes
+
+    @cached_property
+    def ids(self) -> NDArray[Any]:
+        """Ids of all samples, in storage order."""
+        return self._small_array("ids")
+
+    @cached_property
+    def _position(self) -> dict[str, int]:
+        return {item_id: index for index, item_id in enumerate(self.ids.tolist())}
+
+    def items(self) -> Sequence[Item]:
+        return _CacheItems(self.ids, self.manifest.layout.grid, self.manifest.layout.cell[0])
+
+    def split(self, name: Split) -> Sequence[str]:
+        mask = self._small_array("splits")
+        members: list[str] = self.ids[mask & (1 << SPLITS.index(name)) != 0].tolist()
+        return members
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        folder = self.path / "labels"
+        return tuple(sorted(p.parent.name for p in folder.glob("*/zarr.json")))
+
+    def labels(self, name: str) -> NDArray[np.int64]:
+        if name not in self.label_names:
+            raise DataError(
+                f"no labels called {name!r} in {self.path}; there are: {self.label_names}"
+            )
+        return self._small_array(f"labels/{name}")
+
+    def read(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
+        return self._read("activations", requests)
+
+    def read_pooled(self, ids: Sequence[str]) -> NDArray[np.float32]:
+        """Embeddings of view 0: [sample, grid_row, grid_col, channel]."""
+        return np.stack(self._read("pooled", [Request(item_id) for item_id in ids]))
+
+    def content_digest(self) -> str:
+        return self.manifest.content.value
+
+    def _read(self, name: str, requests: Sequence[Request]) -> list[NDArray[Any]]:
+        """Read each chunk that is needed once, and hand out views into it."""
+        places = [self._place(request) for request in requests]
+        chunk = self.chunk_items
+        loaded: dict[tuple[int, int], NDArray[Any]] = {}
+        samples = []
+        for request, (view, position) in zip(requests, places, strict=True):
+            key = (view, position // chunk)
+            if key not in loaded:
+                loaded[key] = self._read_chunk(name, *key)
+            sample = loaded[key][position % chunk]
+            if request.region is not None:
+                rows, columns = request.region
+                sample = sample[rows.slice, columns.slice]
+            samples.append(sample)
+        return samples
+
+    def _place(self, request: Request) -> tuple[int, int]:
+        position = self._position.get(request.id)
+        if position is None:
+            raise DataError(f"no sample {request.id!r} in {self.path}")
+        if not 0 <= request.view <= self.views:
+            raise DataError(f"no view {request.view} in {self.path}; it has 0 to {self.views}")
+        return request.view, position
+
+    def _read_chunk(self, name: str, view: int, number: int) -> NDArray[Any]:
+        layout = self.manifest.layout
+        samples = Span(number * layout.chunk, min((number + 1) * layout.chunk, layout.samples))
+        # Zarr reads an absent chunk as zeros; here it is a loss.
+        for file in layout.chunk_files(Block(-1, view, samples)):
+            if file.startswith(f"{name}/") and not (self.path / file).is_file():
+                raise CorruptCacheError(self._damage(file, "is missing"))
+        try:
+            values: NDArray[Any] = self._group[name][view, samples.slice]
+        except (ValueError, RuntimeError, KeyError) as error:
+            reason = f"is damaged ({str(error).splitlines()[0]})"
+            where = f"{name}, view {view}, samples {samples.start} to {samples.stop - 1}"
+            raise CorruptCacheError(self._damage(where, reason)) from None
+        return values
+
+    def _small_array(self, name: str) -> NDArray[Any]:
+        """An array of one chunk with an entry per sample."""
+        if not (self.path / name / "c.0").is_file():
+            raise CorruptCacheError(self._damage(name, "is missing"))
+        try:
+            values: NDArray[Any] = self._group[name][...]
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise CorruptCacheError(self._damage(name, f"cannot be read ({error})")) from None
+        if values.shape != (self.manifest.layout.samples,):
+            raise CorruptCacheError(
+                self._damage(name, f"has shape {values.shape}, not one entry per sample")
+            )
+        return values
+
+    def _damage(self, where: str, what: str) -> str:
+        return (
+            f"cache {self.path}: {where} {what}; build it again with "
+            f"`gim-stage extract --module {self.manifest.module} --force`"
+        )
+
+
+class _CacheItems(Sequence[Item]):
+    """Items made when asked for."""
+
+    def __init__(self, ids: NDArray[Any], grid: tuple[int, int], channels: int) -> None:
+        self._ids = ids
+        self._grid = grid
+        self._channels = channels
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self._item(item_id) for item_id in self._ids[index]]
+        return self._item(self._ids[index])
+
+    def __iter__(self) -> Iterator[Item]:
+        return map(self._item, self._ids)
+
+    def _item(self, item_id: Any) -> Item:
+        return Item(str(item_id), self._grid, self._channels, "float32")

@@ -1,0 +1,243 @@
+"""Writing a cache so that it is never wrong about itself.
+
+A block is written into staging and flushed (`stage_block`, which any process may run); then the
+coordinator alone moves its files into place, flushes the folders and records the block in the
+journal (`CacheWriter.commit`); the seal comes last. Whatever is killed whenever, a block that is
+in the journal is whole, and a cache that is sealed has all its blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from gim_stagewise.cache.layout import Block, create_arrays
+from gim_stagewise.cache.manifest import BuildFolder, Manifest, read_manifest, write_manifest
+from gim_stagewise.durable import fsync_directory, fsync_file, storage_errors
+from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
+from gim_stagewise.sources import SPLITS, Source
+
+
+@dataclass(frozen=True)
+class StagedBlock:
+    """A block's files, complete and flushed, still in the staging area."""
+
+    block: Block
+    folder: Path
+    files: tuple[str, ...]
+    sha256: str
+
+
+def stage_block(
+    cache: Path, staging: Path, manifest: Manifest, block: Block, arrays: Mapping[str, NDArray[Any]]
+) -> StagedBlock:
+    """Write a block's arrays into a staging folder and flush them.
+
+    Parameters
+    ----------
+    cache : Path
+        The cache that is being built; only its array metadata is read.
+    staging : Path
+        The staging folder of this run.
+    manifest : Manifest
+    block : Block
+    arrays : mapping
+        "activations" and "pooled", each [sample, ...] for the block's samples, float32.
+
+    Raises
+    ------
+    StorageError
+        If the disk is full or failing; the block's staging folder is removed.
+    """
+    folder = staging / f"block-{block.index}"
+    files = manifest.layout.chunk_files(block)
+    digest = hashlib.sha256()
+    with storage_errors(f"writing block {block.index} of {cache}"):
+        try:
+            for name, values in arrays.items():
+                (folder / name).mkdir(parents=True)
+                shutil.copyfile(cache / name / "zarr.json", folder / name / "zarr.json")
+                target = zarr.open_array(
+                    str(folder / name), mode="r+", config={"write_empty_chunks": True}
+                )
+                target[block.view, block.samples.slice] = values
+            for file in files:
+                fsync_file(folder / file)
+                digest.update((folder / file).read_bytes())
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    return StagedBlock(block, folder, tuple(files), digest.hexdigest())
+
+
+class CacheWriter:
+    """Coordinates the building of one cache, new or resumed.
+
+    Parameters
+    ----------
+    path : Path
+        Where the cache shall be. What lies there is kept if it is an unfinished build of the
+        same content, and replaced otherwise.
+    manifest : Manifest
+        Unsealed.
+    source : Source
+        The input, for ids, splits and labels.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, source: Source) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._build = BuildFolder(path)
+        self._blocks = manifest.layout.blocks(source)
+        with storage_errors(str(path)):
+            resumed = self._build.resume(manifest.content) if self._is_ours() else None
+            if resumed is None:
+                discard_cache(path)
+                self.staging = self._build.start(manifest.content)
+                self._done: dict[int, str] = {}
+                self._create(source)
+            else:
+                self.staging, self._done = resumed
+
+    def _is_ours(self) -> bool:
+        try:
+            found = read_manifest(self.path)
+        except (CacheNotFoundError, CorruptCacheError):
+            return False
+        return not found.sealed and found.content.value == self.manifest.content.value
+
+    def _create(self, source: Source) -> None:
+        # Built aside and moved into place whole: a folder at `path` always has its metadata.
+        new = self.staging / "new"
+        create_arrays(new, self.manifest.layout)
+        _write_samples(new, source)
+        write_manifest(new, self.manifest)
+        _flush_tree(new)
+        new.replace(self.path)
+        fsync_directory(self.path.parent)
+
+    @property
+    def pending(self) -> list[Block]:
+        """Blocks that are still to be written."""
+        return [block for block in self._blocks if block.index not in self._done]
+
+    @property
+    def blocks(self) -> list[Block]:
+        return self._blocks
+
+    def commit(self, staged: StagedBlock) -> None:
+        """Move a staged block into place and record it; after this it survives anything."""
+        with storage_errors(f"committing block {staged.block.index} of {self.path}"):
+            for file in staged.files:
+                (staged.folder / file).replace(self.path / file)
+            for folder in sorted({(self.path / file).parent for file in staged.files}):
+                fsync_directory(folder)
+            self._build.record(staged.block, staged.sha256)
+            shutil.rmtree(staged.folder, ignore_errors=True)
+        self._done[staged.block.index] = staged.sha256
+
+    def seal(self) -> Manifest:
+        """Declare the cache complete.
+
+        Raises
+        ------
+        RuntimeError
+            If blocks are missing: a defect of the caller.
+        """
+        if self.pending:
+            raise RuntimeError(f"{len(self.pending)} blocks of {self.path} are not written yet")
+        with storage_errors(f"sealing {self.path}"):
+            checksums = np.frombuffer(
+                b"".join(bytes.fromhex(self._done[block.index]) for block in self._blocks), np.uint8
+            )
+            final = self.path / "checksums"
+            shutil.rmtree(final, ignore_errors=True)
+            aside = self.staging / "seal"
+            _put(
+                zarr.open_group(str(aside), mode="w", zarr_format=3),
+                "checksums",
+                checksums.reshape(-1, 32),
+                ("block", "byte"),
+            )
+            _flush_tree(aside)
+            (aside / "checksums").replace(final)
+            fsync_directory(self.path)
+            sealed = replace(self.manifest, sealed=True)
+            write_manifest(self.path, sealed)
+        self._build.remove()
+        return sealed
+
+
+def discard_cache(path: Path) -> None:
+    """Remove a cache and what is left of its building; nothing half-removed keeps its name.
+
+    Raises
+    ------
+    CorruptCacheError
+        If what lies at ``path`` does not look like a cache: it is not ours to delete.
+    """
+    BuildFolder(path).remove()
+    for leftover in path.parent.glob(f".{path.name}.trash-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if path.exists():
+        looks_like_cache = (path / "zarr.json").is_file() or (path / "activations").is_dir()
+        if not looks_like_cache and (not path.is_dir() or any(path.iterdir())):
+            raise CorruptCacheError(
+                f"{path} is in the way and is not a cache; move it, or choose another --dir"
+            )
+        trash = path.with_name(f".{path.name}.trash-{uuid.uuid4().hex[:8]}")
+        path.replace(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def _write_samples(path: Path, source: Source) -> None:
+    """Write ids, splits and labels."""
+    group = zarr.open_group(str(path), mode="r+")
+    ids = [item.id for item in source.items()]
+    position = {item_id: index for index, item_id in enumerate(ids)}
+    mask = np.zeros(len(ids), dtype=np.uint8)
+    for bit, split in enumerate(SPLITS):
+        mask[[position[item_id] for item_id in source.split(split)]] |= 1 << bit
+    _put(group, "ids", np.array(ids, dtype=np.dtypes.StringDType()), ("sample",))
+    _put(group, "splits", mask, ("sample",)).attrs.update(
+        # Climate and forecast conventions, section 3.5: readers know how to spell these out.
+        {
+            "flag_masks": [1 << bit for bit in range(len(SPLITS))],
+            "flag_meanings": " ".join(SPLITS),
+        }
+    )
+    if source.label_names:
+        labels = group.create_group("labels")
+        for name in source.label_names:
+            _put(labels, name, source.labels(name), ("sample",))
+
+
+def _put(group: zarr.Group, name: str, values: NDArray[Any], axes: tuple[str, ...]) -> Any:
+    return group.create_array(
+        name,
+        data=values,
+        chunks=values.shape,
+        compressors=[ZstdCodec(), Crc32cCodec()],
+        dimension_names=axes,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        config={"write_empty_chunks": True},
+    )
+
+
+def _flush_tree(root: Path) -> None:
+    """Flush every file and folder below ``root``."""
+    for folder, _, files in os.walk(root, topdown=False):
+        for file in files:
+            fsync_file(Path(folder) / file)
+        fsync_directory(Path(folder))

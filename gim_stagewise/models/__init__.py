@@ -1,0 +1,8 @@
+"""Modules: builders, and what a module must keep to."""
+
+from __future__ import annotations
+
+from gim_stagewise.models.build import Builder, build_module, resolve_builder
+from gim_stagewise.models.contract import output_shape, pool
+
+__all__ = ["Builder", "build_module", "output_shape", "pool", "resolve_builder"]

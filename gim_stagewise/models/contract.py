@@ -1,0 +1,128 @@
+"""What a module must be so that it can be trained alone and its outputs cached.
+
+A module maps a batch of rows (patches, for now) to a batch of rows. It may define
+
+- ``pool(z)``: the embeddings that objective and probe see; the spatial mean where it does not.
+
+Refused, with the reason: modules whose output for one row depends on other rows (batch norm
+in train mode), and modules whose forward changes their buffers: a cached output would then
+depend on what happened to be in the same batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gim_stagewise.errors import ModuleRefusedError
+
+
+def pool(module: nn.Module, z: Float[Tensor, "row channel *space"]) -> Float[Tensor, "row channel"]:
+    """Embeddings of a module's outputs: its own ``pool``, or the mean over space."""
+    own = getattr(module, "pool", None)
+    if callable(own):
+        pooled: Tensor = own(z)
+        return pooled
+    return z.flatten(2).mean(2) if z.ndim > 2 else z
+
+
+def output_shape(
+    module: nn.Module, in_shape: tuple[int, ...], *, key: str
+) -> tuple[tuple[int, ...], int]:
+    """Check a module against the contract on two random rows.
+
+    Parameters
+    ----------
+    module : nn.Module
+        On the CPU; its mode and buffers are left as they were.
+    in_shape : tuple of int
+        One row of its input, (channel, height, width).
+    key : str
+        What errors call the module, such as ``"module.2"``.
+
+    Returns
+    -------
+    (tuple of int, int)
+        The shape of one output row, and the number of channels of its embedding.
+
+    Raises
+    ------
+    ModuleRefusedError
+        If the input does not fit, the output is no batch of rows, rows depend on one another, or
+        a forward changes a buffer.
+    """
+    training = module.training
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        rows = torch.randn(2, *in_shape, requires_grad=True)
+        try:
+            module.train()
+            before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+            z = _forward(module, rows, in_shape, key)
+            pooled = pool(module, z)
+            _check_shapes(z, pooled, key)
+            _check_buffers(module, before, key)
+            _check_rows_alone(pooled, rows, key)
+        finally:
+            module.train(training)
+            module.zero_grad(set_to_none=True)
+    return tuple(z.shape[1:]), pooled.shape[1]
+
+
+def _forward(module: nn.Module, rows: Tensor, in_shape: tuple[int, ...], key: str) -> Tensor:
+    try:
+        z = module(rows)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        size = "×".join(map(str, in_shape))
+        raise ModuleRefusedError(
+            f"cannot take its input, patches of {size} (channels×height×width): "
+            f"{str(error).splitlines()[0]}; change the module or the one below it",
+            key=key,
+        ) from error
+    if not isinstance(z, Tensor):
+        raise ModuleRefusedError(
+            f"returned {type(z).__name__}, expected one tensor of outputs", key=key
+        )
+    return z
+
+
+def _check_shapes(z: Tensor, pooled: Tensor, key: str) -> None:
+    if z.ndim != 4 or len(z) != 2 or 0 in z.shape:
+        raise ModuleRefusedError(
+            f"returned shape {tuple(z.shape)} for 2 patches, expected [2, channel, height, width]",
+            key=key,
+        )
+    if z.dtype != torch.float32:
+        raise ModuleRefusedError(f"returned {z.dtype}, expected torch.float32", key=key)
+    if pooled.ndim != 2 or len(pooled) != 2:
+        raise ModuleRefusedError(
+            f"pool returned shape {tuple(pooled.shape)} for 2 patches, expected [2, channel]",
+            key=key,
+        )
+
+
+def _check_buffers(module: nn.Module, before: dict[str, Tensor], key: str) -> None:
+    for name, buffer in module.named_buffers():
+        if name not in before or not torch.equal(before[name], buffer):
+            with torch.no_grad():
+                for known, value in before.items():
+                    module.get_buffer(known).copy_(value)
+            raise ModuleRefusedError(
+                f"its forward changes the buffer {name!r}, so outputs would depend on what ran "
+                "before; use layers without running statistics (group norm, layer norm, none)",
+                key=key,
+            )
+
+
+def _check_rows_alone(pooled: Tensor, rows: Tensor, key: str) -> None:
+    if not pooled.requires_grad:
+        raise ModuleRefusedError("its output does not depend on its input", key=key)
+    # Random weights, not a sum: normalisations make the plain sum of their outputs constant.
+    (gradient,) = torch.autograd.grad((pooled[0] * torch.randn_like(pooled[0])).sum(), rows)
+    if gradient[1].count_nonzero():
+        raise ModuleRefusedError(
+            "its output for one patch depends on the other patches of the batch (batch norm in "
+            "train mode?); use layers that treat each patch alone (group norm, layer norm, none)",
+            key=key,
+        )

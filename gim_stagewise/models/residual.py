@@ -1,0 +1,86 @@
+"""Pre-activation residual blocks without batch norm (He et al. 2016b; paper, appendix A.1)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class PreActivationBlock(nn.Module):
+    """relu → conv 3×3 → relu → conv 3×3, plus a shortcut.
+
+    Where shape changes, the shortcut is a 1×1 convolution of the *activated* input, so that
+    the block reads its input only after the ReLU. Without batch norm a patch's output depends
+    on that patch alone, as gradient-isolated, cacheable modules must.
+
+    Parameters
+    ----------
+    in_channels, channels : int
+    stride : int
+        Of the first convolution and the shortcut.
+    """
+
+    def __init__(self, in_channels: int, channels: int, *, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.shortcut: nn.Module | None = None
+        if stride != 1 or in_channels != channels:
+            self.shortcut = nn.Conv2d(in_channels, channels, 1, stride=stride)
+
+    def forward(
+        self, x: Float[Tensor, "patch in_channel height width"]
+    ) -> Float[Tensor, "patch channel out_height out_width"]:
+        activated = F.relu(x)
+        bypass = x if self.shortcut is None else self.shortcut(activated)
+        residual = self.conv2(F.relu(self.conv1(activated)))
+        return bypass + residual  # type: ignore[no-any-return]
+
+
+def residual_module(
+    in_channels: int,
+    *,
+    channels: int,
+    blocks: int = 1,
+    stride: int = 1,
+    stem: int | None = None,
+    stem_kernel: int = 3,
+) -> nn.Sequential:
+    """A module of residual blocks, the first of which may widen and subsample.
+
+    Parameters
+    ----------
+    in_channels : int
+        Channels of the module's input.
+    channels : int
+        Channels of its output.
+    blocks : int
+        Residual blocks.
+    stride : int
+        Of the first block.
+    stem : int, optional
+        Channels of a first convolution that keeps height and width, as the lowest module has.
+    stem_kernel : int
+        Its (odd) kernel size.
+
+    Raises
+    ------
+    ValueError
+        If a number is below 1 or ``stem_kernel`` is even.
+    """
+    numbers = {"channels": channels, "blocks": blocks, "stride": stride, "stem": stem or 1}
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    if stem_kernel < 1 or stem_kernel % 2 == 0:
+        raise ValueError(f"stem_kernel must be odd, got {stem_kernel}")
+    layers: list[nn.Module] = []
+    if stem is not None:
+        layers.append(nn.Conv2d(in_channels, stem, stem_kernel, padding=stem_kernel // 2))
+        in_channels = stem
+    for number in range(blocks):
+        block_stride = stride if number == 0 else 1
+        layers.append(PreActivationBlock(in_channels, channels, stride=block_stride))
+        in_channels = channels
+    return nn.Sequential(*layers)

@@ -1,0 +1,1 @@
+"""Tables, plots and the record of a run."""

@@ -1,0 +1,64 @@
+"""The record of a run: ``run.json`` in its folder, and the same on stdout with ``--json``."""
+
+from __future__ import annotations
+
+import platform
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+import zarr
+
+from gim_stagewise import __version__
+from gim_stagewise.durable import write_json
+from gim_stagewise.pipeline import Pipeline, RunResult
+
+
+def run_record(result: RunResult) -> dict[str, Any]:
+    """A run as plain JSON: losses in nats, sizes in bytes, accuracies in [0, 1], seconds.
+
+    Accuracies are null where the dataset has no labels.
+    """
+    modules = [
+        {
+            "module": stage.module,
+            "state": "sealed",
+            "trained": stage.trained,
+            "extracted": stage.extracted,
+            "epochs": stage.record.epochs,
+            "best_epoch": stage.record.best_epoch,
+            "train_loss": stage.record.train_loss,
+            "validation_loss": stage.record.validation_loss,
+            "train_seconds": stage.record.seconds,
+            "probe_accuracy": stage.probe_accuracy,
+            "random_probe_accuracy": stage.random_probe_accuracy,
+            "cache": str(stage.cache),
+            "cache_bytes": stage.cache_bytes,
+        }
+        for stage in result.stages
+    ]
+    return {
+        "pipeline": result.pipeline,
+        "folder": str(result.folder),
+        "modules": modules,
+        "raw_probe_accuracy": result.raw_probe_accuracy,
+        "seconds": result.seconds,
+    }
+
+
+def save_record(pipeline: Pipeline, result: RunResult) -> dict[str, Any]:
+    """Write ``run.json`` with the record and the conditions it was made under; returns it."""
+    record = run_record(result) | {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": str(pipeline.workspace.device),
+        "seed": pipeline.config.seed,
+        "probe": pipeline.config.probe.model_dump(mode="json"),
+        "versions": {
+            "gim-stagewise": __version__,
+            "torch": torch.__version__,
+            "zarr": zarr.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    write_json(pipeline.workspace.record_path, record)
+    return record

@@ -1,0 +1,61 @@
+"""Datasets as sources of samples."""
+
+from __future__ import annotations
+
+from gim_stagewise.config import SourceConfig
+from gim_stagewise.errors import ConfigError
+from gim_stagewise.sources.base import (
+    MISSING_LABEL,
+    PATCH_AXES,
+    SPLITS,
+    Item,
+    Request,
+    Source,
+    Split,
+    read_stacked,
+)
+from gim_stagewise.sources.patches import PatchSource
+
+__all__ = [
+    "MISSING_LABEL",
+    "PATCH_AXES",
+    "SPLITS",
+    "Item",
+    "PatchSource",
+    "Request",
+    "Source",
+    "Split",
+    "open_source",
+    "read_stacked",
+]
+
+
+def open_source(config: SourceConfig) -> Source:
+    """Open the dataset of a pipeline file.
+
+    Kinds: ``"digits"``, ``"torchvision:<Class>"``, ``"npy"``, ``"zarr"``.
+
+    Raises
+    ------
+    ConfigError
+        If the kind or one of its settings is unknown.
+    DataNotFoundError
+        If the data is not where the settings say.
+    """
+    kind, _, name = config.kind.partition(":")
+    if kind == "digits" and not name:
+        from gim_stagewise.sources.digits import open_digits
+
+        return open_digits()
+    if kind == "torchvision" and name:
+        from gim_stagewise.sources.vision import open_torchvision
+
+        return open_torchvision(config, name)
+    if kind in {"npy", "zarr"} and not name:
+        from gim_stagewise.sources.arrays import open_arrays
+
+        return open_arrays(config)
+    raise ConfigError(
+        f'is {config.kind!r}, expected "digits", "torchvision:<Class>", "npy" or "zarr"',
+        key="source.kind",
+    )

@@ -1,0 +1,189 @@
+"""Images in npy files and Zarr arrays."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gim_stagewise.config import SourceConfig
+from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
+from gim_stagewise.sources.base import Split
+from gim_stagewise.sources.parts import PartsSource, array_digest
+
+_AXES = {"sample", "channel", "height", "width"}
+
+
+def open_arrays(config: SourceConfig) -> PartsSource:
+    """Images in arrays: ``kind = "npy"`` or ``kind = "zarr"``.
+
+    Each table ``[source.splits.<split>]`` has ``images`` and, if there are any, ``labels``: npy
+    files below ``source.root``, or paths inside the Zarr group ``source.root``. The order of
+    axes is ``source.options.axes``; if absent, "sample height width" or
+    "sample channel height width" by the number of axes.
+
+    Raises
+    ------
+    ConfigError
+        If the tables are wrong.
+    DataNotFoundError
+        If a file or array is not there.
+    DataError
+        If an array has other axes than stated.
+    """
+    if not config.splits:
+        raise ConfigError(
+            "missing; say where each split lies, as in "
+            'train = {images = "x.npy", labels = "y.npy"}',
+            key="source.splits",
+        )
+    unknown = set(config.options) - {"axes"}
+    if unknown:
+        raise ConfigError("unknown key; known: axes", key=f"source.options.{sorted(unknown)[0]}")
+    return PartsSource(
+        {split: _open_part(config, split, table) for split, table in config.splits.items()}
+    )
+
+
+def _open_part(config: SourceConfig, split: Split, table: dict[str, Any]) -> _StoredPart:
+    key = f"source.splits.{split}"
+    unknown = set(table) - {"images", "labels"}
+    if unknown:
+        raise ConfigError("unknown key; known: images, labels", key=f"{key}.{sorted(unknown)[0]}")
+    for name in table:
+        if not isinstance(table[name], str):
+            raise ConfigError(f"is {table[name]!r}, expected a path", key=f"{key}.{name}")
+    if "images" not in table:
+        raise ConfigError("missing; the pipeline file must give it", key=f"{key}.images")
+    opener = NpyFile if config.kind == "npy" else _open_zarr
+    root = Path(config.root or ".")
+    images = opener(root / table["images"])
+    labels = opener(root / table["labels"])[:] if "labels" in table else None
+    if labels is not None and not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{root / table['labels']} holds {labels.dtype}, expected integer labels")
+    axes = _axes(config, images, root / table["images"])
+    return _StoredPart(images, axes, None if labels is None else labels.astype(np.int64))
+
+
+def _axes(config: SourceConfig, images: Any, where: Path) -> tuple[str, ...]:
+    stated = config.options.get("axes")
+    if stated is None:
+        guess = {3: "sample height width", 4: "sample channel height width"}
+        if len(images.shape) not in guess:
+            raise DataError(f"{where} has shape {images.shape}, expected 3 or 4 axes")
+        stated = guess[len(images.shape)]
+    axes = tuple(str(stated).split())
+    if not {"sample", "height", "width"} <= set(axes) <= _AXES or axes[0] != "sample":
+        raise ConfigError(
+            f'is {stated!r}, expected an order such as "sample height width channel"',
+            key="source.options.axes",
+        )
+    if len(axes) != len(images.shape):
+        raise DataError(f"{where} has shape {images.shape}, expected the axes {' '.join(axes)}")
+    return axes
+
+
+class NpyFile:
+    """An npy file read by position, never mapped: mapped pages count as resident memory.
+
+    ``file[i]`` reads one row, ``file[:]`` everything.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise DataNotFoundError(
+                f"no such file: {path.absolute()}; check source.root and images"
+            )
+        try:
+            with path.open("rb") as file:
+                version = np.lib.format.read_magic(file)
+                read_header = (
+                    np.lib.format.read_array_header_1_0
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0
+                )
+                self.shape, fortran, self.dtype = read_header(file)
+                self._offset = file.tell()
+        except ValueError as error:
+            raise DataError(f"{path} is not a readable npy file ({error})") from None
+        if fortran or self.dtype.hasobject or not self.shape:
+            raise DataError(f"{path} must hold a plain array in C order; save it with numpy.save")
+        self._row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        expected = self._offset + self.shape[0] * self._row_bytes
+        if path.stat().st_size < expected:
+            raise DataError(f"{path} is cut off: {path.stat().st_size} bytes of {expected}")
+        self._path = path
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getitem__(self, index: int | slice) -> NDArray[Any]:
+        rows = range(len(self))[index]
+        start, count = (rows.start, len(rows)) if isinstance(rows, range) else (rows, 1)
+        with self._path.open("rb") as file:
+            data = _pread(
+                file.fileno(), self._offset + start * self._row_bytes, count * self._row_bytes
+            )
+        array = np.frombuffer(data, dtype=self.dtype).reshape(count, *self.shape[1:])
+        return array if isinstance(index, slice) else array[0]
+
+
+def _pread(descriptor: int, offset: int, count: int) -> bytearray:
+    """Read exactly ``count`` bytes; a single call may return fewer (2 GiB at most on Linux)."""
+    data = bytearray()
+    while len(data) < count:
+        piece = os.pread(descriptor, min(count - len(data), 1 << 30), offset + len(data))
+        if not piece:
+            raise DataError(f"the npy file ends {count - len(data)} bytes early; was it replaced?")
+        data += piece
+    return data
+
+
+def _open_zarr(path: Path) -> Any:
+    import zarr
+
+    try:
+        array = zarr.open(str(path), mode="r")
+    except FileNotFoundError:
+        raise DataNotFoundError(
+            f"no Zarr array at {path.absolute()}; check source.root and images"
+        ) from None
+    if not isinstance(array, zarr.Array):
+        raise DataError(f"{path} is a Zarr group, expected an array; name one inside it")
+    return array
+
+
+class _StoredPart:
+    """Images in an array on disk, read one at a time."""
+
+    def __init__(
+        self, images: Any, axes: tuple[str, ...], labels: NDArray[np.int64] | None
+    ) -> None:
+        self._images = images
+        self._axes = axes
+        self._labels = labels
+
+    def __len__(self) -> int:
+        return int(self._images.shape[0])
+
+    def describe(self, index: int) -> tuple[tuple[int, int], int, str]:
+        sizes = dict(zip(self._axes, self._images.shape, strict=True))
+        dtype = np.dtype(self._images.dtype).name
+        return (sizes["height"], sizes["width"]), sizes.get("channel", 1), dtype
+
+    def read(self, index: int) -> NDArray[Any]:
+        image = np.asarray(self._images[index])
+        if "channel" not in self._axes:
+            return image[None] if self._axes.index("height") == 1 else image.T[None]
+        order = [self._axes.index(axis) - 1 for axis in ("channel", "height", "width")]
+        return image.transpose(order)
+
+    def labels(self) -> NDArray[np.int64] | None:
+        return self._labels
+
+    def digest(self) -> str:
+        return array_digest(self._images, self._labels)

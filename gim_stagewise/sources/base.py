@@ -1,0 +1,106 @@
+"""The `Source` protocol: readable samples, from a dataset or from a cache.
+
+A stage maps a Source to a cache, and a sealed cache is a Source. Whoever trains or extracts
+knows nothing else about its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gim_stagewise.windows import Region
+
+Split = Literal["unlabeled", "train", "test"]
+SPLITS: tuple[Split, ...] = ("unlabeled", "train", "test")
+
+# Axes of one sample. "grid_row" and "grid_col" index patches; "height" and "width" are pixels of
+# an image, or positions inside a patch where there is a grid.
+IMAGE_AXES = ("channel", "height", "width")
+PATCH_AXES = ("grid_row", "grid_col", "channel", "height", "width")
+SEQUENCE_AXES = ("channel", "time")
+
+MISSING_LABEL = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One sample of a dataset.
+
+    Parameters
+    ----------
+    id : str
+        Stable name; the same sample keeps it wherever the data lies.
+    extent : tuple of int
+        What a region selects from: (height, width) of an image, (rows, columns) of a patch
+        grid, (steps,) of a sequence. May differ from item to item.
+    channels : int
+    dtype : str
+        NumPy name of the values that `Source.read` returns.
+    """
+
+    id: str
+    extent: tuple[int, ...]
+    channels: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One thing to read: a view of an item, whole or a region of its extent.
+
+    View 0 is the evaluation view, without random augmentation; views 1, 2, ... are seeded
+    augmentations for training.
+    """
+
+    id: str
+    view: int = 0
+    region: Region | None = None
+
+
+class Source(Protocol):
+    """A set of samples that can be read in any order."""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the axes of one sample."""
+
+    @property
+    def views(self) -> int | None:
+        """Training views of a sample: 0 if only view 0 exists, None if there is no limit."""
+
+    @property
+    def chunk_items(self) -> int:
+        """Consecutive items that lie in one chunk and are cheapest read together."""
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one sample as read (the largest, where sizes differ)."""
+
+    def items(self) -> Sequence[Item]:
+        """All samples, each once, in storage order."""
+
+    def split(self, name: Split) -> Sequence[str]:
+        """Ids of the samples of a split; splits may share samples; empty if there is none."""
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names under which `labels` has something."""
+
+    def labels(self, name: str) -> NDArray[np.int64]:
+        """Labels in the order of `items`; `MISSING_LABEL` where a sample has none."""
+
+    def read(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
+        """The samples asked for, in that order, each with this source's axes."""
+
+    def content_digest(self) -> str:
+        """Hash of the data itself, not of paths or times."""
+
+
+def read_stacked(source: Source, requests: Sequence[Request]) -> NDArray[Any]:
+    """Read samples of one size into one array with a leading sample axis."""
+    return np.stack(source.read(requests))

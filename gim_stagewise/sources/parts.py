@@ -1,0 +1,216 @@
+"""Datasets made of parts: one part per split, each an indexable set of images.
+
+`PartsSource` turns parts into a `Source`; the modules beside this one only say how their
+kind of part is opened and read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gim_stagewise.errors import DataError
+from gim_stagewise.sources.base import (
+    IMAGE_AXES,
+    MISSING_LABEL,
+    SPLITS,
+    Item,
+    Request,
+    Split,
+)
+
+
+class Part(Protocol):
+    """Images of one split."""
+
+    def __len__(self) -> int: ...
+
+    def describe(self, index: int) -> tuple[tuple[int, int], int, str]:
+        """(height, width), channels and dtype of an image."""
+
+    def read(self, index: int) -> NDArray[Any]:
+        """One image, [channel, height, width]."""
+
+    def labels(self) -> NDArray[np.int64] | None:
+        """One label per image, or None."""
+
+    def digest(self) -> str:
+        """Hash of images and labels."""
+
+
+class ArrayPart:
+    """Images held in an array [sample, channel, height, width]."""
+
+    def __init__(self, images: NDArray[Any], labels: NDArray[np.int64] | None) -> None:
+        self._images = images
+        self._labels = labels
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def describe(self, index: int) -> tuple[tuple[int, int], int, str]:
+        _, channels, height, width = self._images.shape
+        return (height, width), channels, self._images.dtype.name
+
+    def read(self, index: int) -> NDArray[Any]:
+        image: NDArray[Any] = self._images[index]
+        return image
+
+    def labels(self) -> NDArray[np.int64] | None:
+        return self._labels
+
+    def digest(self) -> str:
+        return array_digest(self._images, self._labels)
+
+
+class PartsSource:
+    """A `Source` of images out of one part per split.
+
+    Where no part is called *unlabeled*, the training images serve as unlabeled ones as well.
+
+    Parameters
+    ----------
+    parts : mapping
+        From split name to its images; at least one of *unlabeled* and *train*.
+
+    Raises
+    ------
+    DataError
+        If there is nothing to train on, or labels and images differ in number.
+    """
+
+    axes = IMAGE_AXES
+    chunk_items = 1
+    views = 0
+
+    def __init__(self, parts: Mapping[Split, Part]) -> None:
+        # Unlabeled samples first, so that views beyond the evaluation view fill whole chunks.
+        self._parts = {name: parts[name] for name in SPLITS if name in parts and len(parts[name])}
+        if "unlabeled" not in self._parts and "train" not in self._parts:
+            raise DataError("the source has neither unlabeled nor train samples: nothing to train")
+        self._offsets: dict[Split, int] = {}
+        total = 0
+        for name, part in self._parts.items():
+            self._offsets[name] = total
+            total += len(part)
+            labels = part.labels()
+            if labels is not None and labels.shape != (len(part),):
+                raise DataError(
+                    f"split {name} has {len(part)} images but labels of shape {labels.shape}; "
+                    "expected one label per image"
+                )
+
+    @property
+    def item_bytes(self) -> int:
+        largest = 0
+        for part in self._parts.values():
+            (height, width), channels, dtype = part.describe(0)
+            largest = max(largest, channels * height * width * np.dtype(dtype).itemsize)
+        return largest
+
+    def items(self) -> Sequence[Item]:
+        return _PartItems(self._parts)
+
+    def split(self, name: Split) -> Sequence[str]:
+        owner: Split = "train" if name == "unlabeled" and name not in self._parts else name
+        part = self._parts.get(owner)
+        return [_item_id(owner, index) for index in range(len(part))] if part is not None else []
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        labelled = any(part.labels() is not None for part in self._parts.values())
+        return ("class",) if labelled else ()
+
+    def labels(self, name: str) -> NDArray[np.int64]:
+        if name not in self.label_names:
+            raise DataError(f"no labels called {name!r}; there are: {self.label_names or 'none'}")
+        columns = []
+        for part in self._parts.values():
+            labels = part.labels()
+            missing = np.full(len(part), MISSING_LABEL, dtype=np.int64)
+            columns.append(missing if labels is None else labels)
+        return np.concatenate(columns)
+
+    def read(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
+        return [self._read(request) for request in requests]
+
+    def _read(self, request: Request) -> NDArray[Any]:
+        name, index = _parse_id(request.id)
+        part = self._parts.get(name)
+        if part is None or not 0 <= index < len(part):
+            raise DataError(f"no sample {request.id!r} in this source")
+        image = part.read(index)
+        if request.region is not None:
+            rows, columns = request.region
+            image = image[:, rows.slice, columns.slice]
+        return image
+
+    def content_digest(self) -> str:
+        digest = hashlib.sha256()
+        for name, part in self._parts.items():
+            digest.update(f"{name}:{len(part)}:{part.digest()};".encode())
+        return digest.hexdigest()
+
+
+class _PartItems(Sequence[Item]):
+    """Items made when asked for, so that a million of them cost nothing."""
+
+    def __init__(self, parts: Mapping[Split, Part]) -> None:
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self._parts.values())
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        if index < 0:
+            index += len(self)
+        for name, part in self._parts.items():
+            if 0 <= index < len(part):
+                return _item(name, part, index)
+            index -= len(part)
+        raise IndexError(index)
+
+    def __iter__(self) -> Iterator[Item]:
+        for name, part in self._parts.items():
+            for index in range(len(part)):
+                yield _item(name, part, index)
+
+
+def _item(name: Split, part: Part, index: int) -> Item:
+    extent, channels, dtype = part.describe(index)
+    return Item(_item_id(name, index), extent, channels, dtype)
+
+
+def _item_id(name: Split, index: int) -> str:
+    return f"{name}/{index}"
+
+
+def _parse_id(item_id: str) -> tuple[Split, int]:
+    name, _, index = item_id.partition("/")
+    for split in SPLITS:
+        if name == split and index.isdecimal():
+            return split, int(index)
+    raise DataError(f"no sample {item_id!r} in this source")
+
+
+def array_digest(*arrays: NDArray[Any] | None) -> str:
+    """Hash of arrays: their shapes, dtypes and values."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        if array is None:
+            digest.update(b"none;")
+            continue
+        digest.update(f"{array.shape}{array.dtype.str};".encode())
+        for row in array:  # row by row: an array on disk never has to fit in memory
+            digest.update(np.ascontiguousarray(row).data)
+    return digest.hexdigest()

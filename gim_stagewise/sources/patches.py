@@ -1,0 +1,234 @@
+"""Images to what a module sees: augmentation, then a grid of patches (paper, section 4.1)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gim_stagewise.config import AugmentConfig
+from gim_stagewise.errors import ConfigError, DataError
+from gim_stagewise.seeds import derive_seed
+from gim_stagewise.sources.base import PATCH_AXES, Item, Request, Source, Split
+from gim_stagewise.windows import PatchGrid
+
+# ITU-R BT.601 luma, as torchvision's and Pillow's grayscale.
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+
+
+class PatchSource:
+    """A `Source` of patch grids over a `Source` of images.
+
+    A sample is float32 [grid_row, grid_col, channel, height, width]. View 0 is the centre crop
+    without a flip; view v > 0 draws crop and flip from (seed, id, v).
+
+    Parameters
+    ----------
+    images : Source
+        With axes (channel, height, width).
+    augment : AugmentConfig
+    grid : PatchGrid
+    seed : int
+        The pipeline's seed.
+
+    Raises
+    ------
+    ConfigError
+        If no patch fits, the crop is larger than the image, or ``mean`` does not match the
+        channels.
+    DataError
+        If images differ in size and no crop makes them equal.
+    """
+
+    axes = PATCH_AXES
+    chunk_items = 1
+
+    def __init__(
+        self, images: Source, augment: AugmentConfig, grid: PatchGrid, *, seed: int
+    ) -> None:
+        self._images = images
+        self._augment = augment
+        self._grid = grid
+        self._seed = seed
+        first = images.items()[0]
+        height, width = self._cropped_extent(first)
+        self._extent = grid.extent(height, width)
+        if 0 in self._extent:
+            raise ConfigError(
+                f"is {grid.size}, but the image is {height}×{width} pixels after padding and crop: "
+                "not one patch fits",
+                key="patches.size",
+            )
+        self._channels = 1 if augment.grayscale else first.channels
+        if augment.mean is not None and len(augment.mean) != self._channels:
+            raise ConfigError(
+                f"has {len(augment.mean)} numbers, the image {self._channels} channels",
+                key="augment.mean",
+            )
+        if augment.crop is None:
+            self._check_equal_sizes(first)
+
+    def _cropped_extent(self, item: Item) -> tuple[int, int]:
+        height, width = (length + 2 * self._augment.pad for length in item.extent)
+        crop = self._augment.crop
+        if crop is None:
+            return height, width
+        if crop > min(height, width):
+            raise ConfigError(
+                f"is {crop}, larger than the image of {height}×{width} pixels "
+                f"(sample {item.id}, after padding)",
+                key="augment.crop",
+            )
+        return crop, crop
+
+    def _check_equal_sizes(self, first: Item) -> None:
+        for item in self._images.items():
+            if item.extent != first.extent or item.channels != first.channels:
+                raise DataError(
+                    f"sample {item.id} is {item.extent} with {item.channels} channels, {first.id} "
+                    f"is {first.extent} with {first.channels}; set augment.crop to make them equal"
+                )
+
+    @property
+    def views(self) -> int | None:
+        # Augmentations are drawn when read, so there is no end of them.
+        return None if self._augment.random else 0
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Rows and columns of the patch grid."""
+        return self._extent
+
+    @property
+    def channels(self) -> int:
+        return self._channels
+
+    @property
+    def item_bytes(self) -> int:
+        return 4 * self._extent[0] * self._extent[1] * self._channels * self._grid.size**2
+
+    def items(self) -> Sequence[Item]:
+        return _PatchItems(self._images, self._extent, self._channels)
+
+    def split(self, name: Split) -> Sequence[str]:
+        return self._images.split(name)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self._images.label_names
+
+    def labels(self, name: str) -> NDArray[np.int64]:
+        return self._images.labels(name)
+
+    def read(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
+        whole = [Request(request.id) for request in requests]
+        return [
+            self._patches(image, request)
+            for image, request in zip(self._images.read(whole), requests, strict=True)
+        ]
+
+    def read_images(self, ids: Sequence[str]) -> NDArray[np.float32]:
+        """Images before they are cut into patches, view 0: [sample, channel, height, width]."""
+        images = self._images.read([Request(item_id) for item_id in ids])
+        return np.stack(
+            [self._prepare(i, Request(item_id)) for i, item_id in zip(images, ids, strict=True)]
+        )
+
+    def _prepare(self, image: NDArray[Any], request: Request) -> NDArray[np.float32]:
+        augment = self._augment
+        pixels = _to_unit(image, request.id)
+        if augment.grayscale and len(pixels) == 3:
+            pixels = np.tensordot(_LUMA, pixels, axes=1)[None]
+        if len(pixels) != self._channels:
+            raise DataError(
+                f"sample {request.id} has {len(pixels)} channels, expected {self._channels}"
+            )
+        if augment.pad:
+            pixels = np.pad(pixels, ((0, 0), (augment.pad,) * 2, (augment.pad,) * 2))
+        pixels = self._crop_and_flip(pixels, request)
+        if augment.mean is not None and augment.std is not None:
+            mean, std = (
+                np.array(v, np.float32)[:, None, None] for v in (augment.mean, augment.std)
+            )
+            pixels = (pixels - mean) / std
+        return np.ascontiguousarray(pixels, dtype=np.float32)
+
+    def _crop_and_flip(self, pixels: NDArray[np.float32], request: Request) -> NDArray[np.float32]:
+        crop = self._augment.crop
+        _, height, width = pixels.shape
+        size = (height, width) if crop is None else (crop, crop)
+        slack = (height - size[0], width - size[1])
+        if min(slack) < 0:
+            raise DataError(
+                f"sample {request.id} is {height}×{width} pixels, "
+                f"smaller than augment.crop = {crop}"
+            )
+        if request.view == 0:
+            top, left, flip = slack[0] // 2, slack[1] // 2, False
+        else:
+            draw = np.random.default_rng(derive_seed(self._seed, "view", request.id, request.view))
+            top, left = (int(draw.integers(room + 1)) for room in slack)
+            flip = bool(draw.random() < self._augment.flip)
+        pixels = pixels[:, top : top + size[0], left : left + size[1]]
+        return pixels[:, :, ::-1] if flip else pixels
+
+    def _patches(self, image: NDArray[Any], request: Request) -> NDArray[np.float32]:
+        pixels = self._prepare(image, request)
+        grid = self._grid
+        windows = np.lib.stride_tricks.sliding_window_view(pixels, (grid.size, grid.size), (1, 2))
+        # [channel, row, column, height, width], one window per pixel: keep those on the grid.
+        windows = windows[:, :: grid.stride, :: grid.stride]
+        if request.region is not None:
+            rows, columns = request.region
+            windows = windows[:, rows.slice, columns.slice]
+        return np.ascontiguousarray(windows.transpose(1, 2, 0, 3, 4))
+
+    def content_digest(self) -> str:
+        drawn = self._seed if self._augment.random else None
+        parts = {
+            "images": self._images.content_digest(),
+            "augment": self._augment.model_dump(mode="json"),
+            "grid": [self._grid.size, self._grid.stride],
+            "seed": drawn,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class _PatchItems(Sequence[Item]):
+    """The images' items with the extent of the patch grid."""
+
+    def __init__(self, images: Source, extent: tuple[int, int], channels: int) -> None:
+        self._ids = images.items()
+        self._extent = extent
+        self._channels = channels
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self._item(item) for item in self._ids[index]]
+        return self._item(self._ids[index])
+
+    def __iter__(self) -> Iterator[Item]:
+        return map(self._item, self._ids)
+
+    def _item(self, image: Item) -> Item:
+        return Item(image.id, self._extent, self._channels, "float32")
+
+
+def _to_unit(image: NDArray[Any], item_id: str) -> NDArray[np.float32]:
+    if np.issubdtype(image.dtype, np.integer):
+        return image.astype(np.float32) / np.float32(np.iinfo(image.dtype).max)
+    pixels = image.astype(np.float32)
+    if not np.isfinite(pixels).all():
+        raise DataError(f"sample {item_id} has pixels that are NaN or infinite; mend or remove it")
+    return pixels

@@ -1,0 +1,1 @@
+"""One stage: load, train, freeze, extract, probe."""

@@ -1,0 +1,163 @@
+"""Training state on disk, and frozen weights.
+
+Both are written whole or not at all. Checkpoints hold tensors and plain values only and are read
+with ``weights_only=True``; weights are safetensors: nothing executes from data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from gim_stagewise.cache import Digest
+from gim_stagewise.durable import write_atomic
+from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write training state; the previous checkpoint stays until this one is whole."""
+    write_atomic(path, lambda temporary: torch.save(dict(state), temporary))
+
+
+def load_checkpoint(path: Path, *, run: str) -> dict[str, Any] | None:
+    """The training state at ``path`` if it belongs to this run, else None.
+
+    Parameters
+    ----------
+    path : Path
+    run : str
+        Digest of what was trained on what; a checkpoint of anything else is not used.
+    """
+    if not path.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged file can fail in many ways; training then starts afresh
+        return None
+    return state if isinstance(state, dict) and state.get("run") == run else None
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What is known of a finished training.
+
+    Parameters
+    ----------
+    epochs : int
+        Epochs that were run; the best of them gave the weights.
+    best_epoch : int
+        Counted from 1.
+    train_loss, validation_loss : float
+        Of the best epoch, in nats.
+    seconds : float
+        Time spent in training, resumed parts included.
+    """
+
+    epochs: int
+    best_epoch: int
+    train_loss: float
+    validation_loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FrozenWeights:
+    """Weights of a frozen module with what they came from.
+
+    Parameters
+    ----------
+    module : int
+    recipe : Digest
+    input_content : str
+        Content digest of what the module was trained on.
+    builder_source, behaviour : str
+        Digests of the builder's code and of the module's outputs.
+    record : TrainingRecord
+    tensors : dict
+        The module's state.
+    """
+
+    module: int
+    recipe: Digest
+    input_content: str
+    builder_source: str
+    behaviour: str
+    record: TrainingRecord
+    tensors: dict[str, Tensor]
+
+    @property
+    def digest(self) -> str:
+        """Hash of names, shapes, dtypes and values of all tensors."""
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name]
+            digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file; what is not a tensor goes into its metadata."""
+        about = {
+            "module": self.module,
+            "recipe": self.recipe.as_json(),
+            "input_content": self.input_content,
+            "builder_source": self.builder_source,
+            "behaviour": self.behaviour,
+            "record": asdict(self.record),
+            "weights": self.digest,
+        }
+        data = save(self.tensors, metadata={"gim_stage": json.dumps(about)})
+        write_atomic(path, lambda temporary: temporary.write_bytes(data))
+
+    @classmethod
+    def load(cls, path: Path) -> FrozenWeights:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        CacheNotFoundError
+            If there is no such file.
+        CorruptCacheError
+            If it is damaged or not ours.
+        """
+        if not path.is_file():
+            raise CacheNotFoundError(f"no frozen weights at {path}; train that module first")
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()["gim_stage"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            weights = cls(
+                module=int(about["module"]),
+                recipe=Digest(about["recipe"]["parts"]),
+                input_content=str(about["input_content"]),
+                builder_source=str(about["builder_source"]),
+                behaviour=str(about["behaviour"]),
+                record=TrainingRecord(**about["record"]),
+                tensors=tensors,
+            )
+            intact = weights.digest == about["weights"]
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptCacheError(
+                f"{path} is damaged or not a frozen module of gim-stage "
+                f"({type(error).__name__}: {error}); train the module again"
+            ) from None
+        if not intact:
+            raise CorruptCacheError(f"{path} is damaged: its weights are not those recorded")
+        return weights
+
+
+def module_tensors(module: torch.nn.Module) -> dict[str, Tensor]:
+    """A module's state as separate CPU tensors, safe to store while it trains on."""
+    return {
+        name: value.detach().cpu().contiguous().clone()
+        for name, value in module.state_dict().items()
+    }

@@ -1,0 +1,159 @@
+"""Frozen modules, and the one forward that all of them go through.
+
+Float results depend on the size of the batch an operation sees and on the number of threads
+inside it. So every forward of a frozen module, whoever asks for it, works in pieces of exactly
+``extract.batch`` rows, the last one padded, with ``extract.threads`` threads. Both are part of
+the *numerics* record; "bit-identical" always means: under equal numerics.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numcodecs
+import torch
+import zarr
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gim_stagewise.config import CacheConfig, ExtractConfig
+from gim_stagewise.errors import ConfigError
+from gim_stagewise.models import pool
+
+
+class FrozenModule(nn.Module):
+    """A module in evaluation mode without gradients, for good.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Taken over: it is moved to ``device`` and its parameters stop requiring gradients.
+    device : torch.device
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        module.eval()
+        module.requires_grad_(False)
+        self.module = module.to(device)
+        self.device = device
+        super().train(False)
+
+    def train(self, mode: bool = True) -> FrozenModule:
+        """Refused.
+
+        Raises
+        ------
+        RuntimeError
+            If ``mode`` is true: a frozen module has no train mode.
+        """
+        if mode:
+            raise RuntimeError("a frozen module has no train mode; train a copy of its weights")
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> FrozenModule:
+        """Refused, like `train`."""
+        if requires_grad:
+            raise RuntimeError("a frozen module has no gradients; train a copy of its weights")
+        return self
+
+    @torch.no_grad()
+    def forward(
+        self, rows: Float[Tensor, "piece channel height width"]
+    ) -> tuple[Tensor, Float[Tensor, "piece embedding"]]:
+        """Activations and their embeddings for one piece of rows."""
+        z = self.module(rows.to(self.device))
+        return z.cpu(), pool(self.module, z).float().cpu()
+
+
+def frozen_forward(
+    frozen: FrozenModule, rows: Float[Tensor, "row channel height width"], config: ExtractConfig
+) -> tuple[Float[Tensor, "row out_channel out_height out_width"], Float[Tensor, "row embedding"]]:
+    """The one forward of frozen modules.
+
+    Parameters
+    ----------
+    frozen : FrozenModule
+    rows : Tensor
+        float32, any number of rows, at least one. Which rows come together in a piece is decided
+        by their order here, so callers hand over whole blocks.
+    config : ExtractConfig
+        Piece size and threads.
+
+    Returns
+    -------
+    (Tensor, Tensor)
+        Activations and embeddings on the CPU, float32, a row for each input row.
+    """
+    activations, embeddings = [], []
+    with intra_op_threads(config.threads):
+        for piece in torch.split(rows, config.batch):
+            missing = config.batch - len(piece)
+            if missing:
+                piece = torch.cat([piece, piece.new_zeros(missing, *piece.shape[1:])])
+            z, pooled = frozen(piece)
+            kept = config.batch - missing
+            activations.append(z[:kept])
+            embeddings.append(pooled[:kept])
+    return torch.cat(activations), torch.cat(embeddings)
+
+
+@contextmanager
+def intra_op_threads(count: int) -> Iterator[None]:
+    """Run operations with ``count`` threads inside each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` (CUDA where there is a GPU), ``cpu`` or ``cuda``; makes GPU results repeatable.
+
+    Raises
+    ------
+    ConfigError
+        If CUDA is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("is 'cuda', but PyTorch finds no GPU; use auto or cpu", key="--device")
+    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return device
+
+
+def numerics(device: torch.device, config: ExtractConfig, cache: CacheConfig) -> dict[str, Any]:
+    """What the bits of a frozen module's outputs, and their encoded form, depend on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "threads": config.threads,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "piece": config.batch,
+        "deterministic": torch.backends.cudnn.deterministic,
+        "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
+        "codec": f"{cache.codec}, zarr {zarr.__version__}, numcodecs {numcodecs.__version__}",
+    }
+
+
+def behaviour_digest(frozen: FrozenModule, in_shape: tuple[int, ...]) -> str:
+    """Hash of a module's outputs on a fixed input of two rows.
+
+    It tells a change of code that leaves the results alone from one that does not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, *in_shape, generator=generator)
+    z, pooled = frozen_forward(frozen, rows, ExtractConfig(batch=2, threads=1))
+    digest = hashlib.sha256()
+    for values in (z, pooled):
+        digest.update(str(tuple(values.shape)).encode())
+        digest.update(values.contiguous().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,197 @@
+"""A source becomes seeded batches.
+
+The order of an epoch is a function of (seed, epoch, ids, chunk grid, shuffle window) alone, so
+it can be taken up in the middle by any process. Chunks are shuffled, laid end to end, and mixed
+within a window that is held in memory; a source whose samples are read one by one needs no
+window and gets a true random order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gim_stagewise.errors import ConfigError, DataError
+from gim_stagewise.seeds import derive_seed
+from gim_stagewise.sources import Request, Source
+
+
+def held_out(ids: Sequence[str], *, seed: int, fraction: float) -> tuple[list[str], list[str]]:
+    """Split unlabeled ids into those to train on and those held out for early stopping.
+
+    The choice is a function of (seed, ids), so it is the same in every stage of a pipeline.
+
+    Returns
+    -------
+    (list of str, list of str)
+        Training ids and held-out ids, each in the given order; at least one is held out.
+    """
+    key = str(derive_seed(seed, "held out"))
+    ranked = sorted(ids, key=lambda i: hashlib.sha256(f"{key}:{i}".encode()).digest())
+    chosen = set(ranked[: max(1, round(fraction * len(ids)))])
+    return [i for i in ids if i not in chosen], [i for i in ids if i in chosen]
+
+
+def epoch_windows(
+    positions: NDArray[np.int64], *, chunk: int, window_chunks: int, seed: int, epoch: int
+) -> list[NDArray[np.int64]]:
+    """The order of one epoch, cut into the windows that are held in memory one at a time.
+
+    Parameters
+    ----------
+    positions : array of int
+        Where the samples to train on lie in storage order, ascending.
+    chunk : int
+        Samples in a chunk.
+    window_chunks : int
+        Chunks that are in memory at once.
+    seed, epoch : int
+
+    Returns
+    -------
+    list of arrays
+        Indexes into ``positions``; together each index once.
+    """
+    draw = np.random.default_rng(derive_seed(seed, "order", epoch))
+    if chunk == 1:
+        return [draw.permutation(len(positions))]
+    chunk_of = positions // chunk
+    chunks = draw.permutation(np.unique(chunk_of))
+    windows = []
+    for start in range(0, len(chunks), window_chunks):
+        members = np.flatnonzero(np.isin(chunk_of, chunks[start : start + window_chunks]))
+        windows.append(draw.permutation(members))
+    return windows
+
+
+class Loader:
+    """Batches of one split of a source.
+
+    Parameters
+    ----------
+    source : Source
+    ids : sequence of str
+        The samples to deliver, in storage order.
+    batch : int
+        Samples in a batch.
+    window : int
+        Bytes of samples that may be held to be mixed.
+    seed, stage : int
+
+    Raises
+    ------
+    ConfigError
+        If the window is smaller than one chunk, or there are fewer samples than a batch holds.
+    """
+
+    def __init__(
+        self, source: Source, ids: Sequence[str], *, batch: int, window: int, seed: int, stage: int
+    ) -> None:
+        if len(ids) < batch:
+            raise ConfigError(
+                f"is {batch}, but only {len(ids)} samples are left to train on; "
+                f"use {len(ids)} or less",
+                key=f"module.{stage}.train.batch",
+            )
+        chunk_bytes = source.chunk_items * source.item_bytes
+        if source.chunk_items > 1 and window < chunk_bytes:
+            raise ConfigError(
+                f"is {window} bytes, less than one chunk of the input ({chunk_bytes} bytes)",
+                key=f"module.{stage}.train.shuffle_window",
+            )
+        self._source = source
+        self._ids = list(ids)
+        self._batch = batch
+        self._window_chunks = max(1, window // chunk_bytes)
+        self._seed = seed
+        self._stage = stage
+        wanted = {item_id: index for index, item_id in enumerate(self._ids)}
+        self._positions = np.empty(len(ids), dtype=np.int64)
+        for position, item in enumerate(source.items()):
+            if item.id in wanted:
+                self._positions[wanted[item.id]] = position
+        self._kept: tuple[list[Request], list[NDArray[np.float32]]] | None = None
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch; samples that do not fill a last one are left for other epochs."""
+        return len(self._ids) // self._batch
+
+    def batches(
+        self, epoch: int, *, start: int = 0
+    ) -> Iterator[Float[Tensor, "sample row column channel height width"]]:
+        """The batches of an epoch, from number ``start`` on."""
+        skip = start * self._batch
+        samples: list[NDArray[np.float32]] = []
+        for window in self._windows(epoch):
+            if skip >= len(window):
+                skip -= len(window)
+                continue
+            for sample in self._read(window, epoch, skip):
+                samples.append(sample)
+                if len(samples) == self._batch:
+                    yield _to_tensor(samples)
+                    samples = []
+            skip = 0
+
+    def _windows(self, epoch: int) -> list[NDArray[np.int64]]:
+        return epoch_windows(
+            self._positions,
+            chunk=self._source.chunk_items,
+            window_chunks=self._window_chunks,
+            seed=self._seed,
+            epoch=epoch,
+        )
+
+    def _read(
+        self, window: NDArray[np.int64], epoch: int, skip: int
+    ) -> Iterator[NDArray[np.float32]]:
+        if self._source.chunk_items == 1:
+            for index in window[skip:]:
+                yield self._source.read([self._request(int(index), epoch)])[0]
+            return
+        in_storage_order = np.sort(window)
+        requests = [self._request(int(index), epoch) for index in in_storage_order]
+        if self._kept is None or self._kept[0] != requests:
+            self._kept = None  # let go of the last window before the next is read
+            self._kept = (requests, self._source.read(requests))
+        samples = self._kept[1]
+        rank = np.searchsorted(in_storage_order, window[skip:])
+        for place in rank:
+            yield samples[place]
+
+    def _request(self, index: int, epoch: int) -> Request:
+        item_id = self._ids[index]
+        return Request(item_id, view_of(self._source, item_id, self._seed, self._stage, epoch))
+
+
+def view_of(source: Source, item_id: str, seed: int, stage: int, epoch: int) -> int:
+    """The training view of a sample: a function of (seed, stage, epoch, id)."""
+    if source.views == 0:
+        return 0
+    drawn = derive_seed(seed, "view drawn", stage, epoch, item_id)
+    return 1 + drawn % (source.views or 2**31)
+
+
+def validation_batches(
+    source: Source, ids: Sequence[str], batch: int
+) -> Iterator[Float[Tensor, "sample row column channel height width"]]:
+    """Held-out samples in storage order, always the same view; the last batch may be smaller."""
+    view = 0 if source.views == 0 else 1
+    for start in range(0, len(ids), batch):
+        yield _to_tensor(source.read([Request(i, view) for i in ids[start : start + batch]]))
+
+
+def _to_tensor(samples: list[NDArray[np.float32]]) -> Tensor:
+    try:
+        stacked = np.stack(samples)
+    except ValueError:
+        shapes = sorted({sample.shape for sample in samples})
+        raise DataError(f"samples of one batch differ in shape: {shapes}") from None
+    return torch.from_numpy(stacked)

@@ -1,0 +1,136 @@
+"""How good frozen features are: a linear classifier on top of them.
+
+Every row of a table gets the same pooling, standardisation, choices of regularisation and split:
+the strength is chosen on a validation part of the training split, the classifier is fitted again
+on all of it, and the test split is read once, at the end.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange, reduce
+from numpy.typing import NDArray
+
+from gim_stagewise.config import ExtractConfig, ProbeConfig
+from gim_stagewise.errors import DataError
+from gim_stagewise.seeds import derive_seed
+from gim_stagewise.sources import MISSING_LABEL, Request, Source, read_stacked
+from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
+
+# Inverse regularisation strengths that are tried, on standardised features.
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+
+
+@dataclass(frozen=True)
+class ProbeSplit:
+    """Labelled samples of one split: ids and their labels."""
+
+    ids: list[str]
+    labels: NDArray[np.int64]
+
+
+def probe_splits(source: Source) -> tuple[ProbeSplit, ProbeSplit] | None:
+    """Train and test samples with labels, or None where there are none."""
+    if not source.label_names:
+        return None
+    labels = dict(
+        zip(
+            (item.id for item in source.items()),
+            source.labels(source.label_names[0]).tolist(),
+            strict=True,
+        )
+    )
+    splits = []
+    for name in ("train", "test"):
+        ids = [i for i in source.split(name) if labels[i] != MISSING_LABEL]
+        splits.append(ProbeSplit(ids, np.array([labels[i] for i in ids], dtype=np.int64)))
+    train, test = splits
+    return (train, test) if len(train.ids) > 1 and test.ids else None
+
+
+def pool_features(embeddings: NDArray[np.float32], config: ProbeConfig) -> NDArray[np.float32]:
+    """[sample, grid_row, grid_col, channel] to [sample, feature], by ``probe.pooling``."""
+    if config.pooling == "mean":
+        return reduce(embeddings, "s r c ch -> s ch", "mean")
+    return rearrange(embeddings, "s r c ch -> s (r c ch)")
+
+
+def probe_accuracy(
+    features: NDArray[np.float32],
+    train: ProbeSplit,
+    test: ProbeSplit,
+    config: ProbeConfig,
+    *,
+    seed: int,
+) -> float:
+    """Test accuracy of a linear classifier, in [0, 1].
+
+    Multinomial logistic regression (L-BFGS, to convergence) on features standardised with the
+    training split's statistics; the L2 strength is the best of `STRENGTHS` on a validation part
+    of the training split.
+
+    Parameters
+    ----------
+    features : array
+        [sample, feature], the training samples first, then the test samples.
+    train, test : ProbeSplit
+    config : ProbeConfig
+    seed : int
+
+    Raises
+    ------
+    DataError
+        If the training split has only one class.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
+
+    fitted, unseen = features[: len(train.ids)], features[len(train.ids) :]
+    if len(np.unique(train.labels)) < 2:
+        raise DataError("the training split has labels of one class only: nothing to classify")
+    order = np.random.default_rng(derive_seed(seed, "probe")).permutation(len(fitted))
+    held = max(1, round(config.validation * len(order)))
+    validation, fit = order[:held], order[held:]
+
+    def accuracy(strength: float, rows: NDArray[np.int64], x: object, y: object) -> float:
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
+        # One thread: on problems of this size threads cost twenty times what they save.
+        with warnings.catch_warnings(), threadpool_limits(1):
+            warnings.filterwarnings("ignore", message=".*lbfgs failed to converge.*")
+            classifier.fit(fitted[rows], train.labels[rows])
+        return float(classifier.score(x, y))
+
+    best = max(
+        STRENGTHS,
+        key=lambda c: accuracy(c, fit, fitted[validation], train.labels[validation]),
+    )
+    return accuracy(best, order, unseen, test.labels)
+
+
+def chain_embeddings(
+    modules: Sequence[FrozenModule], source: Source, ids: list[str], config: ExtractConfig
+) -> list[NDArray[np.float32]]:
+    """Embeddings of every module of a frozen chain, without storing activations.
+
+    Returns
+    -------
+    list of arrays
+        One per module: [sample, grid_row, grid_col, channel].
+    """
+    collected: list[list[NDArray[np.float32]]] = [[] for _ in modules]
+    for start in range(0, len(ids), 64):  # so many that pieces are full, few enough for memory
+        batch = read_stacked(source, [Request(item_id) for item_id in ids[start : start + 64]])
+        samples, rows, columns = batch.shape[:3]
+        patches = torch.from_numpy(rearrange(batch, "s r c ch h w -> (s r c) ch h w"))
+        for number, frozen in enumerate(modules):
+            patches, embeddings = frozen_forward(frozen, patches, config)
+            grid = rearrange(embeddings, "(s r c) e -> s r c e", s=samples, r=rows, c=columns)
+            collected[number].append(grid.numpy())
+    return [np.concatenate(parts) for parts in collected]

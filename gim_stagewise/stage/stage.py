@@ -1,0 +1,338 @@
+"""One stage: train a module on its source, freeze it, extract its cache.
+
+What is current is kept, what is stale is made again, and both are said with the reason.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from gim_stagewise.cache import (
+    CacheLayout,
+    Digest,
+    Manifest,
+    auto_chunk,
+    discard_cache,
+    read_manifest,
+)
+from gim_stagewise.errors import (
+    CacheNotFoundError,
+    ConfigError,
+    CorruptCacheError,
+    StaleCacheError,
+)
+from gim_stagewise.models import output_shape
+from gim_stagewise.objectives import build_objective, check_rows
+from gim_stagewise.sources import Source
+from gim_stagewise.stage import identity
+from gim_stagewise.stage.checkpoint import FrozenWeights, module_tensors
+from gim_stagewise.stage.extract import extract
+from gim_stagewise.stage.freeze import FrozenModule, behaviour_digest, numerics
+from gim_stagewise.stage.train import TrainJob, train_module
+from gim_stagewise.stage.workspace import Workspace
+
+Cell = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What goes into a module and what comes out, for one sample.
+
+    Parameters
+    ----------
+    grid : (int, int)
+        Rows and columns of patches.
+    cell_in, cell_out : tuple of int
+        One patch before and after: (channel, height, width).
+    embedding : int
+        Channels of an embedding.
+    """
+
+    grid: tuple[int, int]
+    cell_in: Cell
+    cell_out: Cell
+    embedding: int
+
+
+def check_shape(workspace: Workspace, index: int, grid: tuple[int, int], cell: Cell) -> Shape:
+    """Check that module ``index`` can take its input, and say what it makes of it.
+
+    Raises
+    ------
+    ConfigError, ModuleRefusedError
+        If the module or its objective does not fit.
+    """
+    objective = workspace.module_config(index).objective
+    check_rows(
+        grid[0],
+        prediction_steps=objective.prediction_steps,
+        skip=objective.skip,
+        key=f"module.{index}.objective.prediction_steps",
+    )
+    out, embedding = output_shape(workspace.build(index, cell[0]), cell, key=f"module.{index}")
+    channels, height, width = out
+    return Shape(grid, cell, (channels, height, width), embedding)
+
+
+class Stage:
+    """The work of one module.
+
+    Parameters
+    ----------
+    workspace : Workspace
+    index : int
+        The module's number, from 1.
+    source : Source
+        Its input: patches of the dataset, or the cache of the module below.
+    grid, cell
+        Geometry of a sample of the source: rows and columns, and one patch.
+    """
+
+    def __init__(
+        self, workspace: Workspace, index: int, source: Source, grid: tuple[int, int], cell: Cell
+    ) -> None:
+        self.workspace = workspace
+        self.index = index
+        self.source = source
+        self._grid = grid
+        self._cell = cell
+        self._config = workspace.module_config(index)
+
+    @cached_property
+    def shape(self) -> Shape:
+        return check_shape(self.workspace, self.index, self._grid, self._cell)
+
+    @cached_property
+    def recipe(self) -> Digest:
+        """What the weights would be made of now."""
+        return identity.stage_recipe(self.workspace.config, self.index)
+
+    @cached_property
+    def input_content(self) -> str:
+        return self.source.content_digest()
+
+    # Weights
+
+    def train(self, *, force: bool = False) -> tuple[FrozenWeights, bool]:
+        """Train and freeze the module, unless current weights are there.
+
+        Returns
+        -------
+        (FrozenWeights, bool)
+            The weights, and whether they were trained now.
+        """
+        if not force:
+            weights, reason = self._current_weights()
+            if weights is not None:
+                return weights, False
+            if reason:
+                self._note(f"trained again: {reason}")
+        self._check_trainable()
+        checkpoint = self.workspace.checkpoint_path(self.index)
+        if force:
+            checkpoint.unlink(missing_ok=True)
+        weights = self._train()
+        checkpoint.unlink(missing_ok=True)
+        return weights, True
+
+    def load_weights(self) -> FrozenWeights:
+        """The frozen weights in the run's folder, if they belong to file, data and code.
+
+        Raises
+        ------
+        CacheNotFoundError, CorruptCacheError
+            If there are none that can be read.
+        StaleCacheError
+            If they belong to something else.
+        """
+        path = self.workspace.weights_path(self.index)
+        weights = FrozenWeights.load(path)
+        reason = self._staleness(weights)
+        if reason:
+            raise StaleCacheError(
+                f"{path} is stale: {reason}; train module {self.index} again first"
+            )
+        return weights
+
+    def _current_weights(self) -> tuple[FrozenWeights | None, str]:
+        """Weights that can be kept; else None and the reason, if there is more to say than that."""
+        try:
+            weights = FrozenWeights.load(self.workspace.weights_path(self.index))
+        except CacheNotFoundError:
+            return None, ""
+        except CorruptCacheError as error:
+            return None, str(error)
+        reason = self._staleness(weights)
+        return (None, reason) if reason else (weights, "")
+
+    def _staleness(self, weights: FrozenWeights) -> str:
+        """Why frozen weights do not belong to this file, data or code; empty if they do."""
+        changes = weights.recipe.differences(self.recipe)
+        if changes:
+            return "; ".join(changes)
+        if weights.input_content != self.input_content:
+            old, new = weights.input_content[:8], self.input_content[:8]
+            return f"the data of its input changed ({old}… → {new}…)"
+        builder = self.workspace.builder(self.index)
+        if builder.source_digest == weights.builder_source:
+            return ""
+        if self._behaviour(weights) != weights.behaviour:
+            return f"the code of {builder.reference!r} computes something else now"
+        self._note(f"the code of {builder.reference!r} changed, but not its results; kept")
+        return ""
+
+    def _behaviour(self, weights: FrozenWeights) -> str:
+        """Behaviour digest of these weights in the builder's code as it is now."""
+        try:
+            # On the CPU, so that it compares equal on machines with and without a GPU.
+            return behaviour_digest(self._frozen(weights, torch.device("cpu")), self._cell)
+        except (StaleCacheError, RuntimeError):
+            return "the weights do not fit"
+
+    def _check_trainable(self) -> None:
+        if len(self.source.split("unlabeled")) < 2:
+            raise ConfigError(
+                "the input has fewer than 2 unlabeled samples: nothing to train on",
+                key="source" if self.index == 1 else "--input",
+            )
+
+    def _train(self) -> FrozenWeights:
+        space, config = self.workspace, self._config
+        builder = space.builder(self.index)
+        run = Digest.of(
+            {
+                "recipe": self.recipe.value,
+                "input": self.input_content,
+                "builder": builder.source_digest,
+            }
+        )
+        step_listener = space.on_step
+        job = TrainJob(
+            stage=self.index,
+            module=space.build(self.index, self._cell[0]),
+            objective=build_objective(
+                config.objective,
+                channels=self.shape.embedding,
+                seed=space.config.seed,
+                index=self.index,
+            ),
+            source=self.source,
+            config=config.train,
+            seed=space.config.seed,
+            device=space.device,
+            checkpoint=space.checkpoint_path(self.index),
+            run=run.value,
+            on_step=None if step_listener is None else lambda n: step_listener(self.index, n),
+        )
+        tensors, record = train_module(job, space.progress)
+        # Objective, optimizer and gradients go before the module is built again to be frozen.
+        del job
+        gc.collect()
+        module = space.build(self.index, self._cell[0])
+        module.load_state_dict(tensors)
+        weights = FrozenWeights(
+            module=self.index,
+            recipe=self.recipe,
+            input_content=self.input_content,
+            builder_source=builder.source_digest,
+            behaviour=behaviour_digest(FrozenModule(module, torch.device("cpu")), self._cell),
+            record=record,
+            tensors=module_tensors(module),
+        )
+        weights.save(space.weights_path(self.index))
+        return weights
+
+    # Cache
+
+    def extract(self, weights: FrozenWeights, *, force: bool = False) -> tuple[Manifest, bool]:
+        """Build the module's cache, or go on building it, unless a valid one is there.
+
+        Returns
+        -------
+        (Manifest, bool)
+            The sealed cache's manifest, and whether work was done now.
+        """
+        path = self.workspace.cache_path(self.index)
+        manifest = self._manifest(weights)
+        if force:
+            discard_cache(path)
+        found, reason = self._valid_cache(manifest)
+        if found is not None:
+            return found, False
+        if reason:
+            self._note(f"cache built again: {reason}")
+        frozen = self._frozen(weights, self.workspace.device)
+        config = self.workspace.config.extract
+        return extract(frozen, self.source, path, manifest, config, self.workspace.progress), True
+
+    def _valid_cache(self, wanted: Manifest) -> tuple[Manifest | None, str]:
+        """A sealed cache that can be kept; else None and the reason, if there is more to say."""
+        try:
+            found = read_manifest(self.workspace.cache_path(self.index))
+        except CacheNotFoundError:
+            return None, ""
+        except CorruptCacheError as error:
+            return None, str(error)
+        changes = identity.cache_differences(found, wanted.recipe, wanted.content)
+        if changes:
+            return None, "; ".join(changes)
+        return (found, "") if found.sealed else (None, "")
+
+    def _frozen(self, weights: FrozenWeights, device: torch.device) -> FrozenModule:
+        module = self.workspace.build(self.index, self._cell[0])
+        try:
+            module.load_state_dict(weights.tensors)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise StaleCacheError(
+                f"{self.workspace.weights_path(self.index)} does not fit the module that "
+                f"{self._config.build!r} builds now: {reason}; train module {self.index} again"
+            ) from None
+        return FrozenModule(module, device)
+
+    def _manifest(self, weights: FrozenWeights) -> Manifest:
+        space, cache = self.workspace, self._config.cache
+        augment = space.config.augment
+        views = 1 + (augment.views if augment.random else 0)
+        record = numerics(space.device, space.config.extract, cache)
+        content = identity.cache_content(
+            weights,
+            self._config,
+            input_content=self.input_content,
+            in_shape=self._cell,
+            views=views,
+            numerics=record,
+        )
+        return Manifest(
+            pipeline=space.config.name,
+            module=self.index,
+            pipeline_text=space.text,
+            recipe=identity.cache_recipe(space.config, self.index),
+            content=content,
+            numerics=record,
+            precision={"name": cache.precision, "decode": None},
+            stored_operation=None,
+            encoding="patch",
+            layout=self._layout(views),
+        )
+
+    def _layout(self, views: int) -> CacheLayout:
+        cache = self._config.cache
+        layout = CacheLayout(
+            samples=len(self.source.items()),
+            views=views,
+            grid=self.shape.grid,
+            cell=self.shape.cell_out,
+            embedding=self.shape.embedding,
+            chunk=1,
+            codec=cache.codec,
+        )
+        chunk = auto_chunk(layout.sample_bytes) if cache.chunk == "auto" else cache.chunk
+        return replace(layout, chunk=min(chunk, layout.samples))
+
+    def _note(self, text: str) -> None:
+        self.workspace.progress.note(f"module {self.index}: {text}")

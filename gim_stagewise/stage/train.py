@@ -1,0 +1,258 @@
+"""Train one module to convergence on the patches or activations that its source gives.
+
+"Convergence" is early stopping on held-out unlabeled samples: training ends after ``patience``
+epochs without a better validation loss, or after ``max_epochs``, and the best weights are kept.
+
+Nothing random is stateful (see `gim_stagewise.seeds`), so a checkpoint is the weights, the
+optimizer's state and a few counters, and training goes on from the middle of an epoch exactly
+as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gim_stagewise.config import TrainConfig
+from gim_stagewise.errors import NonFiniteError
+from gim_stagewise.models import pool
+from gim_stagewise.objectives import InfoNCE
+from gim_stagewise.progress import Progress, Task
+from gim_stagewise.seeds import derive_seed
+from gim_stagewise.sources import Source
+from gim_stagewise.stage.checkpoint import (
+    TrainingRecord,
+    load_checkpoint,
+    module_tensors,
+    save_checkpoint,
+)
+from gim_stagewise.stage.loader import Loader, held_out, validation_batches
+
+
+@dataclass
+class _Counters:
+    """Where training is, and the best it has seen."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    epoch_loss: float = 0.0
+    best_loss: float = math.inf
+    best_epoch: int = 0
+    best_train_loss: float = math.inf
+    seconds: float = 0.0
+    finished: bool = False
+
+
+@dataclass
+class TrainJob:
+    """All that training a module needs.
+
+    Parameters
+    ----------
+    stage : int
+        The module's number, from 1.
+    module : nn.Module
+        With initial weights; trained in place.
+    objective : InfoNCE
+    source : Source
+        The stage's input.
+    config : TrainConfig
+    seed : int
+        The pipeline's seed.
+    device : torch.device
+    checkpoint : Path
+        Where training state is kept until the module is frozen.
+    run : str
+        Digest of what is trained on what; only a checkpoint with the same is taken up.
+    on_step : callable, optional
+        Called with the number of steps done in all, after each step.
+    """
+
+    stage: int
+    module: nn.Module
+    objective: InfoNCE
+    source: Source
+    config: TrainConfig
+    seed: int
+    device: torch.device
+    checkpoint: Path
+    run: str
+    on_step: Callable[[int], None] | None = field(default=None)
+
+
+def train_module(job: TrainJob, progress: Progress) -> tuple[dict[str, Tensor], TrainingRecord]:
+    """Train until convergence.
+
+    Returns
+    -------
+    (dict, TrainingRecord)
+        The best epoch's weights (on the CPU), and how training went.
+
+    Raises
+    ------
+    ConfigError
+        If there are too few samples for a batch, or for a validation set.
+    NonFiniteError
+        If the loss becomes NaN or infinite.
+    """
+    return _Trainer(job, progress).run()
+
+
+class _Trainer:
+    def __init__(self, job: TrainJob, progress: Progress) -> None:
+        self.job = job
+        self.progress = progress
+        self.module = job.module.to(job.device)
+        self.objective = job.objective.to(job.device)
+        self.optimizer = torch.optim.Adam(
+            [*self.module.parameters(), *self.objective.parameters()], lr=job.config.lr
+        )
+        ids = job.source.split("unlabeled")
+        train_ids, self.validation_ids = held_out(
+            ids, seed=job.seed, fraction=job.config.validation
+        )
+        self.loader = Loader(
+            job.source,
+            train_ids,
+            batch=job.config.batch,
+            window=job.config.shuffle_window,
+            seed=job.seed,
+            stage=job.stage,
+        )
+        self.at = _Counters()
+        self.best = module_tensors(self.module)
+
+    def run(self) -> tuple[dict[str, Tensor], TrainingRecord]:
+        self._resume()
+        started = time.monotonic() - self.at.seconds
+        total = self.job.config.max_epochs * self.loader.steps
+        done = self.at.epoch * self.loader.steps + self.at.step_in_epoch
+        label = f"module {self.job.stage}: train"
+        with self.progress.task(label, total=total, done=done, unit="step") as task:
+            while not self.at.finished:
+                self._train_epoch(task, started)
+                self._end_epoch(task)
+                self.at.seconds = time.monotonic() - started
+                self._save()
+        record = TrainingRecord(
+            epochs=self.at.epoch,
+            best_epoch=self.at.best_epoch,
+            train_loss=self.at.best_train_loss,
+            validation_loss=self.at.best_loss,
+            seconds=self.at.seconds,
+        )
+        return self.best, record
+
+    def _train_epoch(self, task: Task, started: float) -> None:
+        at, config = self.at, self.job.config
+        self.module.train()
+        for batch in self.loader.batches(at.epoch, start=at.step_in_epoch):
+            step = at.epoch * self.loader.steps + at.step_in_epoch
+            loss = self._step(batch, step)
+            at.epoch_loss += loss
+            at.step_in_epoch += 1
+            task.advance(loss=loss, epoch=at.epoch + 1)
+            at.seconds = time.monotonic() - started
+            if (step + 1) % config.checkpoint_every == 0:
+                self._save()
+            if self.job.on_step is not None:
+                self.job.on_step(step + 1)
+
+    def _step(self, batch: Tensor, step: int) -> float:
+        with torch.random.fork_rng(devices=_cuda_devices(self.job.device)):
+            # What the module itself draws (dropout) is a function of the step as well.
+            torch.manual_seed(derive_seed(self.job.seed, "forward", self.job.stage, step))
+            embeddings = self._embed(batch)
+        loss = self.objective(embeddings, generator=self._generator("negatives", step))
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"module {self.job.stage}: the loss became {value} at step {step} (epoch "
+                f"{self.at.epoch + 1}, lr {self.job.config.lr}); the last good checkpoint is "
+                f"{self.job.checkpoint if self.job.checkpoint.exists() else 'none'}. "
+                f"Lower module.{self.job.stage}.train.lr"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return value
+
+    def _embed(self, batch: Tensor) -> Float[Tensor, "sample row column channel"]:
+        samples, rows, columns = batch.shape[:3]
+        patches = rearrange(batch, "s r c ch h w -> (s r c) ch h w").to(self.job.device)
+        pooled = pool(self.module, self.module(patches))
+        return rearrange(pooled, "(s r c) e -> s r c e", s=samples, r=rows, c=columns)
+
+    def _end_epoch(self, task: Task) -> None:
+        at, config = self.at, self.job.config
+        validation_loss = self._validate()
+        train_loss = at.epoch_loss / self.loader.steps
+        at.epoch += 1
+        at.step_in_epoch = 0
+        at.epoch_loss = 0.0
+        if validation_loss < at.best_loss:
+            at.best_loss, at.best_epoch, at.best_train_loss = validation_loss, at.epoch, train_loss
+            self.best = module_tensors(self.module)
+        stalled = at.epoch - at.best_epoch >= config.patience
+        at.finished = stalled or at.epoch >= config.max_epochs
+        task.advance(0, train_loss=train_loss, validation_loss=validation_loss, epoch=at.epoch)
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        """Loss on the held-out samples; the same views and negatives in every epoch."""
+        self.module.eval()
+        total = 0.0
+        batches = validation_batches(self.job.source, self.validation_ids, self.job.config.batch)
+        for number, batch in enumerate(batches):
+            generator = self._generator("validation negatives", number)
+            loss = float(self.objective(self._embed(batch), generator=generator))
+            if not math.isfinite(loss):
+                raise NonFiniteError(
+                    f"module {self.job.stage}: the validation loss became {loss} after epoch "
+                    f"{self.at.epoch + 1} (lr {self.job.config.lr}); lower "
+                    f"module.{self.job.stage}.train.lr"
+                )
+            total += loss * len(batch)
+        return total / len(self.validation_ids)
+
+    def _generator(self, purpose: str, number: int) -> torch.Generator:
+        seed = derive_seed(self.job.seed, purpose, self.job.stage, number)
+        return torch.Generator().manual_seed(seed)
+
+    def _save(self) -> None:
+        state: dict[str, Any] = {
+            "run": self.job.run,
+            "counters": dict(vars(self.at)),
+            "module": self.module.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+        }
+        save_checkpoint(self.job.checkpoint, state)
+
+    def _resume(self) -> None:
+        state = load_checkpoint(self.job.checkpoint, run=self.job.run)
+        if state is None:
+            return
+        self.at = _Counters(**state["counters"])
+        self.module.load_state_dict(state["module"])
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.best = state["best"]
+        self.progress.note(
+            f"module {self.job.stage}: going on from epoch {self.at.epoch + 1}, "
+            f"step {self.at.step_in_epoch} of {self.loader.steps}"
+        )
+
+
+def _cuda_devices(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []

@@ -1,0 +1,77 @@
+"""A pipeline file with the folder its runs write to, and the modules it builds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gim_stagewise.config import ModuleConfig, PipelineConfig
+from gim_stagewise.models import Builder, build_module, resolve_builder
+from gim_stagewise.progress import Progress, Silent
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What all stages of a pipeline share.
+
+    Parameters
+    ----------
+    config : PipelineConfig
+    text : str
+        The pipeline file's text; every cache carries it along.
+    folder : Path
+        Where weights, caches, checkpoints and the run's record lie.
+    code_folder : Path or None
+        From where the user's own builders are imported; None forbids it.
+    device : torch.device
+    progress : Progress
+    on_step : callable, optional
+        Called after every training step with (module, steps done so far).
+    """
+
+    config: PipelineConfig
+    text: str
+    folder: Path
+    code_folder: Path | None
+    device: torch.device
+    progress: Progress = field(default_factory=Silent)
+    on_step: Callable[[int, int], None] | None = None
+
+    def weights_path(self, index: int) -> Path:
+        return self.folder / f"m{index}.safetensors"
+
+    def cache_path(self, index: int) -> Path:
+        return self.folder / f"m{index}.zarr"
+
+    def checkpoint_path(self, index: int) -> Path:
+        return self.folder / "checkpoints" / f"m{index}.pt"
+
+    @property
+    def record_path(self) -> Path:
+        return self.folder / "run.json"
+
+    def module_config(self, index: int) -> ModuleConfig:
+        return self.config.stage(index)
+
+    def builder(self, index: int) -> Builder:
+        """The callable behind ``module.<index>.build``."""
+        return resolve_builder(
+            self.module_config(index).build,
+            code_folder=self.code_folder,
+            key=f"module.{index}.build",
+        )
+
+    def build(self, index: int, in_channels: int) -> nn.Module:
+        """Module ``index`` with its initial weights, on the CPU."""
+        return build_module(
+            self.builder(index),
+            self.module_config(index).options,
+            in_channels=in_channels,
+            seed=self.config.seed,
+            index=index,
+            key=f"module.{index}.options",
+        )
