@@ -49,6 +49,10 @@ class _Group(click.Group):
                 "interrupted: what is done stays; give the same command again to go on", err=True
             )
             context.exit(130)
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            click.echo(f"error: {place}{error.strerror or error}", err=True)
+            context.exit(4)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception:

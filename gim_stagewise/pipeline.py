@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -259,8 +258,6 @@ class Pipeline:
         stage = self.stage(index)
         weights, trained = stage.train()
         _, extracted = stage.extract(weights)
-        del stage
-        gc.collect()
         path = self.workspace.cache_path(index)
         if not trained and not extracted:
             self.workspace.progress.note(f"module {index}: nothing to do, weights and cache match")

@@ -68,9 +68,8 @@ def stage_block(
             for name, values in arrays.items():
                 (folder / name).mkdir(parents=True)
                 shutil.copyfile(cache / name / "zarr.json", folder / name / "zarr.json")
-                target = zarr.open_array(
-                    str(folder / name), mode="r+", config={"write_empty_chunks": True}
-                )
+                stored = zarr.open_array(str(folder / name), mode="r+")
+                target = stored.with_config({"write_empty_chunks": True})
                 target[block.view, block.samples.slice] = values
             for file in files:
                 fsync_file(folder / file)

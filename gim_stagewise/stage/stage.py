@@ -5,7 +5,6 @@ What is current is kept, what is stale is made again, and both are said with the
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -231,7 +230,6 @@ class Stage:
         tensors, record = train_module(job, space.progress)
         # Objective, optimizer and gradients go before the module is built again to be frozen.
         del job
-        gc.collect()
         module = space.build(self.index, self._cell[0])
         module.load_state_dict(tensors)
         weights = FrozenWeights(

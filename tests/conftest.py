@@ -1,0 +1,77 @@
+"""A pipeline small enough to run in a second, on data made here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before torch is imported, here and in the processes that tests start: the same thread count
+# everywhere, and none of the test processes takes the others' cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import pytest
+
+TINY = """
+name = "tiny"
+seed = 3
+
+[source]
+kind = "npy"
+root = "{root}"
+splits.train = {{ images = "train.npy", labels = "train_labels.npy" }}
+splits.test = {{ images = "test.npy", labels = "test_labels.npy" }}
+
+[patches]
+size = 4
+stride = 2
+
+[objective]
+prediction_steps = 2
+negatives = 4
+
+[train]
+batch = 8
+lr = 3e-3
+max_epochs = 3
+patience = 3
+checkpoint_every = 2
+
+[cache]
+chunk = 7
+
+[extract]
+batch = 50
+
+[module.1]
+build = "residual"
+options = {{ stem = 4, channels = 6 }}
+
+[module.2]
+build = "residual"
+options = {{ channels = 8, stride = 2 }}
+
+[module.3]
+build = "residual"
+options = {{ channels = 5 }}
+"""
+
+
+def make_images(folder: Path, *, train: int = 40, test: int = 12) -> None:
+    """Stripes across or along, with noise: two classes that a linear probe can tell apart."""
+    draw = np.random.default_rng(0)
+    for split, count in {"train": train, "test": test}.items():
+        labels = draw.integers(0, 2, count)
+        stripes = (np.indices((12, 12)) // 2 % 2)[labels]
+        images = stripes * 0.6 + draw.random((count, 12, 12)) * 0.4
+        np.save(folder / f"{split}.npy", (images * 255).astype(np.uint8))
+        np.save(folder / f"{split}_labels.npy", labels)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """Path of a pipeline file with three modules and its data beside it."""
+    make_images(tmp_path)
+    file = tmp_path / "tiny.toml"
+    file.write_text(TINY.format(root=tmp_path))
+    return file

@@ -1,0 +1,58 @@
+"""What several tests compare."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    """Change a pipeline file; ``old`` must be there."""
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All frozen weights of a run, by module and name."""
+    found = {}
+    for file in sorted(folder.glob("m*.safetensors")):
+        for name, tensor in load_file(file).items():
+            found[f"{file.stem}.{name}"] = tensor
+    return found
+
+
+def caches_of(folder: Path) -> dict[str, NDArray[Any]]:
+    """All decoded arrays of all caches of a run, read with plain Zarr."""
+    found = {}
+    for path in sorted(folder.glob("m*.zarr")):
+        group = zarr.open_group(str(path), mode="r")
+        for name in ("activations", "pooled", "ids", "splits", "labels/class", "checksums"):
+            array: Any = group[name]
+            found[f"{path.stem}/{name}"] = array[...]
+    return found
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights and decoded caches of two runs are equal to the last bit."""
+    weights, expected = weights_of(one), weights_of(other)
+    assert weights.keys() == expected.keys()
+    assert weights
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, expected[name]), name
+    arrays, wanted = caches_of(one), caches_of(other)
+    assert arrays.keys() == wanted.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, wanted[name], err_msg=name)
+
+
+def live_parameters() -> int:
+    """Numbers held by all parameters that exist in this process, garbage included."""
+    return sum(o.numel() for o in gc.get_objects() if isinstance(o, torch.nn.Parameter))

@@ -1,0 +1,285 @@
+"""A cache is whole and right, or says what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gim_stagewise.cache import (
+    BuildFolder,
+    Cache,
+    CacheLayout,
+    CacheWriter,
+    Digest,
+    Manifest,
+    discard_cache,
+    read_manifest,
+)
+from gim_stagewise.config import AugmentConfig, ExtractConfig
+from gim_stagewise.errors import (
+    CacheNotFoundError,
+    CorruptCacheError,
+    NonFiniteError,
+    PartialCacheError,
+)
+from gim_stagewise.progress import Silent
+from gim_stagewise.sources import PatchSource, Request
+from gim_stagewise.sources.parts import ArrayPart, PartsSource
+from gim_stagewise.stage.extract import extract, extract_block
+from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
+from gim_stagewise.windows import PatchGrid
+
+SAMPLES = 10
+CONFIG = ExtractConfig(batch=6)
+
+
+def make_source(images: np.ndarray | None = None) -> PatchSource:
+    draw = np.random.default_rng(1)
+    if images is None:
+        images = draw.random((SAMPLES, 1, 6, 6), dtype=np.float32)
+    labels = np.arange(SAMPLES) % 3
+    parts = {"train": ArrayPart(images[:7], labels[:7]), "test": ArrayPart(images[7:], labels[7:])}
+    return PatchSource(PartsSource(parts), AugmentConfig(), PatchGrid(4, 2), seed=0)  # type: ignore[arg-type]
+
+
+def make_frozen() -> FrozenModule:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return FrozenModule(nn.Conv2d(1, 3, 3), torch.device("cpu"))
+
+
+def make_manifest(*, codec: str = "lz4", content: str = "a") -> Manifest:
+    return Manifest(
+        pipeline="test",
+        module=1,
+        pipeline_text="",
+        recipe=Digest({"lr": 1}),
+        content=Digest({"weights": content}),
+        numerics={},
+        precision={"name": "float32", "decode": None},
+        stored_operation=None,
+        encoding="patch",
+        layout=CacheLayout(SAMPLES, 1, (2, 2), (3, 2, 2), 3, 4, codec),
+    )
+
+
+def build(path: Path, *, codec: str = "lz4") -> Cache:
+    extract(make_frozen(), make_source(), path, make_manifest(codec=codec), CONFIG, Silent())
+    return Cache(path)
+
+
+@pytest.mark.parametrize("codec", ["lz4", "zstd", "none"])
+def test_what_is_read_is_what_was_computed(tmp_path: Path, codec: str) -> None:
+    cache = build(tmp_path / "m1.zarr", codec=codec)
+    source, frozen = make_source(), make_frozen()
+    ids = [item.id for item in source.items()]
+    shuffled = [ids[i] for i in (9, 0, 5, 5, 2)]
+    for item_id, sample in zip(shuffled, cache.read([Request(i) for i in shuffled]), strict=True):
+        patches = torch.from_numpy(source.read([Request(item_id)])[0]).flatten(0, 1)
+        expected, _ = frozen_forward(frozen, patches, CONFIG)
+        torch.testing.assert_close(torch.from_numpy(sample).flatten(0, 1), expected)
+    assert [item.id for item in cache.items()] == ids
+    assert list(cache.split("test")) == ids[7:]
+    assert list(cache.split("unlabeled")) == ids[:7]
+    np.testing.assert_array_equal(cache.labels("class"), np.arange(SAMPLES) % 3)
+
+
+def test_all_zero_chunks_are_stored(tmp_path: Path) -> None:
+    frozen = FrozenModule(nn.Conv2d(1, 3, 3), torch.device("cpu"))
+    for parameter in frozen.parameters():
+        parameter.zero_()
+    extract(frozen, make_source(), tmp_path / "m1.zarr", make_manifest(), CONFIG, Silent())
+    assert len(list((tmp_path / "m1.zarr" / "activations").glob("c.*"))) == 3
+    assert not Cache(tmp_path / "m1.zarr").read([Request("train/0")])[0].any()
+
+
+def test_a_lost_chunk_is_an_error_and_not_zeros(tmp_path: Path) -> None:
+    cache = build(tmp_path / "m1.zarr")
+    (cache.path / "activations" / "c.0.1.0.0.0.0.0").unlink()
+    with pytest.raises(CorruptCacheError, match=r"c\.0\.1\.0\.0\.0\.0\.0 is missing"):
+        cache.read([Request("train/5")])
+    assert cache.read([Request("train/0")])
+
+
+@pytest.mark.parametrize("name", ["activations", "pooled", "ids", "splits", "labels/class"])
+def test_every_flipped_bit_is_noticed_on_reading(tmp_path: Path, name: str) -> None:
+    build(tmp_path / "m1.zarr")
+    file = next(iter(sorted((tmp_path / "m1.zarr" / name).glob("c.*"))))
+    whole = file.read_bytes()
+    for position in range(0, len(whole), max(1, len(whole) // 40)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        file.write_bytes(bytes(damaged))
+        cache = Cache(tmp_path / "m1.zarr")
+        with pytest.raises(CorruptCacheError, match="build it again"):
+            read_everything(cache)
+    file.unlink()
+    with pytest.raises(CorruptCacheError, match="is missing"):
+        read_everything(Cache(tmp_path / "m1.zarr"))
+
+
+def read_everything(cache: Cache) -> None:
+    ids = cache.ids.tolist()
+    cache.read([Request(item_id) for item_id in ids])
+    cache.read_pooled(ids)
+    for split in ("unlabeled", "train", "test"):
+        cache.split(split)
+    cache.labels("class")
+
+
+def test_a_cache_that_is_not_sealed_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "m1.zarr"
+    CacheWriter(path, make_manifest(), make_source())
+    with pytest.raises(PartialCacheError, match="never finished"):
+        Cache(path)
+    with pytest.raises(CacheNotFoundError, match="no cache at"):
+        Cache(tmp_path / "other.zarr")
+
+
+def stage_and_commit(writer: CacheWriter, count: int) -> None:
+    source, frozen = make_source(), make_frozen()
+    for block in writer.pending[:count]:
+        staged = extract_block(
+            writer.path, writer.staging, writer.manifest, block, frozen, source, CONFIG
+        )
+        writer.commit(staged)
+
+
+def test_a_build_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "m1.zarr"
+    first = CacheWriter(path, make_manifest(), make_source())
+    stage_and_commit(first, 2)
+    second = CacheWriter(path, make_manifest(), make_source())
+    assert [block.index for block in second.pending] == [2]
+    stage_and_commit(second, 1)
+    second.seal()
+    expected = build(tmp_path / "whole.zarr")
+    ids = [Request(str(i)) for i in expected.ids]
+    np.testing.assert_array_equal(Cache(path).read(ids), expected.read(ids))
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_torn_line_of_the_journal_is_not_believed(tmp_path: Path) -> None:
+    path = tmp_path / "m1.zarr"
+    writer = CacheWriter(path, make_manifest(), make_source())
+    stage_and_commit(writer, 2)
+    journal = BuildFolder(path).path / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-9])
+    assert [b.index for b in CacheWriter(path, make_manifest(), make_source()).pending] == [1, 2]
+
+
+def test_a_build_of_other_content_is_begun_again(tmp_path: Path) -> None:
+    path = tmp_path / "m1.zarr"
+    stage_and_commit(CacheWriter(path, make_manifest(), make_source()), 2)
+    other = CacheWriter(path, make_manifest(content="b"), make_source())
+    assert len(other.pending) == 3
+    assert read_manifest(path).content.parts == {"weights": "b"}
+
+
+def test_a_worker_left_over_from_an_earlier_run_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "m1.zarr"
+    old = CacheWriter(path, make_manifest(), make_source())
+    CacheWriter(path, make_manifest(), make_source())
+    source, frozen = make_source(np.ones((SAMPLES, 1, 6, 6), np.float32)), make_frozen()
+    block = old.blocks[0]
+    extract_block(path, old.staging, old.manifest, block, frozen, source, CONFIG)
+    assert list((path / "activations").glob("c.*")) == []
+
+
+def test_the_checksums_of_a_sealed_cache_are_those_of_its_files(tmp_path: Path) -> None:
+    import hashlib
+
+    import zarr
+
+    cache = build(tmp_path / "m1.zarr")
+    recorded = zarr.open_array(str(cache.path / "checksums"), mode="r")
+    for block in cache.manifest.layout.blocks(make_source()):
+        digest = hashlib.sha256()
+        for file in cache.manifest.layout.chunk_files(block):
+            digest.update((cache.path / file).read_bytes())
+        assert bytes(np.asarray(recorded[block.index])) == digest.digest()
+
+
+def test_non_finite_activations_stop_the_extraction_and_name_the_sample(tmp_path: Path) -> None:
+    images = np.zeros((SAMPLES, 1, 6, 6), np.float32)
+    images[5] = 3e38
+    frozen = make_frozen()
+    for parameter in frozen.parameters():
+        parameter.fill_(1e3)
+    with pytest.raises(NonFiniteError, match=r"1 samples: train/5"):
+        extract(
+            frozen, make_source(images), tmp_path / "m1.zarr", make_manifest(), CONFIG, Silent()
+        )
+    assert not read_manifest(tmp_path / "m1.zarr").sealed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["recipe"]["parts"].update(lr=2), "altered"),
+        (lambda m: m["content"].update(digest="0" * 64), "altered"),
+        (lambda m: m.update(format_version=99), "format 99"),
+        (lambda m: m.update(sealed="yes"), "damaged"),
+        (lambda m: m.pop("layout"), "damaged"),
+    ],
+)
+def test_an_altered_manifest_is_refused(tmp_path: Path, change: object, message: str) -> None:
+    build(tmp_path / "m1.zarr")
+    file = tmp_path / "m1.zarr" / "zarr.json"
+    content = json.loads(file.read_text())
+    change(content["attributes"]["gim_stage"])  # type: ignore[operator]
+    file.write_text(json.dumps(content))
+    with pytest.raises(CorruptCacheError, match=message):
+        Cache(tmp_path / "m1.zarr")
+
+
+def test_only_caches_are_replaced(tmp_path: Path) -> None:
+    precious = tmp_path / "m1.zarr"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("all of it")
+    with pytest.raises(CorruptCacheError, match="is not a cache"):
+        CacheWriter(precious, make_manifest(), make_source())
+    assert (precious / "thesis.txt").read_text() == "all of it"
+    build(tmp_path / "m2.zarr")
+    shutil.rmtree(tmp_path / "m2.zarr" / "activations")
+    discard_cache(tmp_path / "m2.zarr")
+    assert not (tmp_path / "m2.zarr").exists()
+
+
+def test_large_samples_are_cut_into_chunks_between_grid_rows(tmp_path: Path) -> None:
+    layout = CacheLayout(3, 1, (10, 10), (200, 16, 16), 200, 1, "none")
+    rows = layout.chunks["activations"][2]
+    assert 4 * rows * 10 * 200 * 16 * 16 <= 16_000_000 < 4 * (rows + 1) * 10 * 200 * 16 * 16
+    source = make_source()
+    for block in replace(layout, samples=SAMPLES).blocks(source)[:2]:
+        files = layout.chunk_files(block)
+        assert len(files) == len(set(files)) == -(-10 // rows) + 1
+
+
+def test_a_frozen_module_stays_frozen() -> None:
+    frozen = make_frozen()
+    frozen.eval()
+    with pytest.raises(RuntimeError, match="no train mode"):
+        frozen.train()
+    with pytest.raises(RuntimeError, match="no gradients"):
+        frozen.requires_grad_()
+    rows = torch.ones(2, 1, 4, 4, requires_grad=True)
+    z, pooled = frozen(rows)
+    assert not z.requires_grad
+    assert not pooled.requires_grad
+
+
+def test_the_one_forward_gives_a_row_the_same_bits_in_any_company() -> None:
+    frozen = make_frozen()
+    rows = torch.randn(13, 1, 4, 4, generator=torch.Generator().manual_seed(2))
+    whole, _ = frozen_forward(frozen, rows, CONFIG)
+    for count in (1, 5, 6, 7, 12):
+        part, _ = frozen_forward(frozen, rows[:count], CONFIG)
+        assert torch.equal(part, whole[:count])

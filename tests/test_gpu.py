@@ -1,0 +1,51 @@
+"""The same promises on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_same_run, caches_of, edit
+
+from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.stage.checkpoint import FrozenWeights
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+
+def test_a_run_on_a_gpu_is_repeatable_and_resumes(tiny: Path, tmp_path: Path) -> None:
+    class StopError(Exception):
+        pass
+
+    def stop(module: int, step: int) -> None:
+        if (module, step) == (2, 6):
+            raise StopError
+
+    Pipeline.from_file(tiny, folder=tmp_path / "whole", device="cuda").run()
+    with pytest.raises(StopError):
+        Pipeline.from_file(tiny, folder=tmp_path / "parts", device="cuda", on_step=stop).run()
+    Pipeline.from_file(tiny, folder=tmp_path / "parts", device="cuda").run()
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_gpu_and_cpu_extract_the_same_within_rounding(tiny: Path, tmp_path: Path) -> None:
+    edit(tiny, "max_epochs = 3", "max_epochs = 1")
+    on_gpu = Pipeline.from_file(tiny, folder=tmp_path / "gpu", device="cuda")
+    on_gpu.run()
+    on_cpu = Pipeline.from_file(tiny, folder=tmp_path / "cpu", device="cpu")
+    stage = on_cpu.stage(1)
+    weights = FrozenWeights.load(on_gpu.workspace.weights_path(1))
+    stage.extract(weights)
+    one, other = caches_of(tmp_path / "gpu"), caches_of(tmp_path / "cpu")
+    np.testing.assert_allclose(one["m1/activations"], other["m1/activations"], rtol=1e-4, atol=1e-5)
+
+
+def test_no_parameter_stays_on_the_gpu(tiny: Path, tmp_path: Path) -> None:
+    before = torch.cuda.memory_allocated()
+    Pipeline.from_file(tiny, folder=tmp_path / "out", device="cuda").run()
+    assert torch.cuda.memory_allocated() == before

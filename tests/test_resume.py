@@ -1,0 +1,142 @@
+"""A run that is killed goes on where it was, and ends in the same bits."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_same_run, edit
+
+from gim_stagewise.cache import BuildFolder, Cache, read_manifest
+from gim_stagewise.errors import PartialCacheError
+from gim_stagewise.pipeline import Pipeline
+
+# Runs a pipeline, counts the work as it is done, and kills itself without warning at a point.
+SCRIPT = """
+import os, signal, sys
+from contextlib import contextmanager
+from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.progress import Silent, Task
+
+file, folder, label, limit = sys.argv[1:5]
+log = open(sys.argv[5], "a")
+
+class Deadly(Silent):
+    @contextmanager
+    def task(self, name, *, total, done=0, unit):
+        class Counter(Task):
+            advances = 0
+            def advance(self, count=1, **figures):
+                if count:
+                    log.write(name + "\\n"); log.flush()
+                    self.advances += 1
+                    if name == label and self.advances == int(limit):
+                        os.kill(os.getpid(), signal.SIGKILL)
+        yield Counter()
+
+Pipeline.from_file(file, folder=folder, device="cpu", progress=Deadly()).run()
+"""
+
+
+def run_and_die(file: Path, folder: Path, label: str, limit: int, log: Path) -> int:
+    command = [sys.executable, "-c", SCRIPT, str(file), str(folder), label, str(limit), str(log)]
+    return subprocess.run(command, check=False, capture_output=True).returncode
+
+
+@pytest.fixture
+def undisturbed(tiny: Path, tmp_path: Path) -> Path:
+    Pipeline.from_file(tiny, folder=tmp_path / "undisturbed", device="cpu").run()
+    return tmp_path / "undisturbed"
+
+
+def test_a_run_killed_in_training_and_in_extraction_ends_in_the_same_bits(
+    tiny: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    folder, log = tmp_path / "killed", tmp_path / "log"
+    # 36 training samples make 4 steps an epoch; step 7 is in the middle of the second epoch.
+    assert run_and_die(tiny, folder, "module 2: train", 7, log) == -signal.SIGKILL
+    assert not (folder / "m2.safetensors").exists()
+    assert run_and_die(tiny, folder, "module 2: extract", 3, log) == -signal.SIGKILL
+    with pytest.raises(PartialCacheError):
+        Cache(folder / "m2.zarr")
+    assert run_and_die(tiny, folder, "none", 0, log) == 0
+    assert_same_run(folder, undisturbed)
+
+    # The repeated work: checkpoints come every 2 steps, blocks are never done twice.
+    work = log.read_text().splitlines()
+    assert work.count("module 1: train") == 12
+    assert 12 <= work.count("module 2: train") <= 12 + 2
+    assert work.count("module 2: extract") == 8
+
+
+def test_training_goes_on_from_the_middle_of_an_epoch_bit_for_bit(
+    tiny: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    class StopError(Exception):
+        pass
+
+    def stop_at_step_6(module: int, step: int) -> None:
+        if (module, step) == (1, 6):
+            raise StopError
+
+    folder = tmp_path / "stopped"
+    with pytest.raises(StopError):
+        Pipeline.from_file(tiny, folder=folder, device="cpu", on_step=stop_at_step_6).run()
+    state = torch.load(folder / "checkpoints" / "m1.pt", weights_only=True)
+    assert state["counters"]["step_in_epoch"] == 2
+    steps: list[int] = []
+    resumed = Pipeline.from_file(
+        tiny, folder=folder, device="cpu", on_step=lambda m, s: steps.append(s) if m == 1 else None
+    )
+    resumed.run()
+    assert steps == list(range(7, 13))
+    assert_same_run(folder, undisturbed)
+
+
+def test_dropout_resumes_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "noisy.py").write_text(
+        "from torch import nn\n"
+        "def block(in_channels):\n"
+        "    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.Dropout(0.5))\n"
+    )
+    edit(tiny, 'build = "residual"\noptions = { stem = 4, channels = 6 }', 'build = "noisy:block"')
+    tiny.write_text(tiny.read_text().partition("[module.2]")[0])
+
+    class StopError(Exception):
+        pass
+
+    def stop(module: int, step: int) -> None:
+        if step == 6:
+            raise StopError
+
+    Pipeline.from_file(tiny, folder=tmp_path / "whole", device="cpu").run()
+    torch.rand(17)  # the global random state has no part in it
+    with pytest.raises(StopError):
+        Pipeline.from_file(tiny, folder=tmp_path / "parts", device="cpu", on_step=stop).run()
+    Pipeline.from_file(tiny, folder=tmp_path / "parts", device="cpu").run()
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_checkpoint_of_other_settings_is_not_taken_up(tiny: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    run_and_die(tiny, tmp_path / "out", "module 1: train", 7, log)
+    assert (tmp_path / "out" / "checkpoints" / "m1.pt").exists()
+    edit(tiny, "lr = 3e-3", "lr = 1e-3")
+    Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run()
+    Pipeline.from_file(tiny, folder=tmp_path / "fresh", device="cpu").run()
+    assert_same_run(tmp_path / "out", tmp_path / "fresh")
+
+
+def test_a_partial_cache_of_other_content_is_begun_again(tiny: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    run_and_die(tiny, tmp_path / "out", "module 1: extract", 3, log)
+    manifest = read_manifest(tmp_path / "out" / "m1.zarr")
+    assert BuildFolder(tmp_path / "out" / "m1.zarr").done_blocks(manifest.content) >= 2
+    edit(tiny, "[extract]\nbatch = 50", "[extract]\nbatch = 49")
+    Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run()
+    Pipeline.from_file(tiny, folder=tmp_path / "fresh", device="cpu").run()
+    assert_same_run(tmp_path / "out", tmp_path / "fresh")
