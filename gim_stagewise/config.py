@@ -272,14 +272,17 @@ def _parse(model: type[_T], content: Any, prefix: tuple[str, ...] = ()) -> _T:
         raise _explain(first, model, prefix) from None
 
 
+_UNION_MARKERS = {"int", "str", "constrained-int", "literal['auto']", "[key]"}
+
+
 def _explain(details: Any, model: type[_Table], prefix: tuple[str, ...]) -> ConfigError:
-    location = tuple(str(part) for part in details["loc"])
-    # Pydantic ends the path of a union or a dict key with a marker of its own.
-    location = tuple(part for part in location if not re.search(r"[\[\]()]", part))
-    while location and location[-1] in {"int", "str", "literal", "constrained-int"}:
-        location = location[:-1]
-    key = ".".join((*prefix, *location)) or None
     kind, value = details["type"], details["input"]
+    location = tuple(str(part) for part in details["loc"])
+    if kind != "extra_forbidden":
+        # Pydantic ends the path of a union with a marker of its own.
+        while location and location[-1] in _UNION_MARKERS:
+            location = location[:-1]
+    key = ".".join((*prefix, *location)) or None
     if kind == "missing":
         return ConfigError("missing; the pipeline file must give it", key=key)
     if kind == "extra_forbidden":

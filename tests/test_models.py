@@ -120,7 +120,7 @@ def test_only_the_first_block_strides_and_there_are_as_many_as_asked() -> None:
             ],
         ),
         ("stem_kernel", 4, "stem_kernel must be odd, got 4"),
-        ("stem_kernel", -3, "stem_kernel must be odd"),
+        ("stem_kernel", -3, "stem_kernel must be at least 1, got -3"),
         ("chanels", 3, "chanels"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import struct
 from collections.abc import Mapping, Sequence
@@ -214,12 +215,8 @@ def test_reading_by_position_is_slicing_what_numpy_loads(
 def test_a_slice_with_a_step_is_read_right_or_refused(tmp_path: Path, rows: slice) -> None:
     array = pixels(6, 2)
     np.save(tmp_path / "a.npy", array)
-    try:
-        read = NpyFile(tmp_path / "a.npy")[rows]
-    except (ValueError, TypeError, IndexError) as error:
-        assert not isinstance(error, DataError)
-    else:
-        np.testing.assert_array_equal(read, array[rows])
+    with contextlib.suppress(IndexError, TypeError, NotImplementedError):
+        np.testing.assert_array_equal(NpyFile(tmp_path / "a.npy")[rows], array[rows])
 
 
 def broken_npy(path: Path, kind: str) -> None:

@@ -6,14 +6,17 @@ import path), never because a cache says so.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import resolve_name
 from operator import attrgetter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -101,15 +104,16 @@ def build_module(
         If the builder refuses the options or does not return an ``nn.Module``.
     """
     arguments = dict(options)
-    if "in_channels" in inspect.signature(builder.call).parameters:
+    if _takes_in_channels(builder):
         arguments.setdefault("in_channels", in_channels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "weights", index))
         try:
             module = builder.call(**arguments)
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             raise ConfigError(
-                f"{builder.reference!r} refused {arguments}: {error}", key=key
+                f"{builder.reference!r} refused {arguments}: {type(error).__name__}: {error}",
+                key=key,
             ) from error
     if not isinstance(module, nn.Module):
         raise ConfigError(
@@ -119,49 +123,85 @@ def build_module(
     return module
 
 
-def _import_from(name: str, folder: Path) -> Any:
+def _takes_in_channels(builder: Builder) -> bool:
+    try:
+        return "in_channels" in inspect.signature(builder.call).parameters
+    except ValueError:  # some callables written in C have no signature
+        return False
+
+
+# Modules that came from a pipeline's folder, by name: another pipeline in the same process may have
+# modules of the same names in another folder.
+_imported: dict[str, Path] = {}
+
+
+def _import_from(name: str, folder: Path) -> ModuleType:
     folder = folder.resolve()
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    top = name.partition(".")[0]
-    loaded = sys.modules.get(top)
-    if loaded is not None and any(
-        (folder / f).is_file() for f in (f"{top}.py", f"{top}/__init__.py")
-    ):
-        origin = getattr(loaded, "__file__", None)
-        if origin is None or not Path(origin).resolve().is_relative_to(folder):
-            # Another pipeline's code of the same name was imported before.
-            for known in [key for key in sys.modules if key == top or key.startswith(f"{top}.")]:
-                del sys.modules[known]
-            sys.path.remove(str(folder))
-            sys.path.insert(0, str(folder))
+    for known, origin in list(_imported.items()):
+        if origin != folder:
+            sys.modules.pop(known, None)
+            del _imported[known]
+            if str(origin) in sys.path:
+                sys.path.remove(str(origin))
+    if str(folder) in sys.path:
+        sys.path.remove(str(folder))
+    sys.path.insert(0, str(folder))
+    before = set(sys.modules)
     importlib.invalidate_caches()
-    return importlib.import_module(name)
+    try:
+        return importlib.import_module(name)
+    finally:
+        for new in set(sys.modules) - before:
+            if _lies_under(sys.modules[new], folder):
+                _imported[new] = folder
+
+
+def _lies_under(module: ModuleType, folder: Path) -> bool:
+    """Whether a module's code is below a folder, and not in an environment that lies there."""
+    places = [getattr(module, "__file__", None), *getattr(module, "__path__", [])]
+    for place in places:
+        if place is not None and Path(place).resolve().is_relative_to(folder):
+            return "site-packages" not in Path(place).resolve().relative_to(folder).parts
+    return False
 
 
 def _our_files() -> set[Path]:
     return set(Path(__file__).parent.glob("*.py"))
 
 
-def _user_files(module: Any) -> set[Path]:
-    """Imported files that belong to the builder: its package, or its folder if it has none."""
-    origin = getattr(module, "__file__", None)
-    if origin is None:
-        return set()
-    root = Path(origin).resolve().parent
-    for _ in range(module.__name__.count(".") - (0 if hasattr(module, "__path__") else 1)):
-        root = root.parent
-    files = set()
-    for loaded in list(sys.modules.values()):
-        path = getattr(loaded, "__file__", None)
-        if path and path.endswith(".py"):
-            resolved = Path(path).resolve()
-            if (
-                resolved.is_relative_to(root)
-                and "site-packages" not in resolved.relative_to(root).parts
-            ):
-                files.add(resolved)
+def _user_files(module: ModuleType) -> set[Path]:
+    """The builder's file and what it imports, at any remove, from its own package or folder."""
+    top = sys.modules[module.__name__.partition(".")[0]]
+    places = getattr(top, "__path__", None) or [Path(getattr(top, "__file__", None) or ".").parent]
+    root = Path(next(iter(places))).resolve()
+    files: set[Path] = set()
+    waiting = [module]
+    while waiting:
+        current = waiting.pop()
+        origin = getattr(current, "__file__", None)
+        if not origin or not origin.endswith(".py") or not _lies_under(current, root):
+            continue
+        file = Path(origin).resolve()
+        if file not in files:
+            files.add(file)
+            names = _imported_names(file, current)
+            waiting += [sys.modules[name] for name in names if name in sys.modules]
     return files
+
+
+def _imported_names(file: Path, module: ModuleType) -> set[str]:
+    """Names of modules that a file's import statements may mean."""
+    package = getattr(module, "__package__", None) or ""
+    names = {module.__name__.rpartition(".")[0]}
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            relative = "." * node.level + (node.module or "")
+            base = resolve_name(relative, package) if node.level else relative
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    # "import a.b" runs a as well.
+    return {".".join(name.split(".")[:n]) for name in names for n in range(1, 9)} - {""}
 
 
 def _files_digest(files: set[Path]) -> str:

@@ -53,38 +53,54 @@ def output_shape(
         a forward changes a buffer.
     """
     training = module.training
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         rows = torch.randn(2, *in_shape, requires_grad=True)
         try:
             module.train()
-            before = {name: buffer.clone() for name, buffer in module.named_buffers()}
-            z = _forward(module, rows, in_shape, key)
-            pooled = pool(module, z)
+            z, pooled = _forward(module, rows, key)
             _check_shapes(z, pooled, key)
             _check_buffers(module, before, key)
-            _check_rows_alone(pooled, rows, key)
+            _check_rows_alone(module, rows, key)
         finally:
             module.train(training)
             module.zero_grad(set_to_none=True)
+            _restore_buffers(module, before)
     return tuple(z.shape[1:]), pooled.shape[1]
 
 
-def _forward(module: nn.Module, rows: Tensor, in_shape: tuple[int, ...], key: str) -> Tensor:
+def _forward(module: nn.Module, rows: Tensor, key: str) -> tuple[Tensor, Tensor]:
+    """Outputs and embeddings, always with the same draws (dropout)."""
+    torch.manual_seed(1)
     try:
         z = module(rows)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        size = "×".join(map(str, in_shape))
+    except Exception as error:
+        size = "×".join(map(str, rows.shape[1:]))
         raise ModuleRefusedError(
             f"cannot take its input, patches of {size} (channels×height×width): "
-            f"{str(error).splitlines()[0]}; change the module or the one below it",
+            f"{_first_line(error)}; change the module or the one below it",
             key=key,
         ) from error
     if not isinstance(z, Tensor):
         raise ModuleRefusedError(
             f"returned {type(z).__name__}, expected one tensor of outputs", key=key
         )
-    return z
+    try:
+        pooled = pool(module, z)
+    except Exception as error:
+        raise ModuleRefusedError(f"its pool failed: {_first_line(error)}", key=key) from error
+    if not isinstance(pooled, Tensor):
+        raise ModuleRefusedError(
+            f"its pool returned {type(pooled).__name__}, expected a tensor [patch, channel]",
+            key=key,
+        )
+    return z, pooled
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _check_shapes(z: Tensor, pooled: Tensor, key: str) -> None:
@@ -105,9 +121,6 @@ def _check_shapes(z: Tensor, pooled: Tensor, key: str) -> None:
 def _check_buffers(module: nn.Module, before: dict[str, Tensor], key: str) -> None:
     for name, buffer in module.named_buffers():
         if name not in before or not torch.equal(before[name], buffer):
-            with torch.no_grad():
-                for known, value in before.items():
-                    module.get_buffer(known).copy_(value)
             raise ModuleRefusedError(
                 f"its forward changes the buffer {name!r}, so outputs would depend on what ran "
                 "before; use layers without running statistics (group norm, layer norm, none)",
@@ -115,14 +128,36 @@ def _check_buffers(module: nn.Module, before: dict[str, Tensor], key: str) -> No
             )
 
 
-def _check_rows_alone(pooled: Tensor, rows: Tensor, key: str) -> None:
-    if not pooled.requires_grad:
+def _restore_buffers(module: nn.Module, before: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            if name in before:
+                buffer.copy_(before[name])
+
+
+def _check_rows_alone(module: nn.Module, rows: Tensor, key: str) -> None:
+    """Each row's outputs must not change with the other row, nor have a gradient to it."""
+    z, pooled = _forward(module, rows, key)
+    if not z.requires_grad:
         raise ModuleRefusedError("its output does not depend on its input", key=key)
-    # Random weights, not a sum: normalisations make the plain sum of their outputs constant.
-    (gradient,) = torch.autograd.grad((pooled[0] * torch.randn_like(pooled[0])).sum(), rows)
-    if gradient[1].count_nonzero():
-        raise ModuleRefusedError(
-            "its output for one patch depends on the other patches of the batch (batch norm in "
-            "train mode?); use layers that treat each patch alone (group norm, layer norm, none)",
-            key=key,
-        )
+    for row, other in ((0, 1), (1, 0)):
+        # Random weights, not a sum: normalisations make the plain sum of their outputs constant.
+        scalar = (z[row] * torch.randn_like(z[row])).sum()
+        scalar = scalar + (pooled[row] * torch.randn_like(pooled[row])).sum()
+        (gradient,) = torch.autograd.grad(scalar, rows, retain_graph=True, allow_unused=True)
+        if gradient is None:
+            raise ModuleRefusedError("its output does not depend on its input", key=key)
+        changed = rows.detach().clone()
+        changed[other] = 3 * torch.randn_like(changed[other])
+        with torch.no_grad():
+            again, again_pooled = _forward(module, changed, key)
+        # What is detached has no gradient, so values are compared as well.
+        same = torch.allclose(again[row], z[row], rtol=1e-4, atol=1e-5)
+        same = same and torch.allclose(again_pooled[row], pooled[row], rtol=1e-4, atol=1e-5)
+        if gradient[other].count_nonzero() or not same:
+            raise ModuleRefusedError(
+                "its output for one patch depends on the other patches of the batch (batch norm "
+                "in train mode?); use layers that treat each patch alone (group norm, layer norm, "
+                "none)",
+                key=key,
+            )

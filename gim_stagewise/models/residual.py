@@ -68,12 +68,17 @@ def residual_module(
     ------
     ValueError
         If a number is below 1 or ``stem_kernel`` is even.
+    TypeError
+        If it is no whole number.
     """
-    numbers = {"channels": channels, "blocks": blocks, "stride": stride, "stem": stem or 1}
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
-    if stem_kernel < 1 or stem_kernel % 2 == 0:
+    _check_numbers(
+        channels=channels,
+        blocks=blocks,
+        stride=stride,
+        stem=1 if stem is None else stem,
+        stem_kernel=stem_kernel,
+    )
+    if stem_kernel % 2 == 0:
         raise ValueError(f"stem_kernel must be odd, got {stem_kernel}")
     layers: list[nn.Module] = []
     if stem is not None:
@@ -84,3 +89,11 @@ def residual_module(
         layers.append(PreActivationBlock(in_channels, channels, stride=block_stride))
         in_channels = channels
     return nn.Sequential(*layers)
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name} must be a whole number, got {number!r}")
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
