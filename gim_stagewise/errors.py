@@ -59,6 +59,12 @@ class CorruptCacheError(GimStageError, RuntimeError):
     """Stored bytes are not what was written."""
 
 
+class WorkersLostError(GimStageError, RuntimeError):
+    """The workers of a cluster are gone, or cannot do the work."""
+
+    exit_code = 4
+
+
 class NonFiniteError(GimStageError, ArithmeticError):
     """NaN or infinity turned up in training or in activations."""
 

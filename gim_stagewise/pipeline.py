@@ -16,7 +16,7 @@ from gim_stagewise.cache import Cache, read_manifest
 from gim_stagewise.config import PipelineConfig, load_pipeline, parse_pipeline
 from gim_stagewise.errors import ConfigError, DataError, StaleCacheError
 from gim_stagewise.progress import Progress, Silent
-from gim_stagewise.sources import PatchSource, open_source
+from gim_stagewise.sources import PatchSource
 from gim_stagewise.stage.checkpoint import TrainingRecord
 from gim_stagewise.stage.freeze import FrozenModule, resolve_device
 from gim_stagewise.stage.identity import cache_recipe
@@ -28,8 +28,7 @@ from gim_stagewise.stage.probe import (
     probe_splits,
 )
 from gim_stagewise.stage.stage import Shape, Stage, check_shape
-from gim_stagewise.stage.workspace import Workspace
-from gim_stagewise.windows import PatchGrid
+from gim_stagewise.stage.workspace import Workspace, open_patches
 
 Pooling = Literal["mean", "all"]
 StepListener = Callable[[int, int], None]
@@ -161,13 +160,7 @@ class Pipeline:
     @cached_property
     def source(self) -> PatchSource:
         """The dataset as patches: what module 1 is trained on."""
-        patches = self.config.patches
-        return PatchSource(
-            open_source(self.config.source),
-            self.config.augment,
-            PatchGrid(patches.size, patches.stride),
-            seed=self.config.seed,
-        )
+        return open_patches(self.config)
 
     def stage(self, index: int, input_path: str | Path | None = None) -> Stage:
         """Stage ``index`` on the dataset, or on the cache of the module below.

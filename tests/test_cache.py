@@ -13,14 +13,17 @@ import torch
 from torch import nn
 
 from gim_stagewise.cache import (
+    Block,
     BuildFolder,
     Cache,
     CacheLayout,
     CacheWriter,
     Digest,
     Manifest,
+    StagedBlock,
     discard_cache,
     read_manifest,
+    stage_block,
 )
 from gim_stagewise.config import AugmentConfig, ExtractConfig
 from gim_stagewise.errors import (
@@ -29,10 +32,9 @@ from gim_stagewise.errors import (
     NonFiniteError,
     PartialCacheError,
 )
-from gim_stagewise.progress import Silent
 from gim_stagewise.sources import PatchSource, Request
 from gim_stagewise.sources.parts import ArrayPart, PartsSource
-from gim_stagewise.stage.extract import extract, extract_block
+from gim_stagewise.stage.extract import compute_block
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
 from gim_stagewise.windows import PatchGrid
 
@@ -70,8 +72,23 @@ def make_manifest(*, codec: str = "lz4", content: str = "a") -> Manifest:
     )
 
 
+def stage(
+    writer: CacheWriter, block: Block, frozen: FrozenModule, source: PatchSource
+) -> StagedBlock:
+    ids = [item.id for item in source.items()[block.samples.slice]]
+    arrays = compute_block(frozen, source, ids, block.view, CONFIG)
+    return stage_block(writer.path, writer.staging, writer.manifest, block, arrays)
+
+
+def extract(frozen: FrozenModule, source: PatchSource, path: Path, manifest: Manifest) -> None:
+    writer = CacheWriter(path, manifest, source)
+    for block in writer.pending:
+        writer.commit(stage(writer, block, frozen, source))
+    writer.seal()
+
+
 def build(path: Path, *, codec: str = "lz4") -> Cache:
-    extract(make_frozen(), make_source(), path, make_manifest(codec=codec), CONFIG, Silent())
+    extract(make_frozen(), make_source(), path, make_manifest(codec=codec))
     return Cache(path)
 
 
@@ -95,7 +112,7 @@ def test_all_zero_chunks_are_stored(tmp_path: Path) -> None:
     frozen = FrozenModule(nn.Conv2d(1, 3, 3), torch.device("cpu"))
     for parameter in frozen.parameters():
         parameter.zero_()
-    extract(frozen, make_source(), tmp_path / "m1.zarr", make_manifest(), CONFIG, Silent())
+    extract(frozen, make_source(), tmp_path / "m1.zarr", make_manifest())
     assert len(list((tmp_path / "m1.zarr" / "activations").glob("c.*"))) == 3
     assert not Cache(tmp_path / "m1.zarr").read([Request("train/0")])[0].any()
 
@@ -146,10 +163,7 @@ def test_a_cache_that_is_not_sealed_is_not_read(tmp_path: Path) -> None:
 def stage_and_commit(writer: CacheWriter, count: int) -> None:
     source, frozen = make_source(), make_frozen()
     for block in writer.pending[:count]:
-        staged = extract_block(
-            writer.path, writer.staging, writer.manifest, block, frozen, source, CONFIG
-        )
-        writer.commit(staged)
+        writer.commit(stage(writer, block, frozen, source))
 
 
 def test_a_build_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -189,7 +203,7 @@ def test_a_worker_left_over_from_an_earlier_run_changes_nothing(tmp_path: Path) 
     CacheWriter(path, make_manifest(), make_source())
     source, frozen = make_source(np.ones((SAMPLES, 1, 6, 6), np.float32)), make_frozen()
     block = old.blocks[0]
-    extract_block(path, old.staging, old.manifest, block, frozen, source, CONFIG)
+    stage(old, block, frozen, source)
     assert list((path / "activations").glob("c.*")) == []
 
 
@@ -214,9 +228,7 @@ def test_non_finite_activations_stop_the_extraction_and_name_the_sample(tmp_path
     for parameter in frozen.parameters():
         parameter.fill_(1e3)
     with pytest.raises(NonFiniteError, match=r"1 samples: train/5"):
-        extract(
-            frozen, make_source(images), tmp_path / "m1.zarr", make_manifest(), CONFIG, Silent()
-        )
+        extract(frozen, make_source(images), tmp_path / "m1.zarr", make_manifest())
     assert not read_manifest(tmp_path / "m1.zarr").sealed
 
 

@@ -173,7 +173,6 @@ def test_what_is_missing_is_named(tmp_path: Path, text: str, key: str) -> None:
     assert not JARGON.search(error.problem)
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="the key is taken for a path marker")
 @pytest.mark.parametrize(
     ("text", "key"),
     [

@@ -60,7 +60,8 @@ def stage_block(
     StorageError
         If the disk is full or failing; the block's staging folder is removed.
     """
-    folder = staging / f"block-{block.index}"
+    # Of its own for each attempt: a block whose worker was lost is computed again by another.
+    folder = staging / f"block-{block.index}-{uuid.uuid4().hex[:8]}"
     files = manifest.layout.chunk_files(block)
     digest = hashlib.sha256()
     with storage_errors(f"writing block {block.index} of {cache}"):

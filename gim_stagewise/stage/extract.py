@@ -1,20 +1,156 @@
-"""Run a frozen module over a whole dataset, block by block, into a cache."""
+"""Run a frozen module over a whole dataset, block by block, into a cache.
+
+A `BlockJob` says all that any process needs to compute and stage blocks; a `BlockWorker` does it.
+Who runs the workers (this process, or Dask's) is decided in `gim_stagewise.stage.parallel`; the
+coordinator alone commits what they staged.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from einops import rearrange
 from numpy.typing import NDArray
+from torch import Tensor
 
-from gim_stagewise.cache import Block, CacheWriter, Manifest, StagedBlock, stage_block
-from gim_stagewise.config import ExtractConfig
+from gim_stagewise.cache import Block, Cache, CacheWriter, Manifest, StagedBlock, stage_block
+from gim_stagewise.config import ExtractConfig, PipelineConfig
 from gim_stagewise.errors import NonFiniteError
 from gim_stagewise.progress import Progress
 from gim_stagewise.sources import Request, Source, read_stacked
-from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
+from gim_stagewise.stage.freeze import (
+    FrozenModule,
+    check_numerics,
+    frozen_forward,
+    resolve_device,
+)
+from gim_stagewise.stage.workspace import Workspace, open_patches
+
+
+@dataclass(frozen=True)
+class BlockJob:
+    """What is needed to compute blocks of one cache, in this process or another.
+
+    Parameters
+    ----------
+    config : PipelineConfig
+    code_folder : Path or None
+        From where the user's own builders are imported.
+    input_path : Path or None
+        The input's cache; None for the dataset itself.
+    in_channels : int
+    device : str
+        "cpu" or "cuda".
+    weights : dict
+        State of the frozen module.
+    cache, staging : Path
+        The cache that is built, and this run's staging folder; its name is the run's token.
+    manifest : Manifest
+    """
+
+    config: PipelineConfig
+    code_folder: Path | None
+    input_path: Path | None
+    in_channels: int
+    device: str
+    weights: dict[str, Tensor]
+    cache: Path
+    staging: Path
+    manifest: Manifest
+
+    def open(self, source: Source | None = None) -> BlockWorker:
+        """Load the module and open the input, unless the caller has it open already.
+
+        Raises
+        ------
+        StaleCacheError
+            If this process would compute other bits than the manifest records.
+        """
+        device = resolve_device(self.device)
+        cache_config = self.config.stage(self.manifest.module).cache
+        check_numerics(self.manifest.numerics, device, self.config.extract, cache_config)
+        space = Workspace(self.config, "", self.cache.parent, self.code_folder, device)
+        module = space.build(self.manifest.module, self.in_channels)
+        module.load_state_dict(self.weights)
+        if source is None:
+            source = Cache(self.input_path) if self.input_path else open_patches(self.config)
+        return BlockWorker(self, FrozenModule(module, device), source)
+
+
+@dataclass(frozen=True)
+class BlockWorker:
+    """Computes and stages blocks: the unit of work, for any process."""
+
+    job: BlockJob
+    frozen: FrozenModule
+    source: Source
+
+    def __call__(self, block: Block) -> StagedBlock:
+        ids = [item.id for item in self.source.items()[block.samples.slice]]
+        arrays = compute_block(self.frozen, self.source, ids, block.view, self.job.config.extract)
+        return stage_block(self.job.cache, self.job.staging, self.job.manifest, block, arrays)
+
+
+class Executor(Protocol):
+    """Runs blocks somewhere."""
+
+    def run(self, job: BlockJob, source: Source, blocks: list[Block]) -> Generator[StagedBlock]:
+        """Stage all blocks, in any order."""
+
+
+class InProcess:
+    """Runs blocks one after the other in this process."""
+
+    def run(self, job: BlockJob, source: Source, blocks: list[Block]) -> Generator[StagedBlock]:
+        yield from map(job.open(source), blocks)
+
+
+def extract(
+    job: BlockJob, writer: CacheWriter, source: Source, executor: Executor, progress: Progress
+) -> Manifest:
+    """Build, or go on building, the cache of a frozen module, and seal it.
+
+    Parameters
+    ----------
+    job : BlockJob
+    writer : CacheWriter
+        Of the job's cache.
+    source : Source
+        The stage's input.
+    executor : Executor
+    progress : Progress
+
+    Returns
+    -------
+    Manifest
+        Sealed.
+
+    Raises
+    ------
+    NonFiniteError
+        If an output is NaN or infinite; nothing is sealed.
+    StorageError
+        If the disk is full or failing; blocks that are done stay valid.
+    """
+    pending = writer.pending
+    total = sum(len(block.samples) for block in writer.blocks)
+    done = total - sum(len(block.samples) for block in pending)
+    label = f"module {job.manifest.module}: extract"
+    with (
+        progress.task(label, total=total, done=done, unit="sample") as task,
+        # Closed at once when anything goes wrong, and its processes with it.
+        closing(executor.run(job, source, pending)) as blocks,
+    ):
+        for staged in blocks:
+            writer.commit(staged)
+            task.advance(len(staged.block.samples))
+    return writer.seal()
 
 
 def compute_block(
@@ -55,68 +191,7 @@ def compute_block(
     }
 
 
-def extract_block(
-    writer_path: Path,
-    staging: Path,
-    manifest: Manifest,
-    block: Block,
-    frozen: FrozenModule,
-    source: Source,
-    config: ExtractConfig,
-) -> StagedBlock:
-    """Compute one block and stage it: the unit of work, for any process."""
-    ids = [item.id for item in source.items()[block.samples.slice]]
-    arrays = compute_block(frozen, source, ids, block.view, config)
-    return stage_block(writer_path, staging, manifest, block, arrays)
-
-
-def extract(
-    frozen: FrozenModule,
-    source: Source,
-    path: Path,
-    manifest: Manifest,
-    config: ExtractConfig,
-    progress: Progress,
-) -> Manifest:
-    """Build, or go on building, the cache of a frozen module, and seal it.
-
-    Parameters
-    ----------
-    frozen : FrozenModule
-    source : Source
-        The stage's input.
-    path : Path
-        Where the cache shall be.
-    manifest : Manifest
-        Unsealed.
-    config : ExtractConfig
-    progress : Progress
-
-    Returns
-    -------
-    Manifest
-        Sealed.
-
-    Raises
-    ------
-    NonFiniteError
-        If an output is NaN or infinite; nothing is sealed.
-    StorageError
-        If the disk is full or failing; blocks that are done stay valid.
-    """
-    writer = CacheWriter(path, manifest, source)
-    pending = writer.pending
-    label = f"module {manifest.module}: extract"
-    done = len(writer.blocks) - len(pending)
-    with progress.task(label, total=len(writer.blocks), done=done, unit="block") as task:
-        for block in pending:
-            staged = extract_block(path, writer.staging, manifest, block, frozen, source, config)
-            writer.commit(staged)
-            task.advance()
-    return writer.seal()
-
-
-def _refuse_non_finite(activations: torch.Tensor, ids: list[str], patches: int) -> None:
+def _refuse_non_finite(activations: Tensor, ids: list[str], patches: int) -> None:
     finite = activations.flatten(1).isfinite().all(1)
     if finite.all():
         return

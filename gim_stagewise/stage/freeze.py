@@ -9,6 +9,8 @@ the *numerics* record; "bit-identical" always means: under equal numerics.
 from __future__ import annotations
 
 import hashlib
+import platform
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,8 +22,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gim_stagewise.config import CacheConfig, ExtractConfig
-from gim_stagewise.errors import ConfigError
+from gim_stagewise.errors import ConfigError, StaleCacheError
 from gim_stagewise.models import pool
+
+_one_forward_at_a_time = threading.Lock()
 
 
 class FrozenModule(nn.Module):
@@ -89,7 +93,8 @@ def frozen_forward(
         Activations and embeddings on the CPU, float32, a row for each input row.
     """
     activations, embeddings = [], []
-    with intra_op_threads(config.threads):
+    # The thread count belongs to the process: two threads of one must not set it at once.
+    with _one_forward_at_a_time, intra_op_threads(config.threads):
         for piece in torch.split(rows, config.batch):
             missing = config.batch - len(piece)
             if missing:
@@ -142,6 +147,27 @@ def numerics(device: torch.device, config: ExtractConfig, cache: CacheConfig) ->
         "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
         "codec": f"{cache.codec}, zarr {zarr.__version__}, numcodecs {numcodecs.__version__}",
     }
+
+
+def check_numerics(
+    recorded: dict[str, Any], device: torch.device, config: ExtractConfig, cache: CacheConfig
+) -> None:
+    """Refuse to compute under other numerics than those recorded.
+
+    Raises
+    ------
+    StaleCacheError
+        If this process would compute, or encode, other bits.
+    """
+    own = numerics(device, config, cache)
+    differing = [
+        f"{key} {recorded.get(key)} → {own[key]}" for key in own if own[key] != recorded.get(key)
+    ]
+    if differing:
+        raise StaleCacheError(
+            f"a worker on {platform.node()} would compute other bits than the cache records: "
+            + "; ".join(differing)
+        )
 
 
 def behaviour_digest(frozen: FrozenModule, in_shape: tuple[int, ...]) -> str:

@@ -11,7 +11,9 @@ from functools import cached_property
 import torch
 
 from gim_stagewise.cache import (
+    Cache,
     CacheLayout,
+    CacheWriter,
     Digest,
     Manifest,
     auto_chunk,
@@ -29,12 +31,14 @@ from gim_stagewise.objectives import build_objective, check_rows
 from gim_stagewise.sources import Source
 from gim_stagewise.stage import identity
 from gim_stagewise.stage.checkpoint import FrozenWeights, module_tensors
-from gim_stagewise.stage.extract import extract
+from gim_stagewise.stage.extract import BlockJob, extract
 from gim_stagewise.stage.freeze import FrozenModule, behaviour_digest, numerics
+from gim_stagewise.stage.parallel import Workers, choose_executor
 from gim_stagewise.stage.train import TrainJob, train_module
 from gim_stagewise.stage.workspace import Workspace
 
 Cell = tuple[int, int, int]
+IN_PROCESS = Workers(0)
 
 
 @dataclass(frozen=True)
@@ -246,7 +250,9 @@ class Stage:
 
     # Cache
 
-    def extract(self, weights: FrozenWeights, *, force: bool = False) -> tuple[Manifest, bool]:
+    def extract(
+        self, weights: FrozenWeights, *, force: bool = False, workers: Workers = IN_PROCESS
+    ) -> tuple[Manifest, bool]:
         """Build the module's cache, or go on building it, unless a valid one is there.
 
         Returns
@@ -263,9 +269,28 @@ class Stage:
             return found, False
         if reason:
             self._note(f"cache built again: {reason}")
-        frozen = self._frozen(weights, self.workspace.device)
-        config = self.workspace.config.extract
-        return extract(frozen, self.source, path, manifest, config, self.workspace.progress), True
+        return self._extract(weights, manifest, workers), True
+
+    def _extract(self, weights: FrozenWeights, manifest: Manifest, workers: Workers) -> Manifest:
+        space, source = self.workspace, self.source
+        # Before anything is replaced: these weights fit the module as it is built now.
+        self._frozen(weights, torch.device("cpu"))
+        executor = choose_executor(
+            workers, threads=space.config.extract.threads, on_gpu=space.device.type == "cuda"
+        )
+        writer = CacheWriter(space.cache_path(self.index).absolute(), manifest, source)
+        job = BlockJob(
+            config=space.config,
+            code_folder=space.code_folder,
+            input_path=source.path.absolute() if isinstance(source, Cache) else None,
+            in_channels=self._cell[0],
+            device=space.device.type,
+            weights=weights.tensors,
+            cache=writer.path,
+            staging=writer.staging,
+            manifest=manifest,
+        )
+        return extract(job, writer, source, executor, space.progress)
 
     def _valid_cache(self, wanted: Manifest) -> tuple[Manifest | None, str]:
         """A sealed cache that can be kept; else None and the reason, if there is more to say."""

@@ -12,6 +12,19 @@ from torch import nn
 from gim_stagewise.config import ModuleConfig, PipelineConfig
 from gim_stagewise.models import Builder, build_module, resolve_builder
 from gim_stagewise.progress import Progress, Silent
+from gim_stagewise.sources import PatchSource, open_source
+from gim_stagewise.windows import PatchGrid
+
+
+def open_patches(config: PipelineConfig) -> PatchSource:
+    """The dataset of a pipeline as patches: what module 1 is trained on."""
+    patches = config.patches
+    return PatchSource(
+        open_source(config.source),
+        config.augment,
+        PatchGrid(patches.size, patches.stride),
+        seed=config.seed,
+    )
 
 
 @dataclass(frozen=True)

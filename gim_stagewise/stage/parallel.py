@@ -1,0 +1,253 @@
+"""Blocks of a cache as Dask tasks: a local cluster, or one that is already running.
+
+The result does not depend on any of this: a block's bits are decided by the block, the module and
+the recorded numerics, and only the coordinator commits.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from gim_stagewise.cache import Block, StagedBlock
+from gim_stagewise.errors import ConfigError, GimStageError, WorkersLostError
+from gim_stagewise.sources import Source
+from gim_stagewise.stage.extract import BlockJob, BlockWorker, Executor, InProcess
+
+# A worker process with torch, zarr and a module in it, measured.
+WORKER_BYTES = 600_000_000
+# Starting a cluster takes some seconds; work that is done sooner stays in this process.
+WORTH_A_CLUSTER_SECONDS = 20.0
+NO_WORKERS_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who computes blocks.
+
+    Parameters
+    ----------
+    count : int or None
+        Processes of a local cluster; 0 for this process; None to decide by cores, memory and
+        the work there is.
+    scheduler : str or None
+        Address of a running Dask scheduler, such as "tcp://host:8786".
+    """
+
+    count: int | None = None
+    scheduler: str | None = None
+
+
+def usable_workers(threads: int) -> int:
+    """Worker processes that this machine's cores and free memory allow."""
+    cores = len(os.sched_getaffinity(0)) // threads
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(0, min(cores, int(free // WORKER_BYTES)))
+
+
+def choose_executor(workers: Workers, *, threads: int, on_gpu: bool) -> Executor:
+    """The executor for what was asked.
+
+    Raises
+    ------
+    ConfigError
+        If more workers are asked for than there are cores for.
+    """
+    if workers.scheduler is not None:
+        return DaskCluster(workers.scheduler)
+    cores = len(os.sched_getaffinity(0))
+    if workers.count is not None:
+        if workers.count * threads > max(cores, threads):
+            raise ConfigError(
+                f"is {workers.count}, which with extract.threads = {threads} needs "
+                f"{workers.count * threads} cores; there are {cores}: "
+                f"use {cores // threads} or less",
+                key="--workers",
+            )
+        return LocalWorkers(workers.count) if workers.count else InProcess()
+    usable = usable_workers(threads)
+    # One process keeps a GPU busy; several would share it and its memory.
+    return InProcess() if on_gpu or usable < 2 else Adaptive(usable)
+
+
+class Adaptive:
+    """Begins in this process, and starts a local cluster if that will be worth its start-up."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def run(self, job: BlockJob, source: Source, blocks: list[Block]) -> Generator[StagedBlock]:
+        worker = job.open(source)
+        started = time.monotonic()
+        for done, block in enumerate(blocks):
+            yield worker(block)
+            per_block = (time.monotonic() - started) / (done + 1)
+            rest = blocks[done + 1 :]
+            if done >= 1 and per_block * len(rest) > WORTH_A_CLUSTER_SECONDS:
+                del worker
+                yield from LocalWorkers(self._count).run(job, source, rest)
+                return
+
+
+class LocalWorkers:
+    """Runs blocks in the processes of a local cluster, which ends with the run."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def run(self, job: BlockJob, source: Source, blocks: list[Block]) -> Generator[StagedBlock]:
+        if not blocks:
+            return
+        with _local_cluster(min(self._count, len(blocks))) as client:
+            yield from _run_on(client, job, blocks)
+
+
+class DaskCluster:
+    """Runs blocks on a Dask cluster that is already running.
+
+    Its workers need this package, the input, and the run's folder under the same path.
+    """
+
+    def __init__(self, scheduler: str) -> None:
+        self._scheduler = scheduler
+
+    def run(self, job: BlockJob, source: Source, blocks: list[Block]) -> Generator[StagedBlock]:
+        import distributed
+
+        if not blocks:
+            return
+        try:
+            client: Any = distributed.Client(self._scheduler, timeout=10, set_as_default=False)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise ConfigError(
+                f"is {self._scheduler!r}, where no Dask scheduler answers ({error}); start one "
+                "with `dask scheduler`, or leave --scheduler out",
+                key="--scheduler",
+            ) from None
+        try:
+            yield from _run_on(client, job, blocks)
+        finally:
+            client.close(timeout=1)
+
+
+@contextmanager
+def _local_cluster(count: int) -> Iterator[Any]:
+    from distributed import Client, LocalCluster
+
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    before = set(multiprocessing.active_children())
+    with tempfile.TemporaryDirectory(prefix="gim-stage-", ignore_cleanup_errors=True) as scratch:
+        cluster = LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            dashboard_address=None,
+            memory_limit=0,
+            local_directory=scratch,
+            silence_logs=logging.CRITICAL,
+        )
+        client = Client(cluster, set_as_default=False)
+        try:
+            yield client
+        except BaseException:
+            # Whoever interrupts does not wait for tasks to end; staging is left for the next run.
+            _kill(set(multiprocessing.active_children()) - before)
+            with suppress(Exception):
+                client.close(timeout=0.2)
+            with suppress(Exception):
+                cluster.close(timeout=0.2)
+            _kill(set(multiprocessing.active_children()) - before)
+            raise
+        client.close()
+        cluster.close()
+
+
+def _kill(processes: Iterable[Any]) -> None:
+    for process in processes:
+        process.kill()
+
+
+def _run_on(client: Any, job: BlockJob, blocks: list[Block]) -> Generator[StagedBlock]:
+    """Keep every worker supplied with blocks, and hand over what is staged."""
+    from distributed import wait
+
+    _wait_for_workers(client)
+    # The module and the input's address go to each worker once.
+    shared = client.scatter(job, broadcast=True)
+    waiting = list(reversed(blocks))
+    running: set[Any] = set()
+    last_sign = time.monotonic()
+    try:
+        while waiting or running:
+            threads = sum(client.nthreads().values())
+            if threads:
+                last_sign = time.monotonic()
+            elif time.monotonic() - last_sign > NO_WORKERS_SECONDS:
+                raise WorkersLostError(
+                    f"no Dask worker has been there for {NO_WORKERS_SECONDS:.0f} s; start some and "
+                    "give the same command again: blocks that are done stay"
+                )
+            while waiting and len(running) < 2 * max(threads, 1):
+                running.add(client.submit(_stage_block, shared, waiting.pop(), pure=False))
+            try:
+                with client.as_current():
+                    finished = wait(running, timeout=2, return_when="FIRST_COMPLETED").done
+            except TimeoutError:
+                continue
+            for future in finished:
+                running.discard(future)
+                yield _result(future)
+    finally:
+        client.cancel(list(running), force=True)
+
+
+def _wait_for_workers(client: Any) -> None:
+    try:
+        client.wait_for_workers(1, timeout=NO_WORKERS_SECONDS)
+    except TimeoutError:
+        raise WorkersLostError(
+            f"the Dask scheduler has no workers after {NO_WORKERS_SECONDS:.0f} s; "
+            "start some with `dask worker ADDRESS`"
+        ) from None
+
+
+def _result(future: Any) -> StagedBlock:
+    from distributed import KilledWorker
+
+    try:
+        staged: StagedBlock = future.result()
+    except GimStageError:
+        raise
+    except KilledWorker as error:
+        raise WorkersLostError(
+            f"several workers died on the same block ({error}); is there enough memory for that "
+            "many workers? Use fewer --workers; blocks that are done stay"
+        ) from None
+    if not (staged.folder / staged.files[0]).is_file():
+        raise WorkersLostError(
+            f"a worker says that it wrote {staged.folder}, which is not there for this process; "
+            "all workers need the run's folder under the same path"
+        )
+    return staged
+
+
+# The worker of the last job in this process: opening it again for every block would be waste.
+_opened: dict[str, BlockWorker] = {}
+_opening = threading.Lock()
+
+
+def _stage_block(job: BlockJob, block: Block) -> StagedBlock:
+    token = job.staging.name
+    with _opening:
+        if token not in _opened:
+            _opened.clear()
+            _opened[token] = job.open()
+        worker = _opened[token]
+    return worker(block)
