@@ -45,9 +45,9 @@ def parse_bytes(value: object) -> int:
         found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)
         units = {unit.lower(): factor for unit, factor in _UNITS.items()}
         if found and found[2].lower() in units:
-            size = int(float(found[1]) * units[found[2].lower()])
-            if size > 0:
-                return size
+            size = float(found[1]) * units[found[2].lower()]
+            if 1 <= size < 2**63:
+                return int(size)
     raise ValueError('expected a size above 0, such as 500_000_000, "2.5GB" or "2GiB"')
 
 
@@ -56,7 +56,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 _T = TypeVar("_T", bound=_Table)
@@ -208,7 +208,7 @@ def load_pipeline(path: str | Path) -> tuple[PipelineConfig, str]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError("no such pipeline file", file=str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -268,7 +268,9 @@ def _parse(model: type[_T], content: Any, prefix: tuple[str, ...] = ()) -> _T:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        # A misspelt key is also a missing one; the misspelling is what helps.
+        found = error.errors(include_url=False)
+        first = min(found, key=lambda details: details["type"] != "extra_forbidden")
         raise _explain(first, model, prefix) from None
 
 
@@ -289,12 +291,30 @@ def _explain(details: Any, model: type[_Table], prefix: tuple[str, ...]) -> Conf
         allowed = _allowed_keys(model, location[:-1])
         near = difflib.get_close_matches(location[-1], allowed, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(allowed)}"
-        return ConfigError(f"unknown key (value {value!r}){hint}", key=key)
+        return ConfigError(f"unknown key (value {_as_toml(value)}){hint}", key=key)
     if kind in {"model_type", "model_attributes_type", "dict_type"}:
-        return ConfigError(f"is {value!r}, expected a table", key=key)
-    message = details["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    return ConfigError(f"is {value!r}: {message}", key=key)
+        return ConfigError(f"is {_as_toml(value)}, expected a table", key=key)
+    return ConfigError(f"is {_as_toml(value)}: {_expectation(details)}", key=key)
+
+
+def _expectation(details: Any) -> str:
+    """What was expected, in words of the pipeline file."""
+    known = {
+        "tuple_type": "expected a list of numbers",
+        "string_pattern_mismatch": "expected letters, digits, dots, hyphens and underscores, "
+        "with a letter or digit first",
+        "finite_number": "expected a finite number",
+    }
+    if details["loc"][-2:] and details["loc"][-1] in ("constrained-int", "literal['auto']"):
+        return 'expected a whole number greater than 0, or "auto"'
+    message: str = known.get(details["type"], details["msg"].removeprefix("Value error, "))
+    return message[0].lower() + message[1:]
+
+
+def _as_toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return value.isoformat() if hasattr(value, "isoformat") else repr(value)
 
 
 def _allowed_keys(model: type[BaseModel], location: tuple[str, ...]) -> list[str]:

@@ -194,42 +194,36 @@ def test_an_unknown_key_may_have_any_name(tmp_path: Path, text: str, key: str) -
             BASE + '[cache]\nchunk = "never"\n',
             "cache.chunk",
             "auto",
-            marks=pytest.mark.xfail(strict=True, reason='does not say that "auto" is allowed'),
             id="either-number-or-word",
         ),
         pytest.param(
             BASE + "[augment]\nmean = 0.5\nstd = [1.0]\n",
             "augment.mean",
             "list|array",
-            marks=pytest.mark.xfail(strict=True, reason="asks for a tuple, which TOML has not"),
             id="array",
         ),
         pytest.param(
             BASE.replace('"tiny"', '"a b"'),
             "name",
             "letters",
-            marks=pytest.mark.xfail(strict=True, reason="shows a regular expression"),
             id="name",
         ),
         pytest.param(
             BASE + "[train]\nbatch = 2020-01-01\n",
             "train.batch",
             "2020-01-01",
-            marks=pytest.mark.xfail(strict=True, reason="shows a Python object"),
             id="date",
         ),
         pytest.param(
             BASE.replace("[module.1]", "[modul.1]"),
             "modul",
             "did you mean 'module'",
-            marks=pytest.mark.xfail(strict=True, reason="the missing key is named instead"),
             id="misspelt-table",
         ),
         pytest.param(
             BASE.replace("build =", "biuld ="),
             "module.1.biuld",
             "did you mean 'build'",
-            marks=pytest.mark.xfail(strict=True, reason="the missing key is named instead"),
             id="misspelt-key",
         ),
     ],
@@ -243,7 +237,6 @@ def test_expectations_are_in_the_words_of_the_file(
     assert not JARGON.search(error.problem)
 
 
-@pytest.mark.xfail(strict=True, reason="infinity passes; activations would be NaN")
 @pytest.mark.parametrize(
     ("extra", "key"),
     [
@@ -387,7 +380,6 @@ def test_what_is_no_size_is_refused(value: object) -> None:
         parse_bytes(value)
 
 
-@pytest.mark.xfail(strict=True, raises=OverflowError, reason="the number becomes infinite")
 def test_a_size_beyond_all_floats_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a size above 0"):
         parse_bytes("9" * 400)

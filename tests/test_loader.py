@@ -278,7 +278,6 @@ def test_a_batch_larger_than_the_data_is_refused_with_both_numbers() -> None:
     assert loader(TinySource(7), batch=7).steps == 1
 
 
-@pytest.mark.xfail(strict=True, reason="advises a batch that the file may not have")
 def test_no_samples_at_all_are_not_answered_with_a_smaller_batch() -> None:
     with pytest.raises(ConfigError) as caught:
         loader(TinySource(7), ids=[])

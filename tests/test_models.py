@@ -238,7 +238,6 @@ def test_two_folders_may_have_plain_subfolders_of_one_name(code: Path) -> None:
     assert tag(code / "two", "twin_plain.nets:block") == "two"
 
 
-@pytest.mark.xfail(strict=True, reason="only what a pipeline imported is imported again")
 @pytest.mark.parametrize("name", ["other_twin", "other_twin.nets"])
 def test_code_of_that_name_imported_by_others_is_not_taken(code: Path, name: str) -> None:
     file = name.replace(".", "/") + ".py"
@@ -255,7 +254,6 @@ def test_code_of_that_name_imported_by_others_is_not_taken(code: Path, name: str
         "from torch import ops",
         pytest.param(
             "from torch import classes",
-            marks=pytest.mark.xfail(strict=True, reason="its __path__ is no list of paths"),
         ),
     ],
 )

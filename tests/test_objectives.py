@@ -240,7 +240,6 @@ def test_a_refused_grid_is_told_the_largest_value_that_fits() -> None:
     check_rows(5, prediction_steps=3, skip=1, key=key)
 
 
-@pytest.mark.xfail(strict=True, reason="advises a value that the file may not have")
 @pytest.mark.parametrize("rows", [1, 2])
 def test_advice_can_be_followed(rows: int) -> None:
     with pytest.raises(ConfigError) as caught:

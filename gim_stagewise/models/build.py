@@ -11,7 +11,7 @@ import hashlib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import resolve_name
 from operator import attrgetter
@@ -81,7 +81,7 @@ def resolve_builder(reference: str, *, code_folder: Path | None, key: str = "bui
         ) from error
     if not callable(call):
         raise ConfigError(f"is {reference!r}, which is not callable", key=key)
-    return Builder(reference, call, _files_digest({*_our_files(), *_user_files(module)}))
+    return Builder(reference, call, _files_digest(_our_files() | _user_files(module)))
 
 
 def build_module(
@@ -146,6 +146,14 @@ def _import_from(name: str, folder: Path) -> ModuleType:
     if str(folder) in sys.path:
         sys.path.remove(str(folder))
     sys.path.insert(0, str(folder))
+    top = name.partition(".")[0]
+    in_folder = any((folder / place).exists() for place in (f"{top}.py", top))
+    namesakes = [key for key in sys.modules if key == top or key.startswith(f"{top}.")]
+    files = [sys.modules[key] for key in namesakes if getattr(sys.modules[key], "__file__", None)]
+    if in_folder and not all(_lies_under(module, folder) for module in files):
+        # Imported from elsewhere before, by a notebook for instance; the pipeline means its own.
+        for known in namesakes:
+            del sys.modules[known]
     before = set(sys.modules)
     importlib.invalidate_caches()
     try:
@@ -158,23 +166,24 @@ def _import_from(name: str, folder: Path) -> ModuleType:
 
 def _lies_under(module: ModuleType, folder: Path) -> bool:
     """Whether a module's code is below a folder, and not in an environment that lies there."""
-    places = [getattr(module, "__file__", None), *getattr(module, "__path__", [])]
-    for place in places:
-        if place is not None and Path(place).resolve().is_relative_to(folder):
+    packages = getattr(module, "__path__", None)
+    listed = list(packages) if isinstance(packages, Iterable) else []
+    for place in [getattr(module, "__file__", None), *listed]:
+        if isinstance(place, str) and Path(place).resolve().is_relative_to(folder):
             return "site-packages" not in Path(place).resolve().relative_to(folder).parts
     return False
 
 
-def _our_files() -> set[Path]:
-    return set(Path(__file__).parent.glob("*.py"))
+def _our_files() -> dict[str, Path]:
+    return {f"gim_stagewise/{file.name}": file for file in Path(__file__).parent.glob("*.py")}
 
 
-def _user_files(module: ModuleType) -> set[Path]:
+def _user_files(module: ModuleType) -> dict[str, Path]:
     """The builder's file and what it imports, at any remove, from its own package or folder."""
     top = sys.modules[module.__name__.partition(".")[0]]
     places = getattr(top, "__path__", None) or [Path(getattr(top, "__file__", None) or ".").parent]
     root = Path(next(iter(places))).resolve()
-    files: set[Path] = set()
+    files: dict[str, Path] = {}
     waiting = [module]
     while waiting:
         current = waiting.pop()
@@ -182,8 +191,9 @@ def _user_files(module: ModuleType) -> set[Path]:
         if not origin or not origin.endswith(".py") or not _lies_under(current, root):
             continue
         file = Path(origin).resolve()
-        if file not in files:
-            files.add(file)
+        place = file.relative_to(root).as_posix()
+        if place not in files:
+            files[place] = file
             names = _imported_names(file, current)
             waiting += [sys.modules[name] for name in names if name in sys.modules]
     return files
@@ -204,7 +214,7 @@ def _imported_names(file: Path, module: ModuleType) -> set[str]:
     return {".".join(name.split(".")[:n]) for name in names for n in range(1, 9)} - {""}
 
 
-def _files_digest(files: set[Path]) -> str:
-    """Hash of file names and contents; where the files lie does not matter."""
-    entries = sorted((file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files)
+def _files_digest(files: Mapping[str, Path]) -> str:
+    """Hash of contents by relative place; where the whole lies does not matter."""
+    entries = [(p, hashlib.sha256(f.read_bytes()).hexdigest()) for p, f in sorted(files.items())]
     return hashlib.sha256(repr(entries).encode()).hexdigest()

@@ -65,7 +65,6 @@ def output_shape(
             _check_rows_alone(module, rows, key)
         finally:
             module.train(training)
-            module.zero_grad(set_to_none=True)
             _restore_buffers(module, before)
     return tuple(z.shape[1:]), pooled.shape[1]
 

@@ -97,10 +97,12 @@ def check_rows(rows: int, *, prediction_steps: int, skip: int, key: str) -> None
     ConfigError
         If no row lies ``prediction_steps + skip`` below another.
     """
-    if prediction_steps + skip >= rows:
-        raise ConfigError(
-            f"is {prediction_steps}, but the grid has {rows} rows: with skip = {skip} the farthest "
-            f"target is {prediction_steps + skip} rows below its context; "
-            f"use {max(rows - skip - 1, 0)} or less, or smaller patches",
-            key=key,
-        )
+    if prediction_steps + skip < rows:
+        return
+    most = rows - skip - 1
+    advice = f"use {most} or less, or smaller patches" if most > 0 else "use smaller patches"
+    raise ConfigError(
+        f"is {prediction_steps}, but the grid has {rows} rows: with skip = {skip} the farthest "
+        f"target is {prediction_steps + skip} rows below its context; {advice}",
+        key=key,
+    )

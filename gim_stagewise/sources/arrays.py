@@ -66,7 +66,9 @@ def _open_part(config: SourceConfig, split: Split, table: dict[str, Any]) -> _St
     if labels is not None and not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"{root / table['labels']} holds {labels.dtype}, expected integer labels")
     axes = _axes(config, images, root / table["images"])
-    return _StoredPart(images, axes, None if labels is None else labels.astype(np.int64))
+    return _StoredPart(
+        images, root / table["images"], axes, None if labels is None else labels.astype(np.int64)
+    )
 
 
 def _axes(config: SourceConfig, images: Any, where: Path) -> tuple[str, ...]:
@@ -77,7 +79,11 @@ def _axes(config: SourceConfig, images: Any, where: Path) -> tuple[str, ...]:
             raise DataError(f"{where} has shape {images.shape}, expected 3 or 4 axes")
         stated = guess[len(images.shape)]
     axes = tuple(str(stated).split())
-    if not {"sample", "height", "width"} <= set(axes) <= _AXES or axes[0] != "sample":
+    if (
+        not {"sample", "height", "width"} <= set(axes) <= _AXES
+        or len(set(axes)) < len(axes)
+        or axes[0] != "sample"
+    ):
         raise ConfigError(
             f'is {stated!r}, expected an order such as "sample height width channel"',
             key="source.options.axes",
@@ -96,7 +102,7 @@ class NpyFile:
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise DataNotFoundError(
-                f"no such file: {path.absolute()}; check source.root and images"
+                f"no such file: {path.absolute()}; check source.root and source.splits"
             )
         try:
             with path.open("rb") as file:
@@ -122,6 +128,8 @@ class NpyFile:
         return int(self.shape[0])
 
     def __getitem__(self, index: int | slice) -> NDArray[Any]:
+        if isinstance(index, slice) and index.step not in (None, 1):
+            raise NotImplementedError("an npy file is read in runs of rows, without a step")
         rows = range(len(self))[index]
         start, count = (rows.start, len(rows)) if isinstance(rows, range) else (rows, 1)
         with self._path.open("rb") as file:
@@ -148,9 +156,11 @@ def _open_zarr(path: Path) -> Any:
 
     try:
         array = zarr.open(str(path), mode="r")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: its Zarr metadata cannot be read ({error})") from None
     except FileNotFoundError:
         raise DataNotFoundError(
-            f"no Zarr array at {path.absolute()}; check source.root and images"
+            f"no Zarr array at {path.absolute()}; check source.root and source.splits"
         ) from None
     if not isinstance(array, zarr.Array):
         raise DataError(f"{path} is a Zarr group, expected an array; name one inside it")
@@ -161,8 +171,9 @@ class _StoredPart:
     """Images in an array on disk, read one at a time."""
 
     def __init__(
-        self, images: Any, axes: tuple[str, ...], labels: NDArray[np.int64] | None
+        self, images: Any, where: Path, axes: tuple[str, ...], labels: NDArray[np.int64] | None
     ) -> None:
+        self._where = where
         self._images = images
         self._axes = axes
         self._labels = labels
@@ -176,7 +187,10 @@ class _StoredPart:
         return (sizes["height"], sizes["width"]), sizes.get("channel", 1), dtype
 
     def read(self, index: int) -> NDArray[Any]:
-        image = np.asarray(self._images[index])
+        try:
+            image = np.asarray(self._images[index])
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise DataError(f"{self._where}: image {index} cannot be read ({error})") from None
         if "channel" not in self._axes:
             return image[None] if self._axes.index("height") == 1 else image.T[None]
         order = [self._axes.index(axis) - 1 for axis in ("channel", "height", "width")]

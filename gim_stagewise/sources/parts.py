@@ -7,6 +7,7 @@ kind of part is opened and read.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, overload
 
@@ -106,11 +107,10 @@ class PartsSource:
 
     @property
     def item_bytes(self) -> int:
-        largest = 0
-        for part in self._parts.values():
-            (height, width), channels, dtype = part.describe(0)
-            largest = max(largest, channels * height * width * np.dtype(dtype).itemsize)
-        return largest
+        return max(
+            item.channels * math.prod(item.extent) * np.dtype(item.dtype).itemsize
+            for item in self.items()
+        )
 
     def items(self) -> Sequence[Item]:
         return _PartItems(self._parts)

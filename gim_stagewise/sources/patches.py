@@ -63,6 +63,11 @@ class PatchSource:
                 "not one patch fits",
                 key="patches.size",
             )
+        if augment.grayscale and first.channels not in (1, 3):
+            raise ConfigError(
+                f"is true, but sample {first.id} has {first.channels} channels; it takes 1 or 3",
+                key="augment.grayscale",
+            )
         self._channels = 1 if augment.grayscale else first.channels
         if augment.mean is not None and len(augment.mean) != self._channels:
             raise ConfigError(
@@ -87,7 +92,8 @@ class PatchSource:
 
     def _check_equal_sizes(self, first: Item) -> None:
         for item in self._images.items():
-            if item.extent != first.extent or item.channels != first.channels:
+            channels = first.channels if self._augment.grayscale else item.channels
+            if item.extent != first.extent or channels != first.channels:
                 raise DataError(
                     f"sample {item.id} is {item.extent} with {item.channels} channels, {first.id} "
                     f"is {first.extent} with {first.channels}; set augment.crop to make them equal"
@@ -228,6 +234,10 @@ class _PatchItems(Sequence[Item]):
 def _to_unit(image: NDArray[Any], item_id: str) -> NDArray[np.float32]:
     if np.issubdtype(image.dtype, np.integer):
         return image.astype(np.float32) / np.float32(np.iinfo(image.dtype).max)
+    if image.dtype.kind not in "bf":
+        raise DataError(
+            f"sample {item_id} has values of type {image.dtype}; expected integers or floats"
+        )
     pixels = image.astype(np.float32)
     if not np.isfinite(pixels).all():
         raise DataError(f"sample {item_id} has pixels that are NaN or infinite; mend or remove it")

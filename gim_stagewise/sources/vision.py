@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gim_stagewise.config import SourceConfig
-from gim_stagewise.errors import ConfigError, DataNotFoundError
+from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
 from gim_stagewise.sources.base import Split
 from gim_stagewise.sources.parts import PartsSource, array_digest
 
@@ -35,16 +37,20 @@ def open_torchvision(config: SourceConfig, name: str) -> PartsSource:
     from torchvision import datasets
 
     constructor = getattr(datasets, name, None)
-    if not inspect.isclass(constructor):
+    if not inspect.isclass(constructor) or constructor is datasets.VisionDataset:
         raise ConfigError(
             f"is 'torchvision:{name}', but torchvision.datasets has no class {name!r}",
             key="source.kind",
         )
     accepted = inspect.signature(constructor).parameters
     splits = config.splits or _default_splits(accepted)
-    return PartsSource(
-        {split: _open_part(constructor, config, split, own) for split, own in splits.items()}
-    )
+    parts = {split: _open_part(constructor, config, split, own) for split, own in splits.items()}
+    if not config.splits and parts.keys() == {"train", "test"}:
+        # Some datasets (STL-10) have unlabeled images of their own, and say so only when asked.
+        with suppress(ConfigError):
+            own = {"split": "unlabeled"}
+            parts["unlabeled"] = _open_part(constructor, config, "unlabeled", own)
+    return PartsSource(parts)
 
 
 def _default_splits(accepted: Any) -> dict[Split, dict[str, Any]]:
@@ -59,17 +65,15 @@ def _open_part(
     constructor: Any, config: SourceConfig, split: Split, own: dict[str, Any]
 ) -> _DatasetPart:
     accepted = inspect.signature(constructor).parameters
-    arguments = {"root": config.root or "data", **config.options, **own}
+    _check_arguments(constructor, config.options, "source.options")
+    _check_arguments(constructor, own, f"source.splits.{split}")
+    arguments = {**config.options, **own}
+    if config.root is not None or "root" in accepted:
+        _check_arguments(constructor, {"root": config.root}, "source")
+        arguments.setdefault("root", config.root or "data")
     if "download" in accepted:
         arguments.setdefault("download", config.download)
-    unknown = [key for key in arguments if key not in accepted]
-    if unknown:
-        raise ConfigError(
-            f"unknown argument of torchvision.datasets.{constructor.__name__}; it takes: "
-            + ", ".join(accepted),
-            key=f"source.splits.{split}.{unknown[0]}",
-        )
-    root = Path(arguments["root"]).absolute()
+    root = Path(arguments.get("root", ".")).absolute()
     try:
         return _DatasetPart(constructor(**arguments))
     except (RuntimeError, FileNotFoundError, NotADirectoryError) as error:
@@ -80,8 +84,19 @@ def _open_part(
             f"torchvision.datasets.{constructor.__name__}, split {split}: looked in {root} and "
             f"found no usable data ({_one_line(error)}); {advice}"
         ) from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigError(_one_line(error), key=f"source.splits.{split}") from None
+
+
+def _check_arguments(constructor: Any, arguments: Iterable[str], key: str) -> None:
+    accepted = inspect.signature(constructor).parameters
+    unknown = [name for name in arguments if name not in accepted]
+    if unknown:
+        raise ConfigError(
+            f"unknown argument of torchvision.datasets.{constructor.__name__}; it takes: "
+            + ", ".join(accepted),
+            key=f"{key}.{unknown[0]}",
+        )
 
 
 def _one_line(error: Exception) -> str:
@@ -98,12 +113,24 @@ class _DatasetPart:
         return len(self._dataset)
 
     def describe(self, index: int) -> tuple[tuple[int, int], int, str]:
+        data = getattr(self._dataset, "data", None)
+        if isinstance(data, np.ndarray) and data.ndim == 4:
+            # All images of one size: no need to make one only to measure it. Height and width lie
+            # in the middle (CIFAR-10) or at the end (STL-10, SVHN).
+            channels_last = data.shape[3] in (1, 3)
+            height, width = data.shape[1:3] if channels_last else data.shape[2:]
+            return (height, width), data.shape[3 if channels_last else 1], data.dtype.name
         image = self.read(index)
         channels, height, width = image.shape
         return (height, width), channels, image.dtype.name
 
     def read(self, index: int) -> NDArray[Any]:
-        sample = self._dataset[index]
+        try:
+            sample = self._dataset[index]
+        except (OSError, SyntaxError) as error:  # Pillow's words for an image that is torn
+            files = getattr(self._dataset, "samples", None)
+            where = files[index][0] if files else f"number {index}"
+            raise DataError(f"image {where} cannot be read ({error}); mend or remove it") from None
         image = sample[0] if isinstance(sample, tuple) else sample
         if getattr(image, "mode", None) in {"P", "1", "CMYK", "RGBA", "LA"}:
             image = image.convert("RGB")

@@ -94,9 +94,9 @@ class Loader:
         self, source: Source, ids: Sequence[str], *, batch: int, window: int, seed: int, stage: int
     ) -> None:
         if len(ids) < batch:
+            advice = f"use {len(ids)} or less" if ids else "lower train.validation"
             raise ConfigError(
-                f"is {batch}, but only {len(ids)} samples are left to train on; "
-                f"use {len(ids)} or less",
+                f"is {batch}, but only {len(ids)} samples are left to train on; {advice}",
                 key=f"module.{stage}.train.batch",
             )
         chunk_bytes = source.chunk_items * source.item_bytes
