@@ -28,13 +28,13 @@ format: $(INSTALLED)
 # The newest torch and torchvision that resolve together, without the audio extra that bounds them.
 test-latest:
 	$(PYTHON) -m venv .venv-latest
-	.venv-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --group dev --editable .
+	.venv-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --group dev --editable ".[plot]"
 	.venv-latest/bin/pytest -n auto
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[audio]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[audio,plot]"
 	touch $@
 
 clean: ## Remove what was made here; caches under cache/ stay

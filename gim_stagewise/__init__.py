@@ -1,3 +1,34 @@
-"""Train deep networks module by module through cached activations."""
+"""Train deep networks module by module through cached activations.
+
+>>> from gim_stagewise import Pipeline, load_encoder, open_cache
+>>> result = Pipeline.from_file("pipelines/digits.toml").run()  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gim_stagewise.cache import open_cache
+    from gim_stagewise.pipeline import Pipeline
+    from gim_stagewise.stage.encoder import load_encoder
+    from gim_stagewise.stage.parallel import Workers
 
 __version__ = "0.1.0"
+__all__ = ["Pipeline", "Workers", "__version__", "load_encoder", "open_cache"]
+
+_PLACES = {
+    "Pipeline": "gim_stagewise.pipeline",
+    "Workers": "gim_stagewise.stage.parallel",
+    "load_encoder": "gim_stagewise.stage.encoder",
+    "open_cache": "gim_stagewise.cache",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used: torch takes seconds, and `gim-stage --help` needs none of it.
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_PLACES[name]), name)

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from gim_stagewise.cache import Cache, read_manifest
+from gim_stagewise.cache import Cache, discard_cache, read_manifest
 from gim_stagewise.config import PipelineConfig, load_pipeline, parse_pipeline
-from gim_stagewise.errors import ConfigError, DataError, StaleCacheError
+from gim_stagewise.errors import ConfigError, StaleCacheError
 from gim_stagewise.progress import Progress, Silent
 from gim_stagewise.sources import PatchSource
 from gim_stagewise.stage.checkpoint import TrainingRecord
-from gim_stagewise.stage.freeze import FrozenModule, resolve_device
+from gim_stagewise.stage.freeze import resolve_device
 from gim_stagewise.stage.identity import cache_recipe
-from gim_stagewise.stage.probe import (
-    ProbeSplit,
-    chain_embeddings,
-    pool_features,
-    probe_accuracy,
-    probe_splits,
-)
+from gim_stagewise.stage.parallel import Workers
+from gim_stagewise.stage.probe import probe_chain
 from gim_stagewise.stage.stage import Shape, Stage, check_shape
 from gim_stagewise.stage.workspace import Workspace, open_patches
 
-Pooling = Literal["mean", "all"]
 StepListener = Callable[[int, int], None]
 
 
@@ -61,15 +52,6 @@ class RunResult:
     stages: list[StageResult]
     raw_probe_accuracy: float | None
     seconds: float
-
-
-@dataclass(frozen=True)
-class ProbeScores:
-    """Accuracies of the same probe on trained, random and no features, in [0, 1]."""
-
-    trained: list[float]
-    random: list[float]
-    raw: float
 
 
 class Pipeline:
@@ -218,10 +200,21 @@ class Pipeline:
             cell = shapes[-1].cell_out
         return shapes
 
-    def run(self) -> RunResult:
+    def run(
+        self, *, start: int = 1, until: int | None = None, workers: Workers | None = None
+    ) -> RunResult:
         """Train, freeze and extract every module in order, then probe them all.
 
-        What is current is kept. One module is in memory at a time.
+        What is current is kept, what is unfinished goes on. One module is in memory at a time.
+
+        Parameters
+        ----------
+        start : int
+            Forget this module and those above it first, and make them again.
+        until : int, optional
+            The last module to make; the top one by default.
+        workers : Workers, optional
+            Who extracts; by default decided by cores, memory and the work there is.
 
         Raises
         ------
@@ -229,9 +222,21 @@ class Pipeline:
             For whatever the user can mend.
         """
         started = time.monotonic()
-        self.check()
-        stages = [self._run_stage(index) for index in self.config.module]
-        scores = self.probe_all()
+        last = len(self.config.module) if until is None else until
+        for index, option in ((start, "--from"), (last, "--until")):
+            if index not in self.config.module:
+                raise ConfigError(
+                    f"is {index}; this pipeline has modules 1 to {len(self.config.module)}",
+                    key=option,
+                )
+        shapes = self.check()
+        if start > 1:
+            self.stage(start)  # what the first forgotten module needs is there
+        for index in range(start, len(self.config.module) + 1) if start > 1 else ():
+            self.forget(index)
+        stages = [self._run_stage(i, workers or Workers()) for i in range(1, last + 1)]
+        in_channels = [shape.cell_in[0] for shape in shapes[:last]]
+        scores = probe_chain(self.workspace, self.source, in_channels)
         if scores is not None:
             stages = [
                 replace(stage, probe_accuracy=trained, random_probe_accuracy=random)
@@ -239,96 +244,26 @@ class Pipeline:
                     stages, scores.trained, scores.random, strict=True
                 )
             ]
-        return RunResult(
-            self.config.name,
-            self.workspace.folder,
-            stages,
-            scores.raw if scores else None,
-            time.monotonic() - started,
-        )
+        raw = scores.raw if scores else None
+        seconds = time.monotonic() - started
+        return RunResult(self.config.name, self.workspace.folder, stages, raw, seconds)
 
-    def _run_stage(self, index: int) -> StageResult:
+    def _run_stage(self, index: int, workers: Workers) -> StageResult:
         stage = self.stage(index)
         weights, trained = stage.train()
-        _, extracted = stage.extract(weights)
+        _, extracted = stage.extract(weights, workers=workers)
         path = self.workspace.cache_path(index)
         if not trained and not extracted:
             self.workspace.progress.note(f"module {index}: nothing to do, weights and cache match")
         return StageResult(index, weights.record, trained, extracted, path, folder_bytes(path))
 
-    # Probes
-
-    def probe_all(self) -> ProbeScores | None:
-        """Probe every module, random modules and raw pixels; None where there are no labels."""
-        splits = probe_splits(self.source)
-        if splits is None:
-            return None
-        train, test = splits
-        ids = [*train.ids, *test.ids]
-        count = len(self.config.module)
-        rows = 2 * count + 1
-        with self.workspace.progress.task("probe", total=rows, unit="row") as task:
-
-            def score(features: NDArray[np.float32]) -> float:
-                accuracy = self._score(features, train, test)
-                task.advance()
-                return accuracy
-
-            trained = [score(self._cached_features(index, ids)) for index in self.config.module]
-            random = [score(features) for features in self._random_features(ids)]
-            raw = score(self.source.read_images(ids).reshape(len(ids), -1))
-        return ProbeScores(trained, random, raw)
-
-    def _score(self, features: NDArray[np.float32], train: ProbeSplit, test: ProbeSplit) -> float:
-        return probe_accuracy(features, train, test, self.config.probe, seed=self.config.seed)
-
-    def _cached_features(self, index: int, ids: list[str]) -> NDArray[np.float32]:
-        pooled = Cache(self.workspace.cache_path(index)).read_pooled(ids)
-        return pool_features(pooled, self.config.probe)
-
-    def _random_features(self, ids: list[str]) -> list[NDArray[np.float32]]:
-        """Features of the encoder as it was before training, for every depth."""
-        channels = [shape.cell_in[0] for shape in self.check()]
-        chain = [
-            FrozenModule(self.workspace.build(index, size), self.workspace.device)
-            for index, size in enumerate(channels, start=1)
-        ]
-        embeddings = chain_embeddings(chain, self.source, ids, self.config.extract)
-        return [pool_features(part, self.config.probe) for part in embeddings]
-
-
-def probe_cache(path: str | Path, *, pooling: Pooling | None = None) -> tuple[int, Pooling, float]:
-    """Probe the features in a cache.
-
-    Parameters
-    ----------
-    path : str or Path
-    pooling : "mean" or "all", optional
-        By default as in the pipeline that made the cache.
-
-    Returns
-    -------
-    (int, str, float)
-        The module, the pooling, and the test accuracy in [0, 1].
-
-    Raises
-    ------
-    CacheNotFoundError, PartialCacheError, CorruptCacheError
-        If the cache cannot be used.
-    DataError
-        If its samples have no labels.
-    """
-    cache = Cache(path)
-    text = cache.manifest.pipeline_text
-    config = parse_pipeline(text, file=f"the pipeline recorded in {path}")
-    probe = config.probe.model_copy(update={"pooling": pooling or config.probe.pooling})
-    splits = probe_splits(cache)
-    if splits is None:
-        raise DataError(f"{path} has no labelled train and test samples: nothing to probe")
-    train, test = splits
-    features = pool_features(cache.read_pooled([*train.ids, *test.ids]), probe)
-    accuracy = probe_accuracy(features, train, test, probe, seed=config.seed)
-    return cache.manifest.module, probe.pooling, accuracy
+    def forget(self, index: int) -> None:
+        """Remove a module's cache, weights, checkpoint and logs."""
+        space = self.workspace
+        discard_cache(space.cache_path(index))
+        space.weights_path(index).unlink(missing_ok=True)
+        space.checkpoint_path(index).unlink(missing_ok=True)
+        shutil.rmtree(space.logs_path(index), ignore_errors=True)
 
 
 def folder_bytes(path: Path) -> int:

@@ -12,6 +12,9 @@ class Task:
     def advance(self, count: int = 1, **figures: float) -> None:
         """``count`` more units are done; ``figures`` are worth showing, such as ``loss``."""
 
+    def report(self, **figures: float) -> None:
+        """A part of the work is done, such as an epoch, and these are its figures."""
+
 
 class Progress(Protocol):
     """Listens to work."""

@@ -20,11 +20,12 @@ from helpers import assert_same_run, edit, live_parameters, weights_of
 from gim_stagewise.cache import Cache, read_manifest
 from gim_stagewise.errors import ConfigError, StaleCacheError
 from gim_stagewise.models import pool
-from gim_stagewise.pipeline import Pipeline, probe_cache
+from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.progress import Silent, Task
 from gim_stagewise.report.record import save_record
 from gim_stagewise.sources import Request
 from gim_stagewise.stage.checkpoint import FrozenWeights
+from gim_stagewise.stage.probe import probe_cache
 
 
 class Notes(Silent):
@@ -58,7 +59,7 @@ def test_run_leaves_sealed_caches_weights_and_a_record(tiny: Path, tmp_path: Pat
         assert stage["cache_bytes"] == sum(f.stat().st_size for f in files)
     assert record["raw_probe_accuracy"] > 0.8
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
-    expected = ["checkpoints", "run.json"]
+    expected = ["checkpoints", "logs", "run.json"]
     for module in (1, 2, 3):
         expected += [f"m{module}.safetensors", f"m{module}.zarr"]
     assert left == sorted(expected)

@@ -167,11 +167,11 @@ class BuildFolder:
         self.path = cache.with_name(f".{cache.name}.build")
         self._journal = self.path / "journal.jsonl"
 
-    def start(self, content: Digest) -> Path:
-        """Begin an empty journal for a cache of this content; returns this run's staging folder."""
+    def start(self, content: Digest, blocks: int) -> Path:
+        """Begin an empty journal for a cache of ``blocks``; returns this run's staging folder."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(parents=True)
-        self._append({"content": content.value})
+        self._append({"content": content.value, "blocks": blocks})
         fsync_directory(self.path)
         fsync_directory(self.path.parent)
         return self._new_staging()
@@ -200,10 +200,12 @@ class BuildFolder:
         """Note durably that a block's files are in place."""
         self._append({"block": block.index, "sha256": sha256})
 
-    def done_blocks(self, content: Digest) -> int:
-        """How many blocks an unfinished build of this content has."""
+    def done_blocks(self, content: Digest) -> tuple[int, int]:
+        """How many blocks an unfinished build of this content has, and how many it needs."""
         records = self._records()
-        return len(records) - 1 if records and records[0].get("content") == content.value else 0
+        if not records or records[0].get("content") != content.value:
+            return 0, 0
+        return len(records) - 1, int(records[0].get("blocks", 0))
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import zarr
@@ -16,6 +16,9 @@ from gim_stagewise.cache.manifest import Manifest, read_manifest
 from gim_stagewise.errors import CorruptCacheError, DataError, PartialCacheError
 from gim_stagewise.sources import PATCH_AXES, SPLITS, Item, Request, Split
 from gim_stagewise.windows import Span
+
+if TYPE_CHECKING:
+    from gim_stagewise.cache.views import CacheDataset
 
 
 class Cache:
@@ -105,6 +108,23 @@ class Cache:
         """Embeddings of view 0: [sample, grid_row, grid_col, channel]."""
         return np.stack(self._read("pooled", [Request(item_id) for item_id in ids]))
 
+    @property
+    def activations(self) -> Any:
+        """The stored activations as a lazy Zarr array; slicing it reads and decodes."""
+        return self._group["activations"]
+
+    def dataset(self, split: Split, *, view: int = 0) -> CacheDataset:
+        """Samples and labels of a split for a ``torch.utils.data.DataLoader``."""
+        from gim_stagewise.cache.views import CacheDataset
+
+        return CacheDataset(self, split, view)
+
+    def dask(self, name: str = "activations") -> Any:
+        """An array of the cache as a lazy ``dask.array.Array``."""
+        from gim_stagewise.cache.views import dask_array
+
+        return dask_array(self, name)
+
     def content_digest(self) -> str:
         return self.manifest.content.value
 
@@ -167,6 +187,17 @@ class Cache:
             f"cache {self.path}: {where} {what}; build it again with "
             f"`gim-stage extract --module {self.manifest.module} --force`"
         )
+
+
+def open_cache(path: str | Path) -> Cache:
+    """Open a sealed cache (see `Cache`).
+
+    Raises
+    ------
+    CacheNotFoundError, PartialCacheError, CorruptCacheError
+        If it cannot be used.
+    """
+    return Cache(path)
 
 
 class _CacheItems(Sequence[Item]):

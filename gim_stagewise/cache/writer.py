@@ -104,7 +104,7 @@ class CacheWriter:
             resumed = self._build.resume(manifest.content) if self._is_ours() else None
             if resumed is None:
                 discard_cache(path)
-                self.staging = self._build.start(manifest.content)
+                self.staging = self._build.start(manifest.content, len(self._blocks))
                 self._done: dict[int, str] = {}
                 self._create(source)
             else:

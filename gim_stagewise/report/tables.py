@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.markup import escape
 from rich.table import Table
 
-from gim_stagewise.pipeline import RunResult
+from gim_stagewise.pipeline import Pipeline, RunResult
+from gim_stagewise.status import StageStatus
 
 
 def results_table(result: RunResult) -> Table:
@@ -46,3 +51,78 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def status_table(pipeline: Pipeline, stages: Sequence[StageStatus]) -> Table:
+    """The chain of stages, one row each, with its state and the reason for it."""
+    title = f"{pipeline.config.name}: {pipeline.workspace.folder}"
+    table = Table(title=title, title_justify="left")
+    for name in ("module", "state", "epochs", "validation loss", "trained in", "cache", "why"):
+        table.add_column(name, justify="left" if name in ("state", "why") else "right")
+    colours = {"sealed": "green", "stale": "yellow", "corrupt": "red"}
+    for stage in stages:
+        state = stage.state
+        if stage.done is not None:
+            state = f"{state} {100 * stage.done:.0f} %"
+        colour = colours.get(stage.state, "default")
+        record = stage.record
+        table.add_row(
+            str(stage.module),
+            f"[{colour}]{state}[/]",
+            "" if record is None else str(record.epochs),
+            "" if record is None else f"{record.validation_loss:.3f}",
+            "" if record is None else f"{record.seconds:.0f} s",
+            format_bytes(stage.cache_bytes) if stage.cache_bytes else "",
+            escape(stage.why),
+        )
+    return table
+
+
+def inspection(found: dict[str, Any]) -> Iterator[Table | str]:
+    """What `inspect_cache` found, for people."""
+    yield f"{found['path']}: {found['state']}, {format_bytes(found['bytes'])}"
+    if blocks := found.get("blocks"):
+        yield f"{blocks['done']} of {blocks['total']} blocks are done"
+    for problem in found["problems"]:
+        yield f"[red]problem:[/] {escape(problem)}"
+    arrays = Table(title="arrays", title_justify="left")
+    for name in ("array", "axes", "shape", "chunks", "dtype", "codecs", "stored"):
+        arrays.add_column(name)
+    for name, array in found["arrays"].items():
+        shape = "×".join(map(str, array["shape"]))
+        chunks = f"{array['stored_chunks']} of {'×'.join(map(str, array['chunks']))}"
+        codecs = " ".join(array["codecs"])
+        axes = " ".join(array["axes"])
+        stored = format_bytes(array["bytes"])
+        arrays.add_row(name, axes, shape, chunks, array["dtype"], codecs, stored)
+    yield arrays
+    if manifest := found.get("manifest"):
+        yield _origin(manifest)
+    if channels := found.get("channels"):
+        yield _channels(channels)
+
+
+def _origin(manifest: dict[str, Any]) -> Table:
+    table = Table(title="where it came from", title_justify="left", show_header=False)
+    table.add_row("pipeline", f"{manifest['pipeline']}, module {manifest['module']}")
+    table.add_row("precision", manifest["precision"]["name"])
+    table.add_row("stored operation", manifest["stored_operation"] or "none")
+    table.add_row("encoding", manifest["encoding"])
+    for name in ("recipe", "content"):
+        table.add_row(f"{name} digest", manifest[name]["digest"])
+    for key, value in manifest["content"]["parts"].items():
+        table.add_row(f"  {key}", escape(str(value)))
+    return table
+
+
+def _channels(channels: Sequence[dict[str, float]], shown: int = 8) -> Table:
+    title = (
+        f"activations per channel (first {min(shown, len(channels))} of {len(channels)}, sampled)"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("channel", justify="right")
+    for name in channels[0]:
+        table.add_column(name, justify="right")
+    for number, row in enumerate(channels[:shown]):
+        table.add_row(str(number), *(f"{value:.3f}" for value in row.values()))
+    return table

@@ -46,6 +46,12 @@ def load_checkpoint(path: Path, *, run: str) -> dict[str, Any] | None:
     return state if isinstance(state, dict) and state.get("run") == run else None
 
 
+def peek_checkpoint(path: Path, *, run: str) -> dict[str, Any] | None:
+    """Where a training of this run stands: the counters of its checkpoint, or None."""
+    state = load_checkpoint(path, run=run)
+    return None if state is None else dict(state["counters"])
+
+
 @dataclass(frozen=True)
 class TrainingRecord:
     """What is known of a finished training.
@@ -81,6 +87,12 @@ class FrozenWeights:
         Content digest of what the module was trained on.
     builder_source, behaviour : str
         Digests of the builder's code and of the module's outputs.
+    in_shape : tuple of int
+        One row of the module's input, (channel, height, width).
+    chain : str or None
+        Digest of the weights of the module below; None for the first.
+    pipeline_text : str
+        The pipeline file.
     record : TrainingRecord
     tensors : dict
         The module's state.
@@ -91,6 +103,9 @@ class FrozenWeights:
     input_content: str
     builder_source: str
     behaviour: str
+    in_shape: tuple[int, ...]
+    chain: str | None
+    pipeline_text: str
     record: TrainingRecord
     tensors: dict[str, Tensor]
 
@@ -112,6 +127,9 @@ class FrozenWeights:
             "input_content": self.input_content,
             "builder_source": self.builder_source,
             "behaviour": self.behaviour,
+            "in_shape": self.in_shape,
+            "chain": self.chain,
+            "pipeline_text": self.pipeline_text,
             "record": asdict(self.record),
             "weights": self.digest,
         }
@@ -141,6 +159,9 @@ class FrozenWeights:
                 input_content=str(about["input_content"]),
                 builder_source=str(about["builder_source"]),
                 behaviour=str(about["behaviour"]),
+                in_shape=tuple(int(size) for size in about["in_shape"]),
+                chain=about["chain"],
+                pipeline_text=str(about["pipeline_text"]),
                 record=TrainingRecord(**about["record"]),
                 tensors=tensors,
             )

@@ -10,17 +10,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from einops import rearrange, reduce
 from numpy.typing import NDArray
 
-from gim_stagewise.config import ExtractConfig, ProbeConfig
+from gim_stagewise.cache import Cache
+from gim_stagewise.config import ExtractConfig, ProbeConfig, parse_pipeline
 from gim_stagewise.errors import DataError
 from gim_stagewise.seeds import derive_seed
-from gim_stagewise.sources import MISSING_LABEL, Request, Source, read_stacked
+from gim_stagewise.sources import MISSING_LABEL, PatchSource, Request, Source, read_stacked
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
+from gim_stagewise.stage.workspace import Workspace
+
+Pooling = Literal["mean", "all"]
 
 # Inverse regularisation strengths that are tried, on standardised features.
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
@@ -112,6 +118,96 @@ def probe_accuracy(
         key=lambda c: accuracy(c, fit, fitted[validation], train.labels[validation]),
     )
     return accuracy(best, order, unseen, test.labels)
+
+
+@dataclass(frozen=True)
+class ProbeScores:
+    """Accuracies of the same probe on trained, random and no features, in [0, 1]."""
+
+    trained: list[float]
+    random: list[float]
+    raw: float
+
+
+def probe_chain(
+    workspace: Workspace, source: PatchSource, in_channels: Sequence[int]
+) -> ProbeScores | None:
+    """Probe the caches of the first modules, the same modules before training, and raw pixels.
+
+    Parameters
+    ----------
+    workspace : Workspace
+        With sealed caches of modules 1, 2, ...
+    source : PatchSource
+        The dataset.
+    in_channels : sequence of int
+        Channels of the input of each module to probe, from module 1 on.
+
+    Returns
+    -------
+    ProbeScores or None
+        None where the dataset has no labels.
+    """
+    splits = probe_splits(source)
+    if splits is None:
+        return None
+    train, test = splits
+    ids = [*train.ids, *test.ids]
+    config = workspace.config
+    rows = 2 * len(in_channels) + 1
+    with workspace.progress.task("probe", total=rows, unit="row") as task:
+
+        def score(features: NDArray[np.float32]) -> float:
+            accuracy = probe_accuracy(features, train, test, config.probe, seed=config.seed)
+            task.advance()
+            return accuracy
+
+        trained = []
+        for index in range(1, len(in_channels) + 1):
+            pooled = Cache(workspace.cache_path(index)).read_pooled(ids)
+            trained.append(score(pool_features(pooled, config.probe)))
+        chain = [
+            FrozenModule(workspace.build(index, channels), workspace.device)
+            for index, channels in enumerate(in_channels, start=1)
+        ]
+        embeddings = chain_embeddings(chain, source, ids, config.extract)
+        random = [score(pool_features(part, config.probe)) for part in embeddings]
+        raw = score(source.read_images(ids).reshape(len(ids), -1))
+    return ProbeScores(trained, random, raw)
+
+
+def probe_cache(path: str | Path, *, pooling: Pooling | None = None) -> tuple[int, Pooling, float]:
+    """Probe the features in a cache.
+
+    Parameters
+    ----------
+    path : str or Path
+    pooling : "mean" or "all", optional
+        By default as in the pipeline that made the cache.
+
+    Returns
+    -------
+    (int, str, float)
+        The module, the pooling, and the test accuracy in [0, 1].
+
+    Raises
+    ------
+    CacheNotFoundError, PartialCacheError, CorruptCacheError
+        If the cache cannot be used.
+    DataError
+        If its samples have no labels.
+    """
+    cache = Cache(path)
+    text = cache.manifest.pipeline_text
+    config = parse_pipeline(text, file=f"the pipeline recorded in {path}")
+    probe = config.probe.model_copy(update={"pooling": pooling or config.probe.pooling})
+    splits = probe_splits(cache)
+    if splits is None:
+        raise DataError(f"{path} has no labelled train and test samples: nothing to probe")
+    train, test = splits
+    features = pool_features(cache.read_pooled([*train.ids, *test.ids]), probe)
+    accuracy = probe_accuracy(features, train, test, probe, seed=config.seed)
+    return cache.manifest.module, probe.pooling, accuracy
 
 
 def chain_embeddings(

@@ -118,6 +118,19 @@ class Stage:
     def input_content(self) -> str:
         return self.source.content_digest()
 
+    @property
+    def _weights_below(self) -> str | None:
+        if not isinstance(self.source, Cache):
+            return None
+        return str(self.source.manifest.content.parts["weights"])
+
+    @property
+    def run_digest(self) -> str:
+        """What is trained on what with which code; a checkpoint of anything else is not used."""
+        builder = self.workspace.builder(self.index)
+        parts = {"recipe": self.recipe.value, "input": self.input_content}
+        return Digest.of({**parts, "builder": builder.source_digest}).value
+
     # Weights
 
     def train(self, *, force: bool = False) -> tuple[FrozenWeights, bool]:
@@ -129,7 +142,7 @@ class Stage:
             The weights, and whether they were trained now.
         """
         if not force:
-            weights, reason = self._current_weights()
+            weights, reason = self.current_weights()
             if weights is not None:
                 return weights, False
             if reason:
@@ -161,7 +174,7 @@ class Stage:
             )
         return weights
 
-    def _current_weights(self) -> tuple[FrozenWeights | None, str]:
+    def current_weights(self) -> tuple[FrozenWeights | None, str]:
         """Weights that can be kept; else None and the reason, if there is more to say than that."""
         try:
             weights = FrozenWeights.load(self.workspace.weights_path(self.index))
@@ -206,13 +219,6 @@ class Stage:
     def _train(self) -> FrozenWeights:
         space, config = self.workspace, self._config
         builder = space.builder(self.index)
-        run = Digest.of(
-            {
-                "recipe": self.recipe.value,
-                "input": self.input_content,
-                "builder": builder.source_digest,
-            }
-        )
         step_listener = space.on_step
         job = TrainJob(
             stage=self.index,
@@ -228,7 +234,8 @@ class Stage:
             seed=space.config.seed,
             device=space.device,
             checkpoint=space.checkpoint_path(self.index),
-            run=run.value,
+            logs=space.logs_path(self.index),
+            run=self.run_digest,
             on_step=None if step_listener is None else lambda n: step_listener(self.index, n),
         )
         tensors, record = train_module(job, space.progress)
@@ -242,6 +249,9 @@ class Stage:
             input_content=self.input_content,
             builder_source=builder.source_digest,
             behaviour=behaviour_digest(FrozenModule(module, torch.device("cpu")), self._cell),
+            in_shape=self._cell,
+            chain=self._weights_below,
+            pipeline_text=space.text,
             record=record,
             tensors=module_tensors(module),
         )
@@ -261,11 +271,11 @@ class Stage:
             The sealed cache's manifest, and whether work was done now.
         """
         path = self.workspace.cache_path(self.index)
-        manifest = self._manifest(weights)
+        manifest = self.manifest(weights)
         if force:
             discard_cache(path)
-        found, reason = self._valid_cache(manifest)
-        if found is not None:
+        found, reason = self.current_cache(manifest)
+        if found is not None and found.sealed:
             return found, False
         if reason:
             self._note(f"cache built again: {reason}")
@@ -292,8 +302,8 @@ class Stage:
         )
         return extract(job, writer, source, executor, space.progress)
 
-    def _valid_cache(self, wanted: Manifest) -> tuple[Manifest | None, str]:
-        """A sealed cache that can be kept; else None and the reason, if there is more to say."""
+    def current_cache(self, wanted: Manifest) -> tuple[Manifest | None, str]:
+        """A cache that can be kept, or gone on with; else None and the reason, if there is one."""
         try:
             found = read_manifest(self.workspace.cache_path(self.index))
         except CacheNotFoundError:
@@ -303,7 +313,7 @@ class Stage:
         changes = identity.cache_differences(found, wanted.recipe, wanted.content)
         if changes:
             return None, "; ".join(changes)
-        return (found, "") if found.sealed else (None, "")
+        return found, ""
 
     def _frozen(self, weights: FrozenWeights, device: torch.device) -> FrozenModule:
         module = self.workspace.build(self.index, self._cell[0])
@@ -317,7 +327,8 @@ class Stage:
             ) from None
         return FrozenModule(module, device)
 
-    def _manifest(self, weights: FrozenWeights) -> Manifest:
+    def manifest(self, weights: FrozenWeights) -> Manifest:
+        """What a cache of these weights' outputs would say about itself, unsealed."""
         space, cache = self.workspace, self._config.cache
         augment = space.config.augment
         views = 1 + (augment.views if augment.random else 0)

@@ -36,6 +36,7 @@ from gim_stagewise.stage.checkpoint import (
     save_checkpoint,
 )
 from gim_stagewise.stage.loader import Loader, held_out, validation_batches
+from gim_stagewise.stage.metrics import MetricsLog
 
 
 @dataclass
@@ -71,6 +72,8 @@ class TrainJob:
     device : torch.device
     checkpoint : Path
         Where training state is kept until the module is frozen.
+    logs : Path
+        Folder of the metrics log.
     run : str
         Digest of what is trained on what; only a checkpoint with the same is taken up.
     on_step : callable, optional
@@ -85,6 +88,7 @@ class TrainJob:
     seed: int
     device: torch.device
     checkpoint: Path
+    logs: Path
     run: str
     on_step: Callable[[int], None] | None = field(default=None)
 
@@ -130,19 +134,24 @@ class _Trainer:
         )
         self.at = _Counters()
         self.best = module_tensors(self.module)
+        self.log = MetricsLog(job.logs)
 
     def run(self) -> tuple[dict[str, Tensor], TrainingRecord]:
         self._resume()
-        started = time.monotonic() - self.at.seconds
-        total = self.job.config.max_epochs * self.loader.steps
-        done = self.at.epoch * self.loader.steps + self.at.step_in_epoch
+        self.started = time.monotonic() - self.at.seconds
+        batch = self.job.config.batch
+        total = self.job.config.max_epochs * self.loader.steps * batch
         label = f"module {self.job.stage}: train"
-        with self.progress.task(label, total=total, done=done, unit="step") as task:
-            while not self.at.finished:
-                self._train_epoch(task, started)
-                self._end_epoch(task)
-                self.at.seconds = time.monotonic() - started
-                self._save()
+        self.log.open(steps_done=self.steps_done)
+        try:
+            done = self.steps_done * batch
+            with self.progress.task(label, total=total, done=done, unit="sample") as task:
+                while not self.at.finished:
+                    self._train_epoch(task)
+                    self._end_epoch(task)
+                    self._save()
+        finally:
+            self.log.close()
         record = TrainingRecord(
             epochs=self.at.epoch,
             best_epoch=self.at.best_epoch,
@@ -152,20 +161,24 @@ class _Trainer:
         )
         return self.best, record
 
-    def _train_epoch(self, task: Task, started: float) -> None:
+    @property
+    def steps_done(self) -> int:
+        return self.at.epoch * self.loader.steps + self.at.step_in_epoch
+
+    def _train_epoch(self, task: Task) -> None:
         at, config = self.at, self.job.config
         self.module.train()
         for batch in self.loader.batches(at.epoch, start=at.step_in_epoch):
-            step = at.epoch * self.loader.steps + at.step_in_epoch
-            loss = self._step(batch, step)
+            loss = self._step(batch, self.steps_done)
             at.epoch_loss += loss
             at.step_in_epoch += 1
-            task.advance(loss=loss, epoch=at.epoch + 1)
-            at.seconds = time.monotonic() - started
-            if (step + 1) % config.checkpoint_every == 0:
+            done = self.steps_done
+            self.log.write(done, at.epoch + 1, loss=loss)
+            task.advance(len(batch), loss=loss, epoch=at.epoch + 1)
+            if done % config.checkpoint_every == 0:
                 self._save()
             if self.job.on_step is not None:
-                self.job.on_step(step + 1)
+                self.job.on_step(done)
 
     def _step(self, batch: Tensor, step: int) -> float:
         with torch.random.fork_rng(devices=_cuda_devices(self.job.device)):
@@ -204,7 +217,16 @@ class _Trainer:
             self.best = module_tensors(self.module)
         stalled = at.epoch - at.best_epoch >= config.patience
         at.finished = stalled or at.epoch >= config.max_epochs
-        task.advance(0, train_loss=train_loss, validation_loss=validation_loss, epoch=at.epoch)
+        seconds = time.monotonic() - self.started
+        self.log.write(
+            self.steps_done,
+            at.epoch,
+            train_loss=train_loss,
+            validation_loss=validation_loss,
+            seconds=seconds,
+            samples_per_second=self.steps_done * config.batch / seconds,
+        )
+        task.report(epoch=at.epoch, train_loss=train_loss, validation_loss=validation_loss)
 
     @torch.no_grad()
     def _validate(self) -> float:
@@ -229,6 +251,8 @@ class _Trainer:
         return torch.Generator().manual_seed(seed)
 
     def _save(self) -> None:
+        self.at.seconds = time.monotonic() - self.started
+        self.log.flush()
         state: dict[str, Any] = {
             "run": self.job.run,
             "counters": dict(vars(self.at)),

@@ -63,6 +63,9 @@ class Workspace:
     def checkpoint_path(self, index: int) -> Path:
         return self.folder / "checkpoints" / f"m{index}.pt"
 
+    def logs_path(self, index: int) -> Path:
+        return self.folder / "logs" / f"m{index}"
+
     @property
     def record_path(self) -> Path:
         return self.folder / "run.json"

@@ -1,0 +1,80 @@
+"""The command line: parse, call, print, exit code.
+
+Heavy imports happen inside commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import traceback
+from types import FrameType
+from typing import Any
+
+import click
+
+from gim_stagewise.cli.care import clean, inspect, plot, status
+from gim_stagewise.cli.work import extract, probe, run, train
+from gim_stagewise.errors import GimStageError
+
+EXIT_CODES = """
+\b
+Exit codes:
+  0    done
+  1    a defect of gim-stage itself
+  2    bad input or configuration
+  3    over the memory or disk budget
+  4    storage or workers failed (disk full, input/output error, all workers lost)
+  130  interrupted
+"""
+
+
+class _Group(click.Group):
+    """Ends every user's error with one line and its exit code."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            # A polite `kill` ends a run like Ctrl-C, with its workers.
+            signal.signal(signal.SIGTERM, _interrupt)
+            return super().invoke(context)
+        except GimStageError as error:
+            click.echo(f"error: {error}", err=True)
+            context.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo(
+                "interrupted: what is done stays; give the same command again to go on", err=True
+            )
+            context.exit(130)
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            click.echo(f"error: {place}{error.strerror or error}", err=True)
+            context.exit(4)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception:
+            traceback.print_exc()
+            click.echo("error: this is a defect of gim-stage; please report it", err=True)
+            context.exit(1)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@click.group(
+    cls=_Group, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES
+)
+@click.version_option(package_name="gim-stagewise")
+def main() -> None:
+    """Train deep networks module by module, through cached activations.
+
+    A stage trains one gradient-isolated module, freezes it and stores its outputs in a Zarr
+    cache, from which the next stage trains: one module in memory, no end-to-end backpropagation.
+
+    \b
+    Example:
+      gim-stage run pipelines/digits.toml
+    """
+
+
+for _command in (run, train, extract, probe, status, inspect, clean, plot):
+    main.add_command(_command)

@@ -1,0 +1,114 @@
+"""Commands that look after what is there: status, inspect, clean, plot."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from gim_stagewise.cli import options
+
+
+@click.command()
+@options.pipeline_argument
+@options.folder_option("cache/NAME, with the pipeline's name")
+@options.json_option
+def status(pipeline_file: Path, folder: Path | None, as_json: bool) -> None:
+    """Show where each stage of a pipeline FILE stands, and why.
+
+    \b
+    Example:
+      gim-stage status pipelines/digits.toml
+    """
+    from gim_stagewise.report.tables import status_table
+    from gim_stagewise.status import pipeline_status
+
+    pipeline = options.pipeline_from(pipeline_file, None, folder, device="cpu")
+    with options.naming(pipeline_file):
+        stages = pipeline_status(pipeline)
+    if as_json:
+        options.show(
+            {
+                "pipeline": pipeline.config.name,
+                "folder": str(pipeline.workspace.folder),
+                "modules": [asdict(stage) for stage in stages],
+            }
+        )
+    else:
+        options.show(status_table(pipeline, stages))
+
+
+@click.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+@options.json_option
+def inspect(cache: Path, as_json: bool) -> None:
+    """Show what a CACHE holds and where it came from, also if it is unfinished or damaged.
+
+    \b
+    Example:
+      gim-stage inspect cache/digits/m1.zarr
+    """
+    from gim_stagewise.report.inspect import inspect_cache
+    from gim_stagewise.report.tables import inspection
+
+    found = inspect_cache(cache)
+    if as_json:
+        options.show(found)
+    else:
+        for part in inspection(found):
+            options.show(part)
+
+
+@click.command()
+@options.pipeline_argument
+@options.folder_option("cache/NAME, with the pipeline's name")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@options.json_option
+def clean(pipeline_file: Path, folder: Path | None, yes: bool, as_json: bool) -> None:
+    """Remove leftovers and stale things from a run's folder, after listing them.
+
+    Current weights and caches stay, and so does work that can be gone on with.
+
+    \b
+    Example:
+      gim-stage clean pipelines/digits.toml
+    """
+    from gim_stagewise.report.tables import format_bytes
+    from gim_stagewise.status import removable, remove
+
+    pipeline = options.pipeline_from(pipeline_file, None, folder, device="cpu")
+    with options.naming(pipeline_file):
+        listed = removable(pipeline)
+    total = sum(thing.bytes for thing in listed)
+    for thing in listed:
+        click.echo(f"{format_bytes(thing.bytes):>10}  {thing.path}  ({thing.why})", err=True)
+    if not listed:
+        click.echo("nothing to remove", err=True)
+    agreed = bool(listed) and (
+        yes or click.confirm(f"Remove these, {format_bytes(total)} in all?", err=True)
+    )
+    if agreed:
+        for thing in listed:
+            remove(thing)
+        click.echo(f"removed {format_bytes(total)}", err=True)
+    if as_json:
+        removed = [{"path": str(t.path), "bytes": t.bytes, "why": t.why} for t in listed]
+        options.show({"removed": removed if agreed else [], "bytes": total if agreed else 0})
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="PNG file.  [default: DIR/curves.png]"
+)
+def plot(folder: Path, output: Path | None) -> None:
+    """Draw training and validation curves of all stages of the run in DIR.
+
+    \b
+    Example:
+      gim-stage plot cache/digits
+    """
+    from gim_stagewise.report.curves import plot_curves
+
+    click.echo(plot_curves(folder, output))

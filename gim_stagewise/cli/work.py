@@ -1,0 +1,202 @@
+"""Commands that do the work: run, train, extract, probe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from gim_stagewise.cli import options
+
+
+@click.command()
+@options.pipeline_argument
+@options.folder_option("cache/NAME, with the pipeline's name")
+@click.option("--from", "start", type=int, default=1, help="Make this module and those above anew.")
+@click.option("--until", type=int, help="Stop after this module.")
+@options.workers_option
+@options.scheduler_option
+@options.device_option
+@options.quiet_option
+@options.verbose_option
+@options.json_option
+def run(
+    pipeline_file: Path,
+    folder: Path | None,
+    start: int,
+    until: int | None,
+    worker_count: int | None,
+    scheduler: str | None,
+    device: str,
+    quiet: bool,
+    verbose: bool,
+    as_json: bool,
+) -> None:
+    """Run all stages of a pipeline FILE, then probe every module.
+
+    What matches the file is kept; what is unfinished goes on; what is stale is made again, with
+    the reason.
+
+    \b
+    Examples:
+      gim-stage run pipelines/digits.toml
+      gim-stage run pipelines/digits.toml --from 2 --workers 2
+    """
+    from gim_stagewise.pipeline import Pipeline
+    from gim_stagewise.report.record import save_record
+    from gim_stagewise.report.tables import results_table
+
+    progress = options.progress_for(quiet=quiet, verbose=verbose)
+    workers = options.workers_from(worker_count, scheduler)
+    pipeline = Pipeline.from_file(pipeline_file, folder=folder, device=device, progress=progress)
+    with options.naming(pipeline_file):
+        result = pipeline.run(start=start, until=until, workers=workers)
+    record = save_record(pipeline, result)
+    options.show(record if as_json else results_table(result))
+
+
+@click.command()
+@options.module_option
+@options.input_option
+@options.pipeline_option
+@options.folder_option("the input's folder, else cache/NAME")
+@options.device_option
+@options.force_option
+@options.quiet_option
+@options.verbose_option
+@options.json_option
+def train(
+    index: int,
+    input_path: Path | None,
+    pipeline_file: Path | None,
+    folder: Path | None,
+    device: str,
+    force: bool,
+    quiet: bool,
+    verbose: bool,
+    as_json: bool,
+) -> None:
+    """Train one module and freeze it: writes mN.safetensors.
+
+    \b
+    Examples:
+      gim-stage train --module 1 --pipeline pipelines/digits.toml
+      gim-stage train --module 2 --input cache/digits/m1.zarr
+    """
+    progress = options.progress_for(quiet=quiet, verbose=verbose)
+    pipeline = options.pipeline_from(pipeline_file, input_path, folder, device, progress)
+    with options.naming(pipeline_file):
+        weights, trained = pipeline.stage(index, input_path).train(force=force)
+    path = pipeline.workspace.weights_path(index)
+    record = weights.record
+    if as_json:
+        options.show(
+            {
+                "module": index,
+                "trained": trained,
+                "weights": str(path),
+                "epochs": record.epochs,
+                "best_epoch": record.best_epoch,
+                "train_loss": record.train_loss,
+                "validation_loss": record.validation_loss,
+                "seconds": record.seconds,
+            }
+        )
+        return
+    done = "trained and frozen" if trained else "nothing to do, the frozen weights match"
+    click.echo(
+        f"module {index}: {done}; {record.epochs} epochs, train loss {record.train_loss:.3f}, "
+        f"validation loss {record.validation_loss:.3f}: {path}"
+    )
+
+
+@click.command()
+@options.module_option
+@options.input_option
+@options.pipeline_option
+@options.folder_option("the input's folder, else cache/NAME")
+@options.workers_option
+@options.scheduler_option
+@options.device_option
+@options.force_option
+@options.quiet_option
+@options.json_option
+def extract(
+    index: int,
+    input_path: Path | None,
+    pipeline_file: Path | None,
+    folder: Path | None,
+    worker_count: int | None,
+    scheduler: str | None,
+    device: str,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Store the outputs of a frozen module for the whole dataset: writes mN.zarr.
+
+    \b
+    Examples:
+      gim-stage extract --module 1 --pipeline pipelines/digits.toml
+      gim-stage extract --module 2 --input cache/digits/m1.zarr --workers 2
+    """
+    from gim_stagewise.pipeline import folder_bytes
+    from gim_stagewise.report.tables import format_bytes
+
+    progress = options.progress_for(quiet=quiet, verbose=False)
+    workers = options.workers_from(worker_count, scheduler)
+    pipeline = options.pipeline_from(pipeline_file, input_path, folder, device, progress)
+    with options.naming(pipeline_file):
+        stage = pipeline.stage(index, input_path)
+        manifest, extracted = stage.extract(stage.load_weights(), force=force, workers=workers)
+    path = pipeline.workspace.cache_path(index)
+    size = folder_bytes(path)
+    if as_json:
+        options.show(
+            {
+                "module": index,
+                "extracted": extracted,
+                "state": "sealed",
+                "cache": str(path),
+                "cache_bytes": size,
+                "samples": manifest.layout.samples,
+                "content": manifest.content.value,
+            }
+        )
+        return
+    done = "extracted and sealed" if extracted else "nothing to do, the sealed cache matches"
+    click.echo(
+        f"module {index}: {done}; {manifest.layout.samples} samples, {format_bytes(size)}: {path}"
+    )
+
+
+@click.command()
+@click.option(
+    "--input",
+    "input_path",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Cache of the module to probe.",
+)
+@click.option(
+    "--pooling",
+    type=click.Choice(["mean", "all"]),
+    help="Mean over patches, or all patch features.  [default: as in the pipeline file]",
+)
+@options.json_option
+def probe(input_path: Path, pooling: Literal["mean", "all"] | None, as_json: bool) -> None:
+    """Say how good a cache's features are, by a linear classifier on top of them.
+
+    \b
+    Example:
+      gim-stage probe --input cache/digits/m3.zarr
+    """
+    from gim_stagewise.report.tables import percent
+    from gim_stagewise.stage.probe import probe_cache
+
+    module, chosen, accuracy = probe_cache(input_path, pooling=pooling)
+    if as_json:
+        options.show({"module": module, "pooling": chosen, "probe_accuracy": accuracy})
+    else:
+        click.echo(f"module {module}: {percent(accuracy)} test accuracy ({chosen} pooling)")

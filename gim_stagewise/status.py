@@ -1,0 +1,207 @@
+"""Where a pipeline stands, without changing anything: the state of each stage, and why."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gim_stagewise.cache import BuildFolder, read_manifest
+from gim_stagewise.errors import CorruptCacheError, GimStageError
+from gim_stagewise.pipeline import Pipeline, folder_bytes
+from gim_stagewise.stage.checkpoint import FrozenWeights, TrainingRecord, peek_checkpoint
+from gim_stagewise.stage.stage import Stage
+
+State = Literal["missing", "training", "frozen", "partial", "sealed", "stale", "corrupt"]
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """State of one stage.
+
+    *missing*: nothing is there. *training*: a checkpoint is. *frozen*: weights are, the cache is
+    not. *partial*: some blocks of the cache are done. *sealed*: weights and cache are complete and
+    belong to file, code and data. *stale*: what is there belongs to something else. *corrupt*: it
+    cannot be read.
+
+    Parameters
+    ----------
+    module : int
+    state : str
+    why : str
+        What was found that gives the state its name; empty if there is nothing to add.
+    done : float or None
+        Share of the work that is done, in [0, 1], while training or partial; of training, at most.
+    record : TrainingRecord or None
+        How training went, where weights are frozen.
+    cache_bytes : int
+    """
+
+    module: int
+    state: State
+    why: str = ""
+    done: float | None = None
+    record: TrainingRecord | None = None
+    cache_bytes: int = 0
+
+
+def pipeline_status(pipeline: Pipeline) -> list[StageStatus]:
+    """The state of every stage, bottom first. Reads only.
+
+    Raises
+    ------
+    GimStageError
+        If the pipeline itself is wrong, or its data cannot be found.
+    """
+    found: list[StageStatus] = []
+    for index in pipeline.config.module:
+        below = found[-1] if found else None
+        found.append(_stage_status(pipeline, index, below))
+    return found
+
+
+def _stage_status(pipeline: Pipeline, index: int, below: StageStatus | None) -> StageStatus:
+    space = pipeline.workspace
+    path = space.cache_path(index)
+    size = folder_bytes(path)
+    something = space.weights_path(index).exists() or path.exists()
+    if below is not None and below.state != "sealed":
+        if not something:
+            return StageStatus(index, "missing", f"waits for module {below.module}")
+        why = f"module {below.module} below is {below.state}"
+        return StageStatus(index, "stale", why, cache_bytes=size)
+    try:
+        stage = pipeline.stage(index)
+    except CorruptCacheError as error:
+        return StageStatus(index, "corrupt", f"its input: {error}", cache_bytes=size)
+    try:
+        weights, why = stage.current_weights()
+    except GimStageError as error:
+        return StageStatus(index, "stale", str(error), cache_bytes=size)
+    if weights is None:
+        return _without_weights(pipeline, stage, why, size)
+    return _with_weights(stage, weights, size)
+
+
+def _without_weights(pipeline: Pipeline, stage: Stage, why: str, size: int) -> StageStatus:
+    counters = peek_checkpoint(
+        pipeline.workspace.checkpoint_path(stage.index), run=stage.run_digest
+    )
+    if counters is not None:
+        limit = pipeline.config.stage(stage.index).train.max_epochs
+        epoch = int(counters["epoch"])
+        return StageStatus(
+            stage.index,
+            "training",
+            f"epoch {epoch + 1} of at most {limit}",
+            done=epoch / limit,
+            cache_bytes=size,
+        )
+    if not why:
+        return StageStatus(stage.index, "missing", cache_bytes=size)
+    state: State = "corrupt" if "damaged" in why else "stale"
+    return StageStatus(stage.index, state, why, cache_bytes=size)
+
+
+def _with_weights(stage: Stage, weights: FrozenWeights, size: int) -> StageStatus:
+    record = weights.record
+    cache, why = stage.current_cache(stage.manifest(weights))
+    if cache is None:
+        if not why:
+            return StageStatus(stage.index, "frozen", "its cache is not there yet", record=record)
+        path = stage.workspace.cache_path(stage.index)
+        try:
+            read_manifest(path)
+        except CorruptCacheError:
+            return StageStatus(stage.index, "corrupt", why, record=record, cache_bytes=size)
+        return StageStatus(stage.index, "stale", why, record=record, cache_bytes=size)
+    if cache.sealed:
+        return StageStatus(stage.index, "sealed", record=record, cache_bytes=size)
+    done, blocks = BuildFolder(stage.workspace.cache_path(stage.index)).done_blocks(cache.content)
+    return StageStatus(
+        stage.index,
+        "partial",
+        f"{done} of {blocks} blocks",
+        done=done / blocks if blocks else 0.0,
+        record=record,
+        cache_bytes=size,
+    )
+
+
+@dataclass(frozen=True)
+class Removable:
+    """Something in a run's folder that is of no more use."""
+
+    path: Path
+    bytes: int
+    why: str
+
+
+def removable(pipeline: Pipeline) -> list[Removable]:
+    """What can go from a pipeline's folder: leftovers, and what is stale. Reads only.
+
+    Sealed and current things, and work that can be gone on with, are never among it.
+    """
+    listed = []
+    for path, why in _candidates(pipeline):
+        size = path.stat().st_size if path.is_file() else folder_bytes(path)
+        listed.append(Removable(path, size, why))
+    return listed
+
+
+def _candidates(pipeline: Pipeline) -> Iterator[tuple[Path, str]]:
+    space = pipeline.workspace
+    states = {status.module: status for status in pipeline_status(pipeline)}
+    for path in sorted(space.folder.glob(".*.trash-*")):
+        yield path, "left over from a removal"
+    for path in sorted([*space.folder.glob(".*.tmp"), *space.folder.glob("*/.*.tmp")]):
+        yield path, "left over from an interrupted write"
+    for path in sorted(space.folder.glob(".m*.zarr.build")):
+        index = _number(path.name.removeprefix(".").removesuffix(".build"), ".zarr")
+        if index not in states or states[index].state not in {"partial"}:
+            yield path, "left over from building a cache"
+    places = [
+        ("m*.zarr", ".zarr"),
+        ("m*.safetensors", ".safetensors"),
+        ("checkpoints/m*.pt", ".pt"),
+    ]
+    for pattern, suffix in places:
+        for path in sorted(space.folder.glob(pattern)):
+            index = _number(path.name, suffix)
+            if index is None:
+                continue
+            if index not in states:
+                yield path, f"the pipeline has no module {index}"
+            elif reason := _why_removable(path, states[index]):
+                yield path, reason
+
+
+def _why_removable(path: Path, status: StageStatus) -> str:
+    if status.state in {"stale", "corrupt"}:
+        # Current weights under a stale cache are kept.
+        kept = path.suffix == ".safetensors" and status.record is not None
+        return "" if kept else f"{status.state}: {status.why}"
+    if path.suffix == ".pt" and status.state != "training":
+        return "training is done"
+    if path.suffix == ".zarr" and status.state in {"missing", "training"}:
+        return "its weights are gone"
+    return ""
+
+
+def _number(name: str, suffix: str) -> int | None:
+    digits = name.removeprefix("m").removesuffix(suffix)
+    return int(digits) if digits.isdecimal() else None
+
+
+def remove(thing: Removable) -> None:
+    """Remove exactly this file or folder."""
+    if thing.path.is_dir():
+        # Renamed first: nothing half-removed keeps its name.
+        trash = thing.path.with_name(f".{thing.path.name.lstrip('.')}.trash-removed")
+        shutil.rmtree(trash, ignore_errors=True)
+        thing.path.replace(trash)
+        shutil.rmtree(trash)
+    else:
+        thing.path.unlink(missing_ok=True)
