@@ -59,11 +59,14 @@ def test_the_tour_step_by_step_equals_run(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_every_command_shows_an_example() -> None:
-    for command in ([], ["run"], ["train"], ["extract"], ["probe"]):
+    names = ("run", "train", "extract", "probe", "status", "inspect", "clean", "plot")
+    for command in ([], *([name] for name in names)):
         done = gim_stage(*command, "--help")
         assert done.returncode == 0
         assert "gim-stage" in done.stdout
         assert "Example" in done.stdout
+        assert "\\b" not in done.stdout
+        assert "\n    gim-stage" in done.stdout
 
 
 @pytest.mark.parametrize(

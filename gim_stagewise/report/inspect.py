@@ -75,7 +75,7 @@ def _arrays(path: Path, problems: list[str]) -> dict[str, Any]:
             continue
         metadata: Any = array.metadata
         arrays[name] = {
-            "axes": list(metadata.dimension_names or ()),
+            "axes": list(metadata.dimension_names or map(str, range(array.ndim))),
             "shape": list(array.shape),
             "chunks": list(array.chunks),
             "dtype": str(array.dtype),

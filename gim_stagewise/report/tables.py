@@ -61,7 +61,7 @@ def status_table(pipeline: Pipeline, stages: Sequence[StageStatus]) -> Table:
         table.add_column(name, justify="left" if name in ("state", "why") else "right")
     colours = {"sealed": "green", "stale": "yellow", "corrupt": "red"}
     for stage in stages:
-        state = stage.state
+        state: str = stage.state
         if stage.done is not None:
             state = f"{state} {100 * stage.done:.0f} %"
         colour = colours.get(stage.state, "default")
@@ -86,15 +86,15 @@ def inspection(found: dict[str, Any]) -> Iterator[Table | str]:
     for problem in found["problems"]:
         yield f"[red]problem:[/] {escape(problem)}"
     arrays = Table(title="arrays", title_justify="left")
-    for name in ("array", "axes", "shape", "chunks", "dtype", "codecs", "stored"):
-        arrays.add_column(name)
+    for name in ("array", "axes", "chunk", "dtype", "codecs", "stored"):
+        arrays.add_column(name, overflow="fold")
     for name, array in found["arrays"].items():
-        shape = "×".join(map(str, array["shape"]))
-        chunks = f"{array['stored_chunks']} of {'×'.join(map(str, array['chunks']))}"
-        codecs = " ".join(array["codecs"])
-        axes = " ".join(array["axes"])
-        stored = format_bytes(array["bytes"])
-        arrays.add_row(name, axes, shape, chunks, array["dtype"], codecs, stored)
+        axes = " ".join(
+            f"{axis}={size}" for axis, size in zip(array["axes"], array["shape"], strict=True)
+        )
+        chunk = "×".join(map(str, array["chunks"]))
+        stored = f"{array['stored_chunks']} chunks, {format_bytes(array['bytes'])}"
+        arrays.add_row(name, axes, chunk, array["dtype"], " ".join(array["codecs"]), stored)
     yield arrays
     if manifest := found.get("manifest"):
         yield _origin(manifest)

@@ -143,6 +143,8 @@ def _local_cluster(count: int) -> Iterator[Any]:
     from distributed import Client, LocalCluster
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    # When workers are killed on purpose, Python's resource tracker has nothing to tell a user.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     before = set(multiprocessing.active_children())
     with tempfile.TemporaryDirectory(prefix="gim-stage-", ignore_cleanup_errors=True) as scratch:
         cluster = LocalCluster(

@@ -1,0 +1,232 @@
+"""Status, inspect, clean and plot tell the truth and touch nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import edit
+
+import gim_stagewise.stage.extract as extract_room
+from gim_stagewise import Pipeline
+from gim_stagewise.errors import CacheNotFoundError
+from gim_stagewise.report.curves import plot_curves
+from gim_stagewise.report.inspect import inspect_cache
+from gim_stagewise.report.record import save_record
+from gim_stagewise.stage.metrics import read_metrics
+from gim_stagewise.status import Removable, pipeline_status, removable, remove
+
+
+class StopError(Exception):
+    """Ends a run at a chosen point."""
+
+
+def open_pipeline(file: Path, folder: Path) -> Pipeline:
+    return Pipeline.from_file(file, folder=folder, device="cpu")
+
+
+def states(file: Path, folder: Path) -> list[tuple[str, str]]:
+    found = pipeline_status(open_pipeline(file, folder))
+    return [(stage.state, stage.why) for stage in found]
+
+
+@pytest.fixture
+def done(tiny: Path, tmp_path: Path) -> Path:
+    open_pipeline(tiny, tmp_path / "out").run()
+    return tmp_path / "out"
+
+
+def listing(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def test_each_state_is_named_on_the_way(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    waits = [("missing", "waits for module 1"), ("missing", "waits for module 2")]
+    assert states(tiny, out) == [("missing", ""), *waits]
+
+    def stop(module: int, step: int) -> None:
+        if step == 7:
+            raise StopError
+
+    with pytest.raises(StopError):
+        Pipeline.from_file(tiny, folder=out, device="cpu", on_step=stop).run()
+    assert states(tiny, out)[0] == ("training", "epoch 2 of at most 3")
+
+    stage = open_pipeline(tiny, out).stage(1)
+    weights, _ = stage.train()
+    assert states(tiny, out)[0] == ("frozen", "its cache is not there yet")
+
+    blocks = iter(range(3))
+    compute = extract_room.compute_block
+
+    def fails_later(*arguments: object) -> object:
+        if next(blocks, None) is None:
+            raise StopError
+        return compute(*arguments)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extract_room, "compute_block", fails_later)
+        with pytest.raises(StopError):
+            stage.extract(weights)
+    status = pipeline_status(open_pipeline(tiny, out))[0]
+    assert (status.state, status.why, status.done) == ("partial", "3 of 8 blocks", 3 / 8)
+
+    open_pipeline(tiny, out).run()
+    assert states(tiny, out) == [("sealed", "")] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            lambda file, out: edit(file, "lr = 3e-3", "lr = 1e-3"),
+            [
+                ("stale", "train.lr 0.003 → 0.001"),
+                ("stale", "module 1 below is stale"),
+                ("stale", "module 2 below is stale"),
+            ],
+        ),
+        (
+            lambda file, out: edit(file, "channels = 5 }", "channels = 6 }"),
+            [("sealed", ""), ("sealed", ""), ("stale", "options.channels 5 → 6")],
+        ),
+        (
+            lambda file, out: edit(file, "[cache]\nchunk = 7", "[cache]\nchunk = 8"),
+            [("stale", "cache.chunk 7 → 8"), ("stale", "module 1 below is stale"), None],
+        ),
+        (
+            lambda file, out: (out / "m2.zarr" / "zarr.json").write_text("{"),
+            [("sealed", ""), ("corrupt", None), ("stale", "module 2 below is corrupt")],
+        ),
+        (
+            lambda file, out: (out / "m3.safetensors").write_bytes(b"nothing"),
+            [("sealed", ""), ("sealed", ""), ("corrupt", None)],
+        ),
+    ],
+)
+def test_what_is_stale_or_damaged_says_why(
+    tiny: Path, done: Path, change: Callable[[Path, Path], object], expected: list[object]
+) -> None:
+    change(tiny, done)
+    before = listing(done)
+    for found, wanted in zip(states(tiny, done), expected, strict=True):
+        if isinstance(wanted, tuple):
+            assert found[0] == wanted[0]
+            assert wanted[1] is None or found[1] == wanted[1]
+    assert listing(done) == before
+    # And `run` agrees with what was said.
+    open_pipeline(tiny, done).run()
+    assert states(tiny, done) == [("sealed", "")] * 3
+
+
+def test_clean_removes_what_it_listed_and_nothing_else(tiny: Path, done: Path) -> None:
+    assert removable(open_pipeline(tiny, done)) == []
+    (done / ".m1.zarr.trash-12").mkdir()
+    (done / ".m2.safetensors.ab12.tmp").write_bytes(b"torn")
+    (done / "checkpoints").mkdir(exist_ok=True)
+    (done / "checkpoints" / "m1.pt").write_bytes(b"old")
+    (done / "m9.safetensors").write_bytes(b"of an older file")
+    (done / "notes.txt").write_text("mine")
+    edit(tiny, "channels = 5 }", "channels = 6 }")
+    listed = removable(open_pipeline(tiny, done))
+    names = sorted(str(thing.path.relative_to(done)) for thing in listed)
+    assert names == [
+        ".m1.zarr.trash-12",
+        ".m2.safetensors.ab12.tmp",
+        "checkpoints/m1.pt",
+        "m3.safetensors",
+        "m3.zarr",
+        "m9.safetensors",
+    ]
+    kept = {p for p in listing(done) if not any(p.is_relative_to(t.path) for t in listed)}
+    for thing in listed:
+        remove(thing)
+    assert set(listing(done)) == kept
+    assert removable(open_pipeline(tiny, done)) == []
+
+
+def test_clean_keeps_work_that_can_be_gone_on_with(tiny: Path, tmp_path: Path) -> None:
+    def stop(module: int, step: int) -> None:
+        if step == 7:
+            raise StopError
+
+    with pytest.raises(StopError):
+        Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu", on_step=stop).run()
+    assert removable(open_pipeline(tiny, tmp_path / "out")) == []
+
+
+def test_removing_is_exact(tmp_path: Path) -> None:
+    for name in ("m1.zarr", "m1.zarr.backup"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    remove(Removable(tmp_path / "m1.zarr", 1, "test"))
+    assert [path.name for path in tmp_path.iterdir()] == ["m1.zarr.backup"]
+
+
+def test_inspect_shows_a_sealed_cache(done: Path) -> None:
+    found = inspect_cache(done / "m2.zarr")
+    assert (found["state"], found["problems"]) == ("sealed", [])
+    array = found["arrays"]["activations"]
+    assert array["shape"] == [1, 52, 5, 5, 8, 2, 2]
+    assert array["axes"][1] == "sample"
+    assert array["stored_chunks"] == 8
+    assert found["manifest"]["module"] == 2
+    assert len(found["channels"]) == 8
+    json.dumps(found)
+    import zarr
+
+    stored = np.asarray(zarr.open_array(str(done / "m2.zarr" / "activations"))[0])
+    assert found["channels"][3]["mean"] == pytest.approx(stored[:, :, :, 3].mean(), rel=1e-4)
+    assert found["channels"][3]["max"] == pytest.approx(stored[:, :, :, 3].max())
+
+
+@pytest.mark.parametrize("damage", ["chunk", "lost", "metadata", "group", "empty"])
+def test_inspect_works_on_damaged_stores(done: Path, damage: str) -> None:
+    cache = done / "m2.zarr"
+    chunk = sorted((cache / "activations").glob("c.*"))[0]
+    if damage == "chunk":
+        chunk.write_bytes(chunk.read_bytes()[:-10])
+    elif damage == "lost":
+        chunk.unlink()
+    elif damage == "metadata":
+        (cache / "activations" / "zarr.json").write_text("{}")
+    elif damage == "group":
+        (cache / "zarr.json").write_bytes(b"\xff\x00")
+    else:
+        cache = done / "nothing.zarr"
+        cache.mkdir()
+    found = inspect_cache(cache)
+    assert found["problems"]
+    assert found["state"] == ("sealed" if damage in {"chunk", "lost", "metadata"} else "corrupt")
+    json.dumps(found)
+    with pytest.raises(CacheNotFoundError):
+        inspect_cache(done / "not_there.zarr")
+
+
+def test_logs_have_every_step_and_epoch_once_also_after_a_stop(tiny: Path, tmp_path: Path) -> None:
+    def stop(module: int, step: int) -> None:
+        if (module, step) == (1, 7):
+            raise StopError
+
+    out = tmp_path / "out"
+    with pytest.raises(StopError):
+        Pipeline.from_file(tiny, folder=out, device="cpu", on_step=stop).run()
+    pipeline = open_pipeline(tiny, out)
+    record = save_record(pipeline, pipeline.run())["modules"][0]
+    lines = read_metrics(out / "logs" / "m1" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    epochs = [line for line in lines if "validation_loss" in line]
+    assert [line["epoch"] for line in epochs] == [1, 2, 3]
+    assert min(line["validation_loss"] for line in epochs) == record["validation_loss"]
+
+
+def test_curves_are_drawn(done: Path) -> None:
+    picture = plot_curves(done)
+    assert picture == done / "curves.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(CacheNotFoundError, match="no logs below"):
+        plot_curves(done / "m1.zarr")
