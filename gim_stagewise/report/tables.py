@@ -85,34 +85,41 @@ def inspection(found: dict[str, Any]) -> Iterator[Table | str]:
         yield f"{blocks['done']} of {blocks['total']} blocks are done"
     for problem in found["problems"]:
         yield f"[red]problem:[/] {escape(problem)}"
-    arrays = Table(title="arrays", title_justify="left")
-    for name in ("array", "axes", "chunk", "dtype", "codecs", "stored"):
-        arrays.add_column(name, overflow="fold")
+    yield ""
     for name, array in found["arrays"].items():
         axes = " ".join(
             f"{axis}={size}" for axis, size in zip(array["axes"], array["shape"], strict=True)
         )
         chunk = "×".join(map(str, array["chunks"]))
-        stored = f"{array['stored_chunks']} chunks, {format_bytes(array['bytes'])}"
-        arrays.add_row(name, axes, chunk, array["dtype"], " ".join(array["codecs"]), stored)
-    yield arrays
+        many = "chunk" if array["stored_chunks"] == 1 else "chunks"
+        yield f"[bold]{escape(name)}[/] {escape(array['dtype'])}: {axes}"
+        yield (
+            f"    {array['stored_chunks']} {many} of {chunk}, {', '.join(array['codecs'])}, "
+            f"{format_bytes(array['bytes'])}"
+        )
     if manifest := found.get("manifest"):
+        yield ""
         yield _origin(manifest)
     if channels := found.get("channels"):
+        yield ""
         yield _channels(channels)
 
 
 def _origin(manifest: dict[str, Any]) -> Table:
     table = Table(title="where it came from", title_justify="left", show_header=False)
     table.add_row("pipeline", f"{manifest['pipeline']}, module {manifest['module']}")
-    table.add_row("precision", manifest["precision"]["name"])
-    table.add_row("stored operation", manifest["stored_operation"] or "none")
     table.add_row("encoding", manifest["encoding"])
     for name in ("recipe", "content"):
-        table.add_row(f"{name} digest", manifest[name]["digest"])
+        table.add_row(f"{name} digest", _shortened(manifest[name]["digest"]))
     for key, value in manifest["content"]["parts"].items():
-        table.add_row(f"  {key}", escape(str(value)))
+        table.add_row(f"  {key}", escape(_shortened(value)))
     return table
+
+
+def _shortened(value: Any) -> str:
+    """A hash by its beginning; ``--json`` has it whole."""
+    text = "none" if value is None else str(value)
+    return text[:16] + "…" if len(text) == 64 else text
 
 
 def _channels(channels: Sequence[dict[str, float]], shown: int = 8) -> Table:
