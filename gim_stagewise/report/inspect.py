@@ -78,7 +78,7 @@ def _arrays(path: Path, problems: list[str]) -> dict[str, Any]:
             "axes": list(metadata.dimension_names or map(str, range(array.ndim))),
             "shape": list(array.shape),
             "chunks": list(array.chunks),
-            "dtype": str(array.dtype),
+            "dtype": str(metadata.to_dict()["data_type"]),
             "codecs": [codec.to_dict()["name"] for codec in metadata.codecs],
             "stored_chunks": len(list(file.parent.glob("c.*"))),
             "bytes": sum(chunk.stat().st_size for chunk in file.parent.glob("c.*")),

@@ -19,6 +19,7 @@ from typing import Any
 
 from gim_stagewise.cache import Block, StagedBlock
 from gim_stagewise.errors import ConfigError, GimStageError, WorkersLostError
+from gim_stagewise.memory import available_host_bytes
 from gim_stagewise.sources import Source
 from gim_stagewise.stage.extract import BlockJob, BlockWorker, Executor, InProcess
 
@@ -49,8 +50,7 @@ class Workers:
 def usable_workers(threads: int) -> int:
     """Worker processes that this machine's cores and free memory allow."""
     cores = len(os.sched_getaffinity(0)) // threads
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(0, min(cores, int(free // WORKER_BYTES)))
+    return min(cores, available_host_bytes() // WORKER_BYTES)
 
 
 def choose_executor(workers: Workers, *, threads: int, on_gpu: bool) -> Executor:
