@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -46,7 +45,7 @@ class TerminalProgress:
             return
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=20),
             TaskProgressColumn(),
             TextColumn("{task.fields[figures]}"),
         )
@@ -81,9 +80,10 @@ class _Figures:
                 f"{speed:.3g} {self.unit}s/s" if speed < 100 else f"{speed:.0f} {self.unit}s/s"
             )
             if left and self.done < self.total:
-                remaining = timedelta(seconds=round((self.total - self.done) / speed))
+                minutes, seconds_left = divmod(round((self.total - self.done) / speed), 60)
                 # Early stopping may end a training before its last epoch.
-                parts.append(f"{remaining} left" + (" at most" if "loss" in self._told else ""))
+                bound = "≤ " if "loss" in self._told else ""
+                parts.append(f"{bound}{minutes}:{seconds_left:02} left")
         return ", ".join(parts)
 
 
@@ -99,8 +99,7 @@ class _Bar(Task):
         self._progress.update(self._task_id, advance=count, figures=self._figures.spell())
 
     def report(self, **figures: float) -> None:
-        shown = {name: value for name, value in figures.items() if name != "epoch"}
-        self._figures.advance(0, shown)
+        self._figures.advance(0, _outcome(figures))
         if self._verbose:
             self._progress.console.print(f"{self._figures.label}: {_spell(figures)}")
 
@@ -118,7 +117,7 @@ class _Lines(Task):
             self.show()
 
     def report(self, **figures: float) -> None:
-        self._figures.advance(0, {k: v for k, v in figures.items() if k != "epoch"})
+        self._figures.advance(0, _outcome(figures))
         if self._verbose:
             self._print(f"{self._figures.label}: {_spell(figures)}")
 
@@ -129,6 +128,11 @@ class _Lines(Task):
 
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _outcome(figures: dict[str, float]) -> dict[str, float]:
+    """What stays in sight of an epoch's figures, next to the loss of the current step."""
+    return {name: value for name, value in figures.items() if name == "validation_loss"}
 
 
 def _spell(figures: dict[str, float]) -> str:
