@@ -28,6 +28,7 @@ format: $(INSTALLED)
 # The newest torch and torchvision that resolve together, without the audio extra that bounds them.
 test-latest:
 	$(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install --quiet "pip>=25.1"
 	.venv-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --group dev --editable ".[plot]"
 	.venv-latest/bin/pytest -n auto
 

@@ -83,7 +83,7 @@ class AugmentConfig(_Table):
     """
 
     grayscale: bool = False
-    pad: Annotated[int, Field(ge=0)] = 0
+    pad: Annotated[int, Field(ge=0, le=4096)] = 0
     crop: PositiveInt | None = None
     flip: Fraction = 0.0
     mean: tuple[float, ...] | None = Field(default=None, strict=False)
@@ -143,7 +143,7 @@ class ExtractConfig(_Table):
     """The one forward of frozen modules: patches per piece, and threads within an operation."""
 
     batch: PositiveInt = 256
-    threads: PositiveInt = 1
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
 
 
 class ProbeConfig(_Table):
@@ -236,6 +236,7 @@ def _validate(content: dict[str, Any]) -> PipelineConfig:
         _parse(_SHARED[name], table, prefix=(name,))
     modules = content.get("module")
     if isinstance(modules, dict):
+        _refuse_own_validation(modules)
         content["module"] = {
             _module_number(key): _with_defaults(module, shared) for key, module in modules.items()
         }
@@ -262,6 +263,17 @@ def _with_defaults(module: Any, shared: dict[str, Any]) -> Any:
         own = module.get(name, {})
         merged[name] = {**defaults, **own} if isinstance(own, dict) else own
     return merged
+
+
+def _refuse_own_validation(modules: dict[str, Any]) -> None:
+    for number, module in modules.items():
+        train = module.get("train") if isinstance(module, dict) else None
+        if isinstance(train, dict) and "validation" in train:
+            raise ConfigError(
+                "is set once for all modules, as train.validation: the same samples are held out "
+                "in every stage",
+                key=f"module.{number}.train.validation",
+            )
 
 
 def _parse(model: type[_T], content: Any, prefix: tuple[str, ...] = ()) -> _T:

@@ -59,6 +59,10 @@ class CorruptCacheError(GimStageError, RuntimeError):
     """Stored bytes are not what was written."""
 
 
+class FolderInUseError(GimStageError, RuntimeError):
+    """Another run is working in the same folder."""
+
+
 class WorkersLostError(GimStageError, RuntimeError):
     """The workers of a cluster are gone, or cannot do the work."""
 

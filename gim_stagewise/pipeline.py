@@ -12,14 +12,16 @@ from pathlib import Path
 from gim_stagewise.cache import Cache, discard_cache, read_manifest
 from gim_stagewise.config import PipelineConfig, load_pipeline, parse_pipeline
 from gim_stagewise.errors import ConfigError, StaleCacheError
+from gim_stagewise.lock import exclusive
 from gim_stagewise.progress import Progress, Silent
 from gim_stagewise.sources import PatchSource
-from gim_stagewise.stage.checkpoint import TrainingRecord
+from gim_stagewise.stage.checkpoint import FrozenWeights, TrainingRecord
 from gim_stagewise.stage.freeze import resolve_device
 from gim_stagewise.stage.identity import cache_recipe
+from gim_stagewise.stage.loader import check_loading, held_out_count
 from gim_stagewise.stage.parallel import Workers
 from gim_stagewise.stage.probe import probe_chain
-from gim_stagewise.stage.stage import Shape, Stage, check_shape
+from gim_stagewise.stage.stage import Shape, Stage, check_shape, code_staleness
 from gim_stagewise.stage.workspace import Workspace, open_patches
 
 StepListener = Callable[[int, int], None]
@@ -177,12 +179,42 @@ class Pipeline:
                 key="--input",
             )
         changes = cache.manifest.recipe.differences(cache_recipe(self.config, index - 1))
-        if changes:
+        reason = "; ".join(changes) or self._foreign_content(cache)
+        if reason:
             raise StaleCacheError(
-                f"{cache.path} is stale: {'; '.join(changes)}; build it again with `gim-stage run`"
+                f"{cache.path} is stale: {reason}; build it again with `gim-stage run`"
             )
         layout = cache.manifest.layout
         return Stage(self.workspace, index, cache, layout.grid, layout.cell)
+
+    def _foreign_content(self, cache: Cache) -> str:
+        """Why an input cache does not belong to what lies beside it; empty if nothing says so.
+
+        The weights, the cache below and, with a pipeline file, data and code are compared where
+        they are at hand; a cache that was moved away alone is believed.
+        """
+        index = cache.manifest.module
+        parts = cache.manifest.content.parts
+        beside = cache.path.absolute().parent
+        weights_path = beside / f"m{index}.safetensors"
+        below_path = beside / f"m{index - 1}.zarr"
+        if index == 1 and self.workspace.code_folder is not None:
+            if parts["input"] != self.source.content_digest():
+                return "the data of its source changed"
+        elif index > 1 and below_path.exists():
+            below = Cache(below_path)
+            if parts["input"] != below.content_digest():
+                return f"it was made from another {below_path.name} than the one beside it"
+            if reason := self._foreign_content(below):
+                return f"{below_path.name} below it: {reason}"
+        if not weights_path.exists():
+            return ""
+        weights = FrozenWeights.load(weights_path)
+        if weights.digest != parts["weights"]:
+            return f"it was made with other weights than {weights_path.name} beside it"
+        if self.workspace.code_folder is None:
+            return ""
+        return code_staleness(self.workspace, weights)
 
     def check(self) -> list[Shape]:
         """Check data, geometry and modules before anything runs, one module in memory at a time.
@@ -195,9 +227,18 @@ class Pipeline:
         size = self.config.patches.size
         grid, cell = self.source.extent, (self.source.channels, size, size)
         shapes = []
-        for index in self.config.module:
+        samples, chunk_bytes = len(self.source.split("unlabeled")), 0
+        for index, module in self.config.module.items():
             shapes.append(check_shape(self.workspace, index, grid, cell))
+            check_loading(
+                samples - held_out_count(samples, module.train.validation),
+                batch=module.train.batch,
+                window=module.train.shuffle_window,
+                chunk_bytes=chunk_bytes,
+                stage=index,
+            )
             cell = shapes[-1].cell_out
+            chunk_bytes = shapes[-1].chunk_bytes(module.cache.chunk, len(self.source.ids))
         return shapes
 
     def run(
@@ -230,13 +271,14 @@ class Pipeline:
                     key=option,
                 )
         shapes = self.check()
-        if start > 1:
-            self.stage(start)  # what the first forgotten module needs is there
-        for index in range(start, len(self.config.module) + 1) if start > 1 else ():
-            self.forget(index)
-        stages = [self._run_stage(i, workers or Workers()) for i in range(1, last + 1)]
-        in_channels = [shape.cell_in[0] for shape in shapes[:last]]
-        scores = probe_chain(self.workspace, self.source, in_channels)
+        with exclusive(self.workspace.folder):
+            if start > 1:
+                self.stage(start)  # what the first forgotten module needs is there
+                for index in range(start, len(self.config.module) + 1):
+                    self.forget(index)
+            stages = [self._run_stage(index, workers or Workers()) for index in range(1, last + 1)]
+            in_channels = [shape.cell_in[0] for shape in shapes[:last]]
+            scores = probe_chain(self.workspace, self.source, in_channels)
         if scores is not None:
             stages = [
                 replace(stage, probe_accuracy=trained, random_probe_accuracy=random)

@@ -143,7 +143,7 @@ def test_every_flipped_bit_is_noticed_on_reading(tmp_path: Path, name: str) -> N
 
 
 def read_everything(cache: Cache) -> None:
-    ids = cache.ids.tolist()
+    ids = cache.ids
     cache.read([Request(item_id) for item_id in ids])
     cache.read_pooled(ids)
     for split in ("unlabeled", "train", "test"):
@@ -180,6 +180,31 @@ def test_a_build_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("damage", ["gone", "torn"])
+def test_a_recorded_block_whose_files_are_not_as_recorded_is_written_again(
+    tmp_path: Path, damage: str
+) -> None:
+    path = tmp_path / "m1.zarr"
+    stage_and_commit(CacheWriter(path, make_manifest(), make_source()), 2)
+    chunk = path / "activations" / "c.0.1.0.0.0.0.0"
+    if damage == "gone":
+        chunk.unlink()
+    else:
+        chunk.write_bytes(chunk.read_bytes()[:-1])
+    writer = CacheWriter(path, make_manifest(), make_source())
+    assert [block.index for block in writer.pending] == [1, 2]
+
+
+def test_a_run_whose_build_was_taken_over_commits_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "m1.zarr"
+    first = CacheWriter(path, make_manifest(), make_source())
+    staged = stage(first, first.blocks[0], make_frozen(), make_source())
+    CacheWriter(path, make_manifest(content="b"), make_source())
+    with pytest.raises(CorruptCacheError, match="another run has begun"):
+        first.commit(staged)
+    assert list((path / "activations").glob("c.*")) == []
+
+
 def test_a_torn_line_of_the_journal_is_not_believed(tmp_path: Path) -> None:
     path = tmp_path / "m1.zarr"
     writer = CacheWriter(path, make_manifest(), make_source())
@@ -202,8 +227,8 @@ def test_a_worker_left_over_from_an_earlier_run_changes_nothing(tmp_path: Path) 
     old = CacheWriter(path, make_manifest(), make_source())
     CacheWriter(path, make_manifest(), make_source())
     source, frozen = make_source(np.ones((SAMPLES, 1, 6, 6), np.float32)), make_frozen()
-    block = old.blocks[0]
-    stage(old, block, frozen, source)
+    with pytest.raises(FileNotFoundError):
+        stage(old, old.blocks[0], frozen, source)
     assert list((path / "activations").glob("c.*")) == []
 
 

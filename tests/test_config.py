@@ -392,3 +392,8 @@ def test_units_are_exact_multiples(number: int, space: str, lower: bool) -> None
         for unit, factor in ((f"{letter}B", 1000**power), (f"{letter}iB", 1024**power)):
             text = f"{number}{space}{unit}"
             assert parse_bytes(text.lower() if lower else text) == number * factor
+
+
+def test_validation_samples_are_the_same_for_all_modules(tmp_path: Path) -> None:
+    path, error = refusal(tmp_path, BASE + "[module.1.train]\nvalidation = 0.2\n")
+    assert str(error).startswith(f"{path}: module.1.train.validation: is set once for all modules")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ import zarr
 from helpers import assert_same_run, edit, live_parameters, weights_of
 
 from gim_stagewise.cache import Cache, read_manifest
-from gim_stagewise.errors import ConfigError, StaleCacheError
+from gim_stagewise.errors import ConfigError, FolderInUseError, StaleCacheError
 from gim_stagewise.models import pool
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.progress import Silent, Task
@@ -59,7 +61,7 @@ def test_run_leaves_sealed_caches_weights_and_a_record(tiny: Path, tmp_path: Pat
         assert stage["cache_bytes"] == sum(f.stat().st_size for f in files)
     assert record["raw_probe_accuracy"] > 0.8
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
-    expected = ["checkpoints", "logs", "run.json"]
+    expected = [".lock", "checkpoints", "logs", "run.json"]
     for module in (1, 2, 3):
         expected += [f"m{module}.safetensors", f"m{module}.zarr"]
     assert left == sorted(expected)
@@ -263,10 +265,94 @@ def test_a_module_of_ones_own_is_trained(tiny: Path, tmp_path: Path) -> None:
     assert any("computes something else now" in note for note in notes)
 
 
+def test_code_that_trains_otherwise_is_noticed_also_if_frozen_results_are_the_same(
+    tiny: Path, tmp_path: Path
+) -> None:
+    code = (
+        "from torch import nn\n"
+        "def block(in_channels, keep=0.0):\n"
+        "    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.Dropout(keep))\n"
+    )
+    (tmp_path / "own_nets.py").write_text(code)
+    edit(
+        tiny, 'build = "residual"\noptions = { stem = 4, channels = 6 }', 'build = "own_nets:block"'
+    )
+    tiny.write_text(tiny.read_text().partition("[module.2]")[0])
+    run(tiny, tmp_path / "out")
+    (tmp_path / "own_nets.py").write_text(code.replace("keep=0.0", "keep=0.5"))
+    _, notes = run_reloaded(tiny, tmp_path / "out")
+    assert any("computes something else now" in note for note in notes)
+
+
+def test_an_input_cache_of_other_code_weights_or_data_is_not_trained_on(
+    tiny: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "own_nets.py").write_text(OWN)
+    edit(
+        tiny,
+        'build = "residual"\noptions = { stem = 4, channels = 6 }',
+        'build = "own_nets:Block"\noptions = { width = 7 }',
+    )
+    out = tmp_path / "out"
+    run(tiny, out)
+
+    def refusal() -> str:
+        sys.modules.pop("own_nets", None)
+        with pytest.raises(StaleCacheError) as caught:
+            Pipeline.from_file(tiny, folder=out, device="cpu").stage(3)
+        return str(caught.value)
+
+    (tmp_path / "own_nets.py").write_text(OWN.replace("torch.tanh", "torch.sigmoid"))
+    assert "m1.zarr below it: the code of 'own_nets:Block' computes something else" in refusal()
+    (tmp_path / "own_nets.py").write_text(OWN)
+    images = np.load(tmp_path / "train.npy")
+    np.save(tmp_path / "train.npy", images[:, ::-1])
+    assert "the data of its source changed" in refusal()
+    np.save(tmp_path / "train.npy", images)
+    shutil.copy(out / "m1.safetensors", out / "m2.safetensors")
+    assert "it was made with other weights than m2.safetensors" in refusal()
+
+
+def test_another_codec_stores_again_and_trains_nothing(tiny: Path, tmp_path: Path) -> None:
+    run(tiny, tmp_path / "out")
+    edit(tiny, "[cache]\nchunk = 7", '[cache]\nchunk = 7\ncodec = "zstd"')
+    _, notes = run(tiny, tmp_path / "out")
+    assert notes == [
+        f'module {module}: cache built again: cache.codec "lz4" → "zstd"' for module in (1, 2, 3)
+    ]
+
+
+def test_a_sealed_cache_that_lost_a_chunk_is_made_again(tiny: Path, tmp_path: Path) -> None:
+    run(tiny, tmp_path / "out")
+    run(tiny, tmp_path / "whole")
+    next((tmp_path / "out" / "m2.zarr" / "activations").glob("c.0.3.*")).unlink()
+    _, notes = run(tiny, tmp_path / "out")
+    assert "module 2: cache built again: 1 of its chunk files are missing" in notes
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def test_two_runs_in_one_folder_exclude_each_other(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from gim_stagewise.lock import exclusive\n"
+        "with exclusive(Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code, str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(FolderInUseError, match=f"process {other.pid} on .* since 2"):
+            run(tiny, out)
+        other.kill()
+    run(tiny, out)  # a lock left by a dead process holds nobody up
+
+
 def run_reloaded(file: Path, folder: Path) -> tuple[Pipeline, list[str]]:
     """Run as a new process would, with the user's module imported anew."""
-    import sys
-
     sys.modules.pop("own_nets", None)
     return run(file, folder)
 

@@ -41,6 +41,10 @@ class TinySource:
         self.reads: list[list[int]] = []
         self._items = [Item(f"s{n}", (1, 1), 2, "float32") for n in range(count)]
 
+    @property
+    def ids(self) -> Sequence[str]:
+        return [item.id for item in self._items]
+
     def items(self) -> Sequence[Item]:
         return self._items
 

@@ -65,6 +65,9 @@ class UnevenPart:
     def read(self, index: int) -> NDArray[Any]:
         return self._images[index]
 
+    def names(self) -> Sequence[str] | None:
+        return None
+
     def labels(self) -> NDArray[np.int64] | None:
         return None
 
@@ -466,11 +469,12 @@ def test_an_image_folder_gives_rgb_images_and_their_classes(tmp_path: Path) -> N
     save_png(tmp_path / "bee" / "b.png", gray)
     save_png(tmp_path / "bee" / "c.png", gray // 128 * 255, mode="1")
     source = open_source(image_folder(tmp_path))
-    assert source.split("train") == ["train/0", "train/1", "train/2"]
+    names = ["train/ant/a.png", "train/bee/b.png", "train/bee/c.png"]
+    assert source.split("train") == names
     assert source.labels("class").tolist() == [0, 1, 1]
-    np.testing.assert_array_equal(read_one(source, "train/0"), colour.transpose(2, 0, 1))
-    np.testing.assert_array_equal(read_one(source, "train/1"), np.stack([gray] * 3))
-    np.testing.assert_array_equal(read_one(source, "train/2"), np.stack([gray // 128 * 255] * 3))
+    np.testing.assert_array_equal(read_one(source, names[0]), colour.transpose(2, 0, 1))
+    np.testing.assert_array_equal(read_one(source, names[1]), np.stack([gray] * 3))
+    np.testing.assert_array_equal(read_one(source, names[2]), np.stack([gray // 128 * 255] * 3))
 
 
 def test_images_of_a_folder_may_differ_in_size_if_cropped(tmp_path: Path) -> None:
@@ -479,7 +483,7 @@ def test_images_of_a_folder_may_differ_in_size_if_cropped(tmp_path: Path) -> Non
     source = open_source(image_folder(tmp_path))
     assert [item.extent for item in source.items()] == [(6, 9), (8, 5)]
     assert read_stacked(
-        patches_of(source, crop=5), [Request("train/0"), Request("train/1")]
+        patches_of(source, crop=5), [Request("train/x/a.png"), Request("train/x/b.png")]
     ).shape == (2, 2, 2, 3, 3, 3)
 
 
@@ -494,8 +498,8 @@ def test_other_splits_may_lie_in_other_folders(tmp_path: Path) -> None:
         },
     )
     source = open_source(config)
-    assert (source.split("train"), source.split("test")) == (["train/0"], ["test/0"])
-    assert not np.array_equal(read_one(source, "train/0"), read_one(source, "test/0"))
+    assert (source.split("train"), source.split("test")) == (["train/x/a.png"], ["test/x/a.png"])
+    assert not np.array_equal(read_one(source, "train/x/a.png"), read_one(source, "test/x/a.png"))
 
 
 def save_idx(path: Path, array: NDArray[np.uint8]) -> None:
@@ -958,3 +962,28 @@ def test_the_content_of_patches_has_all_that_decides_them_and_no_more() -> None:
         digest(in_memory(pixels(2, 1, 8, 8, seed=1))),
     ]
     assert len(set(variants)) == len(variants)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int32", "uint32", "int8"])
+def test_integers_whose_range_is_no_brightness_are_refused(dtype: str) -> None:
+    images = np.ones((2, 1, 4, 4), dtype=dtype)
+    with pytest.raises(DataError, match=f"train/0 has pixels of type {dtype}.*uint8"):
+        read_one(patches_of(in_memory(images)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"root": "x"}, {"download": True}, {"options": {"a": 1}}, {"splits": {"train": {"a": 1}}}],
+)
+def test_the_digits_take_no_settings(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="no meaning for the digits") as caught:
+        open_source(SourceConfig(kind="digits", **settings))
+    assert caught.value.key == f"source.{next(iter(settings))}"
+
+
+def test_looking_at_ids_opens_no_image(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        (tmp_path / "x" / f"{name}.png").write_bytes(b"no picture at all")
+    source = open_source(image_folder(tmp_path))
+    assert list(source.ids) == ["train/x/a.png", "train/x/b.png"]

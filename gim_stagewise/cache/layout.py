@@ -105,7 +105,7 @@ class CacheLayout:
 
     def blocks(self, source: Source) -> list[Block]:
         """All blocks, in storage order; a block is there if one of its samples needs that view."""
-        ids = [item.id for item in source.items()]
+        ids = source.ids
         labelled = {*source.split("train"), *source.split("test")}
         unlabeled = set(source.split("unlabeled"))
         found: list[Block] = []
@@ -145,6 +145,8 @@ def create_arrays(path: Path, layout: CacheLayout) -> None:
             dtype="float32",
             compressors=_codecs(layout.codec),
             dimension_names=axes,
+            # A chunk that is not stored (yet) reads as NaN, which nobody takes for activations.
+            fill_value=float("nan"),
             # All chunk files of an array in one folder: one folder to flush after a rename.
             chunk_key_encoding={"name": "default", "separator": "."},
             # All-zero chunks are data too: a chunk file that is absent is a chunk that is lost.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -11,6 +12,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from gim_stagewise.cache.digests import Digest
 from gim_stagewise.cache.layout import Block
 from gim_stagewise.cache.manifest import Manifest, read_manifest
 from gim_stagewise.errors import CorruptCacheError, DataError, PartialCacheError
@@ -73,21 +75,21 @@ class Cache:
         return self.manifest.layout.sample_bytes
 
     @cached_property
-    def ids(self) -> NDArray[Any]:
+    def ids(self) -> Sequence[str]:
         """Ids of all samples, in storage order."""
-        return self._small_array("ids")
+        ids: list[str] = self._small_array("ids").tolist()
+        return ids
 
     @cached_property
     def _position(self) -> dict[str, int]:
-        return {item_id: index for index, item_id in enumerate(self.ids.tolist())}
+        return {item_id: index for index, item_id in enumerate(self.ids)}
 
     def items(self) -> Sequence[Item]:
         return _CacheItems(self.ids, self.manifest.layout.grid, self.manifest.layout.cell[0])
 
     def split(self, name: Split) -> Sequence[str]:
         mask = self._small_array("splits")
-        members: list[str] = self.ids[mask & (1 << SPLITS.index(name)) != 0].tolist()
-        return members
+        return list(compress(self.ids, mask & (1 << SPLITS.index(name))))
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -126,7 +128,9 @@ class Cache:
         return dask_array(self, name)
 
     def content_digest(self) -> str:
-        return self.manifest.content.value
+        # What is read is the same whatever lossless codec it went through.
+        parts = self.manifest.content.parts
+        return Digest({k: v for k, v in parts.items() if k != "numerics.codec"}).value
 
     def _read(self, name: str, requests: Sequence[Request]) -> list[NDArray[Any]]:
         """Read each chunk that is needed once, and hand out views into it."""
@@ -183,9 +187,12 @@ class Cache:
         return values
 
     def _damage(self, where: str, what: str) -> str:
+        module = self.manifest.module
+        below = self.path.parent / f"m{module - 1}.zarr"
+        source = "--pipeline FILE" if module == 1 else f"--input {below}"
         return (
-            f"cache {self.path}: {where} {what}; build it again with "
-            f"`gim-stage extract --module {self.manifest.module} --force`"
+            f"cache {self.path}: {where} {what}; build it again with `gim-stage extract "
+            f"--module {module} {source} --dir {self.path.parent} --force`"
         )
 
 
@@ -203,7 +210,7 @@ def open_cache(path: str | Path) -> Cache:
 class _CacheItems(Sequence[Item]):
     """Items made when asked for."""
 
-    def __init__(self, ids: NDArray[Any], grid: tuple[int, int], channels: int) -> None:
+    def __init__(self, ids: Sequence[str], grid: tuple[int, int], channels: int) -> None:
         self._ids = ids
         self._grid = grid
         self._channels = channels
@@ -223,5 +230,5 @@ class _CacheItems(Sequence[Item]):
     def __iter__(self) -> Iterator[Item]:
         return map(self._item, self._ids)
 
-    def _item(self, item_id: Any) -> Item:
-        return Item(str(item_id), self._grid, self._channels, "float32")
+    def _item(self, item_id: str) -> Item:
+        return Item(item_id, self._grid, self._channels, "float32")

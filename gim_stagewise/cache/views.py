@@ -39,7 +39,7 @@ class CacheDataset(Dataset[Sample]):
         self._labels = dict.fromkeys(self._ids, MISSING_LABEL)
         if cache.label_names:
             labels = cache.labels(cache.label_names[0]).tolist()
-            known = dict(zip(cache.ids.tolist(), labels, strict=True))
+            known = dict(zip(cache.ids, labels, strict=True))
             self._labels = {item_id: known[item_id] for item_id in self._ids}
 
     def __len__(self) -> int:

@@ -66,8 +66,9 @@ def stage_block(
     digest = hashlib.sha256()
     with storage_errors(f"writing block {block.index} of {cache}"):
         try:
+            folder.mkdir()  # not its parent: if that is gone, another run has taken over
             for name, values in arrays.items():
-                (folder / name).mkdir(parents=True)
+                (folder / name).mkdir()
                 shutil.copyfile(cache / name / "zarr.json", folder / name / "zarr.json")
                 stored = zarr.open_array(str(folder / name), mode="r+")
                 target = stored.with_config({"write_empty_chunks": True})
@@ -108,7 +109,12 @@ class CacheWriter:
                 self._done: dict[int, str] = {}
                 self._create(source)
             else:
-                self.staging, self._done = resumed
+                self.staging, recorded = resumed
+                self._done = {
+                    block.index: recorded[block.index]
+                    for block in self._blocks
+                    if block.index in recorded and self._intact(block, recorded[block.index])
+                }
 
     def _is_ours(self) -> bool:
         try:
@@ -116,6 +122,16 @@ class CacheWriter:
         except (CacheNotFoundError, CorruptCacheError):
             return False
         return not found.sealed and found.content.value == self.manifest.content.value
+
+    def _intact(self, block: Block, sha256: str) -> bool:
+        """Whether a recorded block's files are still those that were recorded."""
+        digest = hashlib.sha256()
+        for file in self.manifest.layout.chunk_files(block):
+            try:
+                digest.update((self.path / file).read_bytes())
+            except FileNotFoundError:
+                return False
+        return digest.hexdigest() == sha256
 
     def _create(self, source: Source) -> None:
         # Built aside and moved into place whole: a folder at `path` always has its metadata.
@@ -137,7 +153,15 @@ class CacheWriter:
         return self._blocks
 
     def commit(self, staged: StagedBlock) -> None:
-        """Move a staged block into place and record it; after this it survives anything."""
+        """Move a staged block into place and record it; after this it survives anything.
+
+        Raises
+        ------
+        CorruptCacheError
+            If another run has taken this build over.
+        """
+        if not self.staging.is_dir():
+            raise CorruptCacheError(f"another run has begun to build {self.path}; this one ends")
         with storage_errors(f"committing block {staged.block.index} of {self.path}"):
             for file in staged.files:
                 (staged.folder / file).replace(self.path / file)
@@ -204,7 +228,7 @@ def discard_cache(path: Path) -> None:
 def _write_samples(path: Path, source: Source) -> None:
     """Write ids, splits and labels."""
     group = zarr.open_group(str(path), mode="r+")
-    ids = [item.id for item in source.items()]
+    ids = list(source.ids)
     position = {item_id: index for index, item_id in enumerate(ids)}
     mask = np.zeros(len(ids), dtype=np.uint8)
     for bit, split in enumerate(SPLITS):

@@ -173,29 +173,45 @@ def extract(
 
 @click.command()
 @click.option(
-    "--input",
-    "input_path",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Cache of the module to probe.",
+    "--input", "input_path", type=click.Path(path_type=Path), help="Cache of the module to probe."
 )
+@click.option(
+    "--module", "index", type=click.IntRange(min=1), help="Or: number of the module in --dir."
+)
+@options.folder_option("cache")
 @click.option(
     "--pooling",
     type=click.Choice(["mean", "all"]),
     help="Mean over patches, or all patch features.  [default: as in the pipeline file]",
 )
+@options.device_option
 @options.json_option
-def probe(input_path: Path, pooling: Literal["mean", "all"] | None, as_json: bool) -> None:
+def probe(
+    input_path: Path | None,
+    index: int | None,
+    folder: Path | None,
+    pooling: Literal["mean", "all"] | None,
+    device: str,
+    as_json: bool,
+) -> None:
     """Say how good a cache's features are, by a linear classifier on top of them.
 
+    The features were computed when the cache was built; the classifier runs on the CPU.
+
     \b
-    Example:
+    Examples:
       gim-stage probe --input cache/digits/m3.zarr
+      gim-stage probe --dir cache/digits --module 3 --pooling all
     """
     from gim_stagewise.report.tables import percent
+    from gim_stagewise.stage.freeze import resolve_device
     from gim_stagewise.stage.probe import probe_cache
 
-    module, chosen, accuracy = probe_cache(input_path, pooling=pooling)
+    if (input_path is None) == (index is None):
+        raise click.UsageError("say which cache: --input CACHE, or --module N with --dir FOLDER")
+    resolve_device(device)
+    path = input_path or (folder or Path("cache")) / f"m{index}.zarr"
+    module, chosen, accuracy = probe_cache(path, pooling=pooling)
     if as_json:
         options.show({"module": module, "pooling": chosen, "probe_accuracy": accuracy})
     else:

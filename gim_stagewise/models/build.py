@@ -13,11 +13,13 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import resolve_name
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -58,7 +60,7 @@ def resolve_builder(reference: str, *, code_folder: Path | None, key: str = "bui
     module_name, separator, attribute = reference.partition(":")
     if not separator:
         if reference in BUILTIN:
-            return Builder(reference, BUILTIN[reference], _files_digest(_our_files()))
+            return Builder(reference, BUILTIN[reference], _our_digest())
         raise ConfigError(
             f"is {reference!r}, expected one of {', '.join(map(repr, BUILTIN))} or an import "
             'path such as "my_nets:block"',
@@ -81,7 +83,10 @@ def resolve_builder(reference: str, *, code_folder: Path | None, key: str = "bui
         ) from error
     if not callable(call):
         raise ConfigError(f"is {reference!r}, which is not callable", key=key)
-    return Builder(reference, call, _files_digest(_our_files() | _user_files(module)))
+    if module not in _digests:
+        # Of the code as it was imported: a file that is edited later is not what runs here.
+        _digests[module] = _files_digest(_our_files() | _user_files(module, code_folder.resolve()))
+    return Builder(reference, call, _digests[module])
 
 
 def build_module(
@@ -174,24 +179,35 @@ def _lies_under(module: ModuleType, folder: Path) -> bool:
     return False
 
 
+_digests: WeakKeyDictionary[ModuleType, str] = WeakKeyDictionary()
+
+
+@cache
+def _our_digest() -> str:
+    return _files_digest(_our_files())
+
+
 def _our_files() -> dict[str, Path]:
     return {f"gim_stagewise/{file.name}": file for file in Path(__file__).parent.glob("*.py")}
 
 
-def _user_files(module: ModuleType) -> dict[str, Path]:
-    """The builder's file and what it imports, at any remove, from its own package or folder."""
-    top = sys.modules[module.__name__.partition(".")[0]]
-    places = getattr(top, "__path__", None) or [Path(getattr(top, "__file__", None) or ".").parent]
-    root = Path(next(iter(places))).resolve()
+def _user_files(module: ModuleType, folder: Path) -> dict[str, Path]:
+    """The builder's file and what it imports, at any remove, from the pipeline's folder.
+
+    Of a module that is installed elsewhere, its own file stands for the release it belongs to.
+    """
+    if not _lies_under(module, folder):
+        origin = getattr(module, "__file__", None)
+        return {module.__name__: Path(origin)} if origin else {}
     files: dict[str, Path] = {}
     waiting = [module]
     while waiting:
         current = waiting.pop()
         origin = getattr(current, "__file__", None)
-        if not origin or not origin.endswith(".py") or not _lies_under(current, root):
+        if not origin or not origin.endswith(".py") or not _lies_under(current, folder):
             continue
         file = Path(origin).resolve()
-        place = file.relative_to(root).as_posix()
+        place = file.relative_to(folder).as_posix()
         if place not in files:
             files[place] = file
             names = _imported_names(file, current)
@@ -208,6 +224,8 @@ def _imported_names(file: Path, module: ModuleType) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             relative = "." * node.level + (node.module or "")
+            if node.level and not package:
+                continue  # cannot have been run: there is no package to be relative to
             base = resolve_name(relative, package) if node.level else relative
             names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
     # "import a.b" runs a as well.

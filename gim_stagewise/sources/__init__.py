@@ -46,6 +46,13 @@ def open_source(config: SourceConfig) -> Source:
     if kind == "digits" and not name:
         from gim_stagewise.sources.digits import open_digits
 
+        given = config.model_fields_set - {"kind"}
+        if given:
+            raise ConfigError(
+                "has no meaning for the digits, which come with scikit-learn; leave it out",
+                key=f"source.{min(given)}",
+            )
+
         return open_digits()
     if kind == "torchvision" and name:
         from gim_stagewise.sources.vision import open_torchvision

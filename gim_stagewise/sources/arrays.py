@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ def open_arrays(config: SourceConfig) -> PartsSource:
     DataError
         If an array has other axes than stated.
     """
+    if config.download:
+        raise ConfigError("is true, but arrays are never fetched", key="source.download")
     if not config.splits:
         raise ConfigError(
             "missing; say where each split lies, as in "
@@ -195,6 +198,9 @@ class _StoredPart:
             return image[None] if self._axes.index("height") == 1 else image.T[None]
         order = [self._axes.index(axis) - 1 for axis in ("channel", "height", "width")]
         return image.transpose(order)
+
+    def names(self) -> Sequence[str] | None:
+        return None
 
     def labels(self) -> NDArray[np.int64] | None:
         return self._labels

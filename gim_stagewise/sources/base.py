@@ -81,6 +81,10 @@ class Source(Protocol):
     def item_bytes(self) -> int:
         """Bytes of one sample as read (the largest, where sizes differ)."""
 
+    @property
+    def ids(self) -> Sequence[str]:
+        """Ids of all samples in storage order, without looking at the samples."""
+
     def items(self) -> Sequence[Item]:
         """All samples, each once, in storage order."""
 

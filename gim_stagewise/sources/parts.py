@@ -36,6 +36,9 @@ class Part(Protocol):
     def read(self, index: int) -> NDArray[Any]:
         """One image, [channel, height, width]."""
 
+    def names(self) -> Sequence[str] | None:
+        """Stable names of the images within the split; None if their number is all they have."""
+
     def labels(self) -> NDArray[np.int64] | None:
         """One label per image, or None."""
 
@@ -60,6 +63,9 @@ class ArrayPart:
     def read(self, index: int) -> NDArray[Any]:
         image: NDArray[Any] = self._images[index]
         return image
+
+    def names(self) -> Sequence[str] | None:
+        return None
 
     def labels(self) -> NDArray[np.int64] | None:
         return self._labels
@@ -93,11 +99,14 @@ class PartsSource:
         self._parts = {name: parts[name] for name in SPLITS if name in parts and len(parts[name])}
         if "unlabeled" not in self._parts and "train" not in self._parts:
             raise DataError("the source has neither unlabeled nor train samples: nothing to train")
-        self._offsets: dict[Split, int] = {}
-        total = 0
+        self._ids: dict[Split, list[str]] = {}
+        self._named: dict[Split, dict[str, int]] = {}
         for name, part in self._parts.items():
-            self._offsets[name] = total
-            total += len(part)
+            names = part.names()
+            if names is not None:
+                self._named[name] = {f"{name}/{own}": index for index, own in enumerate(names)}
+            numbered = [f"{name}/{index}" for index in range(len(part))]
+            self._ids[name] = list(self._named.get(name, numbered))
             labels = part.labels()
             if labels is not None and labels.shape != (len(part),):
                 raise DataError(
@@ -112,13 +121,16 @@ class PartsSource:
             for item in self.items()
         )
 
+    @property
+    def ids(self) -> Sequence[str]:
+        return [item_id for ids in self._ids.values() for item_id in ids]
+
     def items(self) -> Sequence[Item]:
-        return _PartItems(self._parts)
+        return _PartItems(self._parts, self._ids)
 
     def split(self, name: Split) -> Sequence[str]:
         owner: Split = "train" if name == "unlabeled" and name not in self._parts else name
-        part = self._parts.get(owner)
-        return [_item_id(owner, index) for index in range(len(part))] if part is not None else []
+        return list(self._ids.get(owner, ()))
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -139,15 +151,24 @@ class PartsSource:
         return [self._read(request) for request in requests]
 
     def _read(self, request: Request) -> NDArray[Any]:
-        name, index = _parse_id(request.id)
-        part = self._parts.get(name)
-        if part is None or not 0 <= index < len(part):
-            raise DataError(f"no sample {request.id!r} in this source")
+        part, index = self._find(request.id)
         image = part.read(index)
         if request.region is not None:
             rows, columns = request.region
             image = image[:, rows.slice, columns.slice]
         return image
+
+    def _find(self, item_id: str) -> tuple[Part, int]:
+        split, _, own = item_id.partition("/")
+        for name, part in self._parts.items():
+            if name == split:
+                if name in self._named:
+                    index = self._named[name].get(item_id, -1)
+                else:
+                    index = int(own) if own.isdecimal() else -1
+                if 0 <= index < len(part):
+                    return part, index
+        raise DataError(f"no sample {item_id!r} in this source")
 
     def content_digest(self) -> str:
         digest = hashlib.sha256()
@@ -157,10 +178,11 @@ class PartsSource:
 
 
 class _PartItems(Sequence[Item]):
-    """Items made when asked for, so that a million of them cost nothing."""
+    """Items made when asked for; an image is looked at then, and not before."""
 
-    def __init__(self, parts: Mapping[Split, Part]) -> None:
+    def __init__(self, parts: Mapping[Split, Part], ids: Mapping[Split, Sequence[str]]) -> None:
         self._parts = parts
+        self._ids = ids
 
     def __len__(self) -> int:
         return sum(len(part) for part in self._parts.values())
@@ -176,31 +198,13 @@ class _PartItems(Sequence[Item]):
             index += len(self)
         for name, part in self._parts.items():
             if 0 <= index < len(part):
-                return _item(name, part, index)
+                extent, channels, dtype = part.describe(index)
+                return Item(self._ids[name][index], extent, channels, dtype)
             index -= len(part)
         raise IndexError(index)
 
     def __iter__(self) -> Iterator[Item]:
-        for name, part in self._parts.items():
-            for index in range(len(part)):
-                yield _item(name, part, index)
-
-
-def _item(name: Split, part: Part, index: int) -> Item:
-    extent, channels, dtype = part.describe(index)
-    return Item(_item_id(name, index), extent, channels, dtype)
-
-
-def _item_id(name: Split, index: int) -> str:
-    return f"{name}/{index}"
-
-
-def _parse_id(item_id: str) -> tuple[Split, int]:
-    name, _, index = item_id.partition("/")
-    for split in SPLITS:
-        if name == split and index.isdecimal():
-            return split, int(index)
-    raise DataError(f"no sample {item_id!r} in this source")
+        return (self[index] for index in range(len(self)))
 
 
 def array_digest(*arrays: NDArray[Any] | None) -> str:

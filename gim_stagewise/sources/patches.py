@@ -117,6 +117,10 @@ class PatchSource:
     def item_bytes(self) -> int:
         return 4 * self._extent[0] * self._extent[1] * self._channels * self._grid.size**2
 
+    @property
+    def ids(self) -> Sequence[str]:
+        return self._images.ids
+
     def items(self) -> Sequence[Item]:
         return _PatchItems(self._images, self._extent, self._channels)
 
@@ -197,7 +201,7 @@ class PatchSource:
         drawn = self._seed if self._augment.random else None
         parts = {
             "images": self._images.content_digest(),
-            "augment": self._augment.model_dump(mode="json"),
+            "augment": self._augment.model_dump(mode="json", exclude={"views"}),
             "grid": [self._grid.size, self._grid.stride],
             "seed": drawn,
         }
@@ -208,7 +212,7 @@ class _PatchItems(Sequence[Item]):
     """The images' items with the extent of the patch grid."""
 
     def __init__(self, images: Source, extent: tuple[int, int], channels: int) -> None:
-        self._ids = images.items()
+        self._ids = images.ids
         self._extent = extent
         self._channels = channels
 
@@ -221,17 +225,22 @@ class _PatchItems(Sequence[Item]):
     def __getitem__(self, index: slice) -> list[Item]: ...
     def __getitem__(self, index: int | slice) -> Item | list[Item]:
         if isinstance(index, slice):
-            return [self._item(item) for item in self._ids[index]]
+            return [self._item(item_id) for item_id in self._ids[index]]
         return self._item(self._ids[index])
 
     def __iter__(self) -> Iterator[Item]:
         return map(self._item, self._ids)
 
-    def _item(self, image: Item) -> Item:
-        return Item(image.id, self._extent, self._channels, "float32")
+    def _item(self, item_id: str) -> Item:
+        return Item(item_id, self._extent, self._channels, "float32")
 
 
 def _to_unit(image: NDArray[Any], item_id: str) -> NDArray[np.float32]:
+    if image.dtype.kind in "iu" and image.dtype.name not in ("uint8", "uint16"):
+        raise DataError(
+            f"sample {item_id} has pixels of type {image.dtype}, whose range says nothing about "
+            "brightness; store uint8 (0 to 255), uint16 (0 to 65535), or floats to be used as is"
+        )
     if np.issubdtype(image.dtype, np.integer):
         return image.astype(np.float32) / np.float32(np.iinfo(image.dtype).max)
     if image.dtype.kind not in "bf":

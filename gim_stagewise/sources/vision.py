@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from gim_stagewise.config import SourceConfig
 from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
@@ -42,7 +44,7 @@ def open_torchvision(config: SourceConfig, name: str) -> PartsSource:
             f"is 'torchvision:{name}', but torchvision.datasets has no class {name!r}",
             key="source.kind",
         )
-    accepted = inspect.signature(constructor).parameters
+    accepted = _accepted(constructor)
     splits = config.splits or _default_splits(accepted)
     parts = {split: _open_part(constructor, config, split, own) for split, own in splits.items()}
     if not config.splits and parts.keys() == {"train", "test"}:
@@ -64,7 +66,7 @@ def _default_splits(accepted: Any) -> dict[Split, dict[str, Any]]:
 def _open_part(
     constructor: Any, config: SourceConfig, split: Split, own: dict[str, Any]
 ) -> _DatasetPart:
-    accepted = inspect.signature(constructor).parameters
+    accepted = _accepted(constructor)
     _check_arguments(constructor, config.options, "source.options")
     _check_arguments(constructor, own, f"source.splits.{split}")
     arguments = {**config.options, **own}
@@ -76,7 +78,7 @@ def _open_part(
     root = Path(arguments.get("root", ".")).absolute()
     try:
         return _DatasetPart(constructor(**arguments))
-    except (RuntimeError, FileNotFoundError, NotADirectoryError) as error:
+    except (RuntimeError, FileNotFoundError, NotADirectoryError, URLError, ImportError) as error:
         advice = "set source.root to the folder that holds it"
         if "download" in accepted:
             advice += ", or source.download = true to fetch it"
@@ -88,8 +90,23 @@ def _open_part(
         raise ConfigError(_one_line(error), key=f"source.splits.{split}") from None
 
 
+def _accepted(constructor: type) -> list[str]:
+    """Names of the arguments that a dataset class takes, those it hands on to its base included."""
+    names: list[str] = []
+    for known in constructor.__mro__[:-1]:
+        parameters = inspect.signature(known).parameters.values()
+        kinds = {parameter.kind for parameter in parameters}
+        names += [p.name for p in parameters if p.kind not in _VARIADIC and p.name not in names]
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
+    return names
+
+
+_VARIADIC = {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+
+
 def _check_arguments(constructor: Any, arguments: Iterable[str], key: str) -> None:
-    accepted = inspect.signature(constructor).parameters
+    accepted = _accepted(constructor)
     unknown = [name for name in arguments if name not in accepted]
     if unknown:
         raise ConfigError(
@@ -120,22 +137,45 @@ class _DatasetPart:
             channels_last = data.shape[3] in (1, 3)
             height, width = data.shape[1:3] if channels_last else data.shape[2:]
             return (height, width), data.shape[3 if channels_last else 1], data.dtype.name
+        if (files := self._files()) is not None:
+            # Their loader makes all of them RGB; the size stands in a file's first bytes.
+            with self._naming_the_image(index), Image.open(files[index][0]) as header:
+                width, height = header.size
+            return (height, width), 3, "uint8"
         image = self.read(index)
         channels, height, width = image.shape
         return (height, width), channels, image.dtype.name
 
     def read(self, index: int) -> NDArray[Any]:
-        try:
+        with self._naming_the_image(index):
             sample = self._dataset[index]
-        except (OSError, SyntaxError) as error:  # Pillow's words for an image that is torn
-            files = getattr(self._dataset, "samples", None)
-            where = files[index][0] if files else f"number {index}"
-            raise DataError(f"image {where} cannot be read ({error}); mend or remove it") from None
         image = sample[0] if isinstance(sample, tuple) else sample
         if getattr(image, "mode", None) in {"P", "1", "CMYK", "RGBA", "LA"}:
             image = image.convert("RGB")
         pixels = np.asarray(image)
         return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
+
+    def _files(self) -> list[tuple[str, int]] | None:
+        """Paths and labels of ImageFolder and its like."""
+        files = getattr(self._dataset, "samples", None)
+        return files if isinstance(files, list) else None
+
+    @contextmanager
+    def _naming_the_image(self, index: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SyntaxError) as error:  # Pillow's words for an image that is torn
+            files = self._files()
+            where = files[index][0] if files else f"number {index}"
+            raise DataError(f"image {where} cannot be read ({error}); mend or remove it") from None
+
+    def names(self) -> Sequence[str] | None:
+        files = self._files()
+        if files is None:
+            return None
+        # A file that is added must not rename the others.
+        root = Path(self._dataset.root)
+        return [Path(path).relative_to(root).as_posix() for path, _ in files]
 
     def labels(self) -> NDArray[np.int64] | None:
         for name in ("targets", "labels", "_labels"):
@@ -152,8 +192,7 @@ class _DatasetPart:
         if data is not None and hasattr(data, "__array__"):
             return array_digest(np.asarray(data), self.labels())
         digest = hashlib.sha256()
-        files = getattr(self._dataset, "samples", None)
-        if files is not None:
+        if (files := self._files()) is not None:
             for path, label in files:
                 digest.update(
                     f"{label}:{hashlib.sha256(Path(path).read_bytes()).hexdigest()};".encode()

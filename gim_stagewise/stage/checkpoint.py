@@ -66,6 +66,8 @@ class TrainingRecord:
         Of the best epoch, in nats.
     seconds : float
         Time spent in training, resumed parts included.
+    numerics : dict
+        What the bits of the weights depend on besides the recipe: device, torch, threads.
     """
 
     epochs: int
@@ -73,6 +75,7 @@ class TrainingRecord:
     train_loss: float
     validation_loss: float
     seconds: float
+    numerics: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class FrozenWeights:
         Content digest of what the module was trained on.
     builder_source, behaviour : str
         Digests of the builder's code and of the module's outputs.
+    training : str
+        Digest of how the fresh module behaves in training.
     in_shape : tuple of int
         One row of the module's input, (channel, height, width).
     chain : str or None
@@ -103,6 +108,7 @@ class FrozenWeights:
     input_content: str
     builder_source: str
     behaviour: str
+    training: str
     in_shape: tuple[int, ...]
     chain: str | None
     pipeline_text: str
@@ -127,6 +133,7 @@ class FrozenWeights:
             "input_content": self.input_content,
             "builder_source": self.builder_source,
             "behaviour": self.behaviour,
+            "training": self.training,
             "in_shape": self.in_shape,
             "chain": self.chain,
             "pipeline_text": self.pipeline_text,
@@ -159,6 +166,7 @@ class FrozenWeights:
                 input_content=str(about["input_content"]),
                 builder_source=str(about["builder_source"]),
                 behaviour=str(about["behaviour"]),
+                training=str(about["training"]),
                 in_shape=tuple(int(size) for size in about["in_shape"]),
                 chain=about["chain"],
                 pipeline_text=str(about["pipeline_text"]),

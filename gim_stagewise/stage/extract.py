@@ -92,7 +92,7 @@ class BlockWorker:
     source: Source
 
     def __call__(self, block: Block) -> StagedBlock:
-        ids = [item.id for item in self.source.items()[block.samples.slice]]
+        ids = list(self.source.ids[block.samples.slice])
         arrays = compute_block(self.frozen, self.source, ids, block.view, self.job.config.extract)
         return stage_block(self.job.cache, self.job.staging, self.job.manifest, block, arrays)
 
@@ -183,7 +183,8 @@ def compute_block(
     samples, rows, columns = batch.shape[:3]
     patches = rearrange(batch, "s r c ch h w -> (s r c) ch h w")
     activations, embeddings = frozen_forward(frozen, patches, config)
-    _refuse_non_finite(activations, ids, rows * columns)
+    for values in (activations, embeddings):
+        _refuse_non_finite(values, ids, rows * columns)
     sizes = {"s": samples, "r": rows, "c": columns}
     return {
         "activations": rearrange(activations, "(s r c) ... -> s r c ...", **sizes).numpy(),

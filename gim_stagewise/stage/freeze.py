@@ -149,6 +149,16 @@ def numerics(device: torch.device, config: ExtractConfig, cache: CacheConfig) ->
     }
 
 
+def training_numerics(device: torch.device) -> dict[str, Any]:
+    """What the bits of trained weights depend on, besides their recipe."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
 def check_numerics(
     recorded: dict[str, Any], device: torch.device, config: ExtractConfig, cache: CacheConfig
 ) -> None:
@@ -168,6 +178,29 @@ def check_numerics(
             f"a worker on {platform.node()} would compute other bits than the cache records: "
             + "; ".join(differing)
         )
+
+
+def training_digest(module: nn.Module, in_shape: tuple[int, ...]) -> str:
+    """Hash of a fresh module's initial state, and of a seeded forward and backward in train mode.
+
+    It tells whether code that changed would train differently, where frozen results are the same
+    (another initialisation, another dropout). The module is on the CPU, and used up.
+    """
+    digest = hashlib.sha256()
+    module.train()
+    with intra_op_threads(1), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pooled = pool(module, module(torch.randn(2, *in_shape)))
+        scalar: Tensor = (pooled * torch.randn_like(pooled)).sum()
+        scalar.backward()  # type: ignore[no-untyped-call]
+    for name, value in module.state_dict(keep_vars=True).items():
+        gradient = None if value.grad is None else value.grad
+        for tensor in (value.detach(), gradient):
+            digest.update(f"{name}:{None if tensor is None else tuple(tensor.shape)};".encode())
+            if tensor is not None:
+                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(pooled.detach().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def behaviour_digest(frozen: FrozenModule, in_shape: tuple[int, ...]) -> str:

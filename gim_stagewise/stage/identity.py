@@ -31,7 +31,7 @@ def stage_recipe(config: PipelineConfig, index: int) -> Digest:
     if index == 1:
         table |= _source_table(config)
     else:
-        table["input"] = cache_recipe(config, index - 1).value
+        table["input"] = _as_input(cache_recipe(config, index - 1)).value
     return Digest.of(table)
 
 
@@ -39,11 +39,16 @@ def cache_recipe(config: PipelineConfig, index: int) -> Digest:
     """The recipe of module ``index``'s cache: that of its weights, and how it is stored."""
     cache = config.stage(index).cache
     storing = {
-        "cache": {"precision": cache.precision, "chunk": cache.chunk},
+        "cache": {"precision": cache.precision, "chunk": cache.chunk, "codec": cache.codec},
         "extract": config.extract.model_dump(mode="json"),
         "augment": {"views": config.augment.views if config.augment.random else 0},
     }
     return Digest({**stage_recipe(config, index).parts, **Digest.of(storing).parts})
+
+
+def _as_input(recipe: Digest) -> Digest:
+    """A cache's recipe as far as it decides what is read: codecs lose nothing."""
+    return Digest({key: value for key, value in recipe.parts.items() if key != "cache.codec"})
 
 
 def _source_table(config: PipelineConfig) -> dict[str, Any]:

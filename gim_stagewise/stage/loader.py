@@ -34,8 +34,13 @@ def held_out(ids: Sequence[str], *, seed: int, fraction: float) -> tuple[list[st
     """
     key = str(derive_seed(seed, "held out"))
     ranked = sorted(ids, key=lambda i: hashlib.sha256(f"{key}:{i}".encode()).digest())
-    chosen = set(ranked[: max(1, round(fraction * len(ids)))])
+    chosen = set(ranked[: held_out_count(len(ids), fraction)])
     return [i for i in ids if i not in chosen], [i for i in ids if i in chosen]
+
+
+def held_out_count(samples: int, fraction: float) -> int:
+    """How many of so many samples are held out: the fraction, and at least one."""
+    return max(1, round(fraction * samples))
 
 
 def epoch_windows(
@@ -70,6 +75,38 @@ def epoch_windows(
     return windows
 
 
+def check_loading(samples: int, *, batch: int, window: int, chunk_bytes: int, stage: int) -> None:
+    """Check that a stage's samples can be delivered as asked, before anything runs.
+
+    Parameters
+    ----------
+    samples : int
+        Samples to train on.
+    batch : int
+    window : int
+        Bytes of samples that may be held to be mixed.
+    chunk_bytes : int
+        Bytes of one chunk of the input; 0 where samples are read one by one.
+    stage : int
+
+    Raises
+    ------
+    ConfigError
+        If there are fewer samples than a batch holds, or the window is smaller than a chunk.
+    """
+    if samples < batch:
+        advice = f"use {samples} or less" if samples else "lower train.validation"
+        raise ConfigError(
+            f"is {batch}, but only {samples} samples are left to train on; {advice}",
+            key=f"module.{stage}.train.batch",
+        )
+    if window < chunk_bytes:
+        raise ConfigError(
+            f"is {window} bytes, less than one chunk of the input ({chunk_bytes} bytes)",
+            key=f"module.{stage}.train.shuffle_window",
+        )
+
+
 class Loader:
     """Batches of one split of a source.
 
@@ -93,29 +130,26 @@ class Loader:
     def __init__(
         self, source: Source, ids: Sequence[str], *, batch: int, window: int, seed: int, stage: int
     ) -> None:
-        if len(ids) < batch:
-            advice = f"use {len(ids)} or less" if ids else "lower train.validation"
-            raise ConfigError(
-                f"is {batch}, but only {len(ids)} samples are left to train on; {advice}",
-                key=f"module.{stage}.train.batch",
-            )
+        check_loading(
+            len(ids),
+            batch=batch,
+            window=window,
+            chunk_bytes=source.chunk_items * source.item_bytes if source.chunk_items > 1 else 0,
+            stage=stage,
+        )
         chunk_bytes = source.chunk_items * source.item_bytes
-        if source.chunk_items > 1 and window < chunk_bytes:
-            raise ConfigError(
-                f"is {window} bytes, less than one chunk of the input ({chunk_bytes} bytes)",
-                key=f"module.{stage}.train.shuffle_window",
-            )
         self._source = source
         self._ids = list(ids)
         self._batch = batch
-        self._window_chunks = max(1, window // chunk_bytes)
+        # A chunk is held once for every view that is drawn from it.
+        self._window_chunks = max(1, window // (chunk_bytes * max(1, source.views or 1)))
         self._seed = seed
         self._stage = stage
         wanted = {item_id: index for index, item_id in enumerate(self._ids)}
         self._positions = np.empty(len(ids), dtype=np.int64)
-        for position, item in enumerate(source.items()):
-            if item.id in wanted:
-                self._positions[wanted[item.id]] = position
+        for position, item_id in enumerate(source.ids):
+            if item_id in wanted:
+                self._positions[wanted[item_id]] = position
         self._kept: tuple[list[Request], list[NDArray[np.float32]]] | None = None
 
     @property

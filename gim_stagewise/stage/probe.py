@@ -29,7 +29,7 @@ from gim_stagewise.stage.workspace import Workspace
 Pooling = Literal["mean", "all"]
 
 # Inverse regularisation strengths that are tried, on standardised features.
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3, 1e4)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def probe_splits(source: Source) -> tuple[ProbeSplit, ProbeSplit] | None:
         return None
     labels = dict(
         zip(
-            (item.id for item in source.items()),
+            source.ids,
             source.labels(source.label_names[0]).tolist(),
             strict=True,
         )
@@ -67,7 +67,7 @@ def pool_features(embeddings: NDArray[np.float32], config: ProbeConfig) -> NDArr
 
 
 def probe_accuracy(
-    features: NDArray[np.float32],
+    features: NDArray[np.floating],
     train: ProbeSplit,
     test: ProbeSplit,
     config: ProbeConfig,
@@ -98,15 +98,23 @@ def probe_accuracy(
     from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
 
+    # In double precision the optimum, and so the table, is the same on every processor.
+    features = features.astype(np.float64)
     fitted, unseen = features[: len(train.ids)], features[len(train.ids) :]
     if len(np.unique(train.labels)) < 2:
         raise DataError("the training split has labels of one class only: nothing to classify")
     order = np.random.default_rng(derive_seed(seed, "probe")).permutation(len(fitted))
     held = max(1, round(config.validation * len(order)))
     validation, fit = order[:held], order[held:]
+    if len(np.unique(train.labels[fit])) < 2:
+        raise DataError(
+            f"{len(train.ids)} labelled training samples are too few for a probe with "
+            f"probe.validation = {config.validation}"
+        )
 
     def accuracy(strength: float, rows: NDArray[np.int64], x: object, y: object) -> float:
-        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
+        logistic = LogisticRegression(C=strength, tol=1e-6, max_iter=5000)
+        classifier = make_pipeline(StandardScaler(), logistic)
         # One thread: on problems of this size threads cost twenty times what they save.
         with warnings.catch_warnings(), threadpool_limits(1):
             warnings.filterwarnings("ignore", message=".*lbfgs failed to converge.*")

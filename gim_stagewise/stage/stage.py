@@ -5,8 +5,10 @@ What is current is kept, what is stale is made again, and both are said with the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 
@@ -26,13 +28,19 @@ from gim_stagewise.errors import (
     CorruptCacheError,
     StaleCacheError,
 )
+from gim_stagewise.lock import exclusive
 from gim_stagewise.models import output_shape
 from gim_stagewise.objectives import build_objective, check_rows
 from gim_stagewise.sources import Source
 from gim_stagewise.stage import identity
 from gim_stagewise.stage.checkpoint import FrozenWeights, module_tensors
 from gim_stagewise.stage.extract import BlockJob, extract
-from gim_stagewise.stage.freeze import FrozenModule, behaviour_digest, numerics
+from gim_stagewise.stage.freeze import (
+    FrozenModule,
+    behaviour_digest,
+    numerics,
+    training_digest,
+)
 from gim_stagewise.stage.parallel import Workers, choose_executor
 from gim_stagewise.stage.train import TrainJob, train_module
 from gim_stagewise.stage.workspace import Workspace
@@ -60,6 +68,12 @@ class Shape:
     cell_out: Cell
     embedding: int
 
+    def chunk_bytes(self, chunk: int | Literal["auto"], samples: int) -> int:
+        """Bytes of one chunk of the module's cache, before it is encoded."""
+        per_sample = 4 * math.prod(self.grid) * math.prod(self.cell_out)
+        wanted = auto_chunk(per_sample) if chunk == "auto" else chunk
+        return per_sample * min(wanted, samples)
+
 
 def check_shape(workspace: Workspace, index: int, grid: tuple[int, int], cell: Cell) -> Shape:
     """Check that module ``index`` can take its input, and say what it makes of it.
@@ -79,6 +93,35 @@ def check_shape(workspace: Workspace, index: int, grid: tuple[int, int], cell: C
     out, embedding = output_shape(workspace.build(index, cell[0]), cell, key=f"module.{index}")
     channels, height, width = out
     return Shape(grid, cell, (channels, height, width), embedding)
+
+
+def code_staleness(workspace: Workspace, weights: FrozenWeights) -> str:
+    """Why frozen weights do not belong to the builder's code as it is now; empty if they do.
+
+    Code that changed without changing what a fresh module does in training, nor what the frozen
+    one computes, is said and kept.
+    """
+    builder = workspace.builder(weights.module)
+    if builder.source_digest == weights.builder_source:
+        return ""
+    shape = weights.in_shape
+    module = workspace.build(weights.module, shape[0])
+    try:
+        module.load_state_dict(weights.tensors)
+        # On the CPU, so that it compares equal on machines with and without a GPU.
+        frozen = FrozenModule(module, torch.device("cpu"))
+        same = behaviour_digest(frozen, shape) == weights.behaviour
+        fresh = workspace.build(weights.module, shape[0])
+        same = same and training_digest(fresh, shape) == weights.training
+    except RuntimeError:
+        same = False
+    if not same:
+        return f"the code of {builder.reference!r} computes something else now"
+    workspace.progress.note(
+        f"module {weights.module}: the code of {builder.reference!r} changed, "
+        "but not its results; kept"
+    )
+    return ""
 
 
 class Stage:
@@ -149,10 +192,11 @@ class Stage:
                 self._note(f"trained again: {reason}")
         self._check_trainable()
         checkpoint = self.workspace.checkpoint_path(self.index)
-        if force:
+        with exclusive(self.workspace.folder):
+            if force:
+                checkpoint.unlink(missing_ok=True)
+            weights = self._train()
             checkpoint.unlink(missing_ok=True)
-        weights = self._train()
-        checkpoint.unlink(missing_ok=True)
         return weights, True
 
     def load_weights(self) -> FrozenWeights:
@@ -193,21 +237,7 @@ class Stage:
         if weights.input_content != self.input_content:
             old, new = weights.input_content[:8], self.input_content[:8]
             return f"the data of its input changed ({old}… → {new}…)"
-        builder = self.workspace.builder(self.index)
-        if builder.source_digest == weights.builder_source:
-            return ""
-        if self._behaviour(weights) != weights.behaviour:
-            return f"the code of {builder.reference!r} computes something else now"
-        self._note(f"the code of {builder.reference!r} changed, but not its results; kept")
-        return ""
-
-    def _behaviour(self, weights: FrozenWeights) -> str:
-        """Behaviour digest of these weights in the builder's code as it is now."""
-        try:
-            # On the CPU, so that it compares equal on machines with and without a GPU.
-            return behaviour_digest(self._frozen(weights, torch.device("cpu")), self._cell)
-        except (StaleCacheError, RuntimeError):
-            return "the weights do not fit"
+        return code_staleness(self.workspace, weights)
 
     def _check_trainable(self) -> None:
         if len(self.source.split("unlabeled")) < 2:
@@ -249,6 +279,7 @@ class Stage:
             input_content=self.input_content,
             builder_source=builder.source_digest,
             behaviour=behaviour_digest(FrozenModule(module, torch.device("cpu")), self._cell),
+            training=training_digest(space.build(self.index, self._cell[0]), self._cell),
             in_shape=self._cell,
             chain=self._weights_below,
             pipeline_text=space.text,
@@ -270,16 +301,16 @@ class Stage:
         (Manifest, bool)
             The sealed cache's manifest, and whether work was done now.
         """
-        path = self.workspace.cache_path(self.index)
         manifest = self.manifest(weights)
-        if force:
-            discard_cache(path)
-        found, reason = self.current_cache(manifest)
-        if found is not None and found.sealed:
-            return found, False
-        if reason:
-            self._note(f"cache built again: {reason}")
-        return self._extract(weights, manifest, workers), True
+        with exclusive(self.workspace.folder):
+            if force:
+                discard_cache(self.workspace.cache_path(self.index))
+            found, reason = self.current_cache(manifest)
+            if found is not None and found.sealed:
+                return found, False
+            if reason:
+                self._note(f"cache built again: {reason}")
+            return self._extract(weights, manifest, workers), True
 
     def _extract(self, weights: FrozenWeights, manifest: Manifest, workers: Workers) -> Manifest:
         space, source = self.workspace, self.source
@@ -313,7 +344,16 @@ class Stage:
         changes = identity.cache_differences(found, wanted.recipe, wanted.content)
         if changes:
             return None, "; ".join(changes)
+        missing = self._missing_chunks(found) if found.sealed else 0
+        if missing:
+            return None, f"{missing} of its chunk files are missing"
         return found, ""
+
+    def _missing_chunks(self, manifest: Manifest) -> int:
+        path = self.workspace.cache_path(self.index)
+        blocks = manifest.layout.blocks(self.source)
+        files = [file for block in blocks for file in manifest.layout.chunk_files(block)]
+        return sum(not (path / file).is_file() for file in files)
 
     def _frozen(self, weights: FrozenWeights, device: torch.device) -> FrozenModule:
         module = self.workspace.build(self.index, self._cell[0])
@@ -357,7 +397,7 @@ class Stage:
     def _layout(self, views: int) -> CacheLayout:
         cache = self._config.cache
         layout = CacheLayout(
-            samples=len(self.source.items()),
+            samples=len(self.source.ids),
             views=views,
             grid=self.shape.grid,
             cell=self.shape.cell_out,

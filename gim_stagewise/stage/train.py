@@ -35,6 +35,7 @@ from gim_stagewise.stage.checkpoint import (
     module_tensors,
     save_checkpoint,
 )
+from gim_stagewise.stage.freeze import training_numerics
 from gim_stagewise.stage.loader import Loader, held_out, validation_batches
 from gim_stagewise.stage.metrics import MetricsLog
 
@@ -158,6 +159,7 @@ class _Trainer:
             train_loss=self.at.best_train_loss,
             validation_loss=self.at.best_loss,
             seconds=self.at.seconds,
+            numerics=training_numerics(self.job.device),
         )
         return self.best, record
 
@@ -266,6 +268,11 @@ class _Trainer:
     def _resume(self) -> None:
         state = load_checkpoint(self.job.checkpoint, run=self.job.run)
         if state is None:
+            if self.job.checkpoint.exists():
+                self.progress.note(
+                    f"module {self.job.stage}: trained from the start; its checkpoint is damaged, "
+                    "or of other settings, data or code"
+                )
             return
         self.at = _Counters(**state["counters"])
         self.module.load_state_dict(state["module"])

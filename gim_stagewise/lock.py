@@ -1,0 +1,86 @@
+"""One run at a time in a folder.
+
+The lock is held by the operating system for as long as the process lives, so one that was left
+by a dead process holds nobody up; the file says who holds it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from gim_stagewise.errors import FolderInUseError
+
+# Folders that this process holds, and which thread does: a run locks its folder once, and the
+# stages within it find it locked by themselves.
+_held: dict[Path, int] = {}
+_guard = threading.Lock()
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a folder against other runs; within the thread that holds it, do nothing.
+
+    Raises
+    ------
+    FolderInUseError
+        If another run is working there; it is named by host, process id and start.
+    """
+    folder = folder.absolute()
+    me = threading.get_ident()
+    with _guard:
+        if _held.get(folder) == me:
+            nested = True
+        elif folder in _held:
+            raise FolderInUseError(f"{folder} is in use by another thread of this process")
+        else:
+            nested = False
+            _held[folder] = me
+    if nested:
+        yield
+        return
+    try:
+        with _locked_file(folder):
+            yield
+    finally:
+        with _guard:
+            del _held[folder]
+
+
+@contextmanager
+def _locked_file(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderInUseError(
+                f"{folder} is in use by {_holder(descriptor)}; wait for it, or choose another --dir"
+            ) from None
+        about = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(about).encode(), 0)
+        yield
+        os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)  # and with it goes the lock
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        about = json.loads(os.pread(descriptor, 1000, 0))
+        return f"process {about['pid']} on {about['host']} since {about['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "another run"
