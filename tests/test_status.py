@@ -85,18 +85,18 @@ def test_each_state_is_named_on_the_way(tiny: Path, tmp_path: Path) -> None:
         (
             lambda file, out: edit(file, "lr = 3e-3", "lr = 1e-3"),
             [
-                ("stale", "train.lr 0.003 → 0.001"),
+                ("stale", "module.1.train.lr 0.003 → 0.001"),
                 ("stale", "module 1 below is stale"),
                 ("stale", "module 2 below is stale"),
             ],
         ),
         (
             lambda file, out: edit(file, "channels = 5 }", "channels = 6 }"),
-            [("sealed", ""), ("sealed", ""), ("stale", "options.channels 5 → 6")],
+            [("sealed", ""), ("sealed", ""), ("stale", "module.3.options.channels 5 → 6")],
         ),
         (
             lambda file, out: edit(file, "[cache]\nchunk = 7", "[cache]\nchunk = 8"),
-            [("stale", "cache.chunk 7 → 8"), ("stale", "module 1 below is stale"), None],
+            [("stale", "module.1.cache.chunk 7 → 8"), ("stale", "module 1 below is stale"), None],
         ),
         (
             lambda file, out: (out / "m2.zarr" / "zarr.json").write_text("{"),

@@ -17,38 +17,48 @@ _PLACES = {"root", "download"}
 
 
 def stage_recipe(config: PipelineConfig, index: int) -> Digest:
-    """The recipe of module ``index``'s weights, down to the source."""
-    module = config.stage(index)
-    table: dict[str, Any] = {
-        "seed": config.seed,
-        "module": index,
-        "build": module.build,
-        "options": module.options,
-        "objective": module.objective.model_dump(mode="json"),
-        # How often state is saved changes nothing about the weights.
-        "train": module.train.model_dump(mode="json", exclude={"checkpoint_every"}),
-    }
-    if index == 1:
-        table |= _source_table(config)
-    else:
-        table["input"] = _as_input(cache_recipe(config, index - 1)).value
+    """The recipe of module ``index``'s weights, down to the source.
+
+    Its parts are named as in the pipeline file, so that a difference names what was changed.
+    """
+    table: dict[str, Any] = {"seed": config.seed, "module": {}, **_source_table(config)}
+    for number in range(1, index + 1):
+        module = config.stage(number)
+        table["module"][str(number)] = {
+            "build": module.build,
+            "options": module.options,
+            "objective": module.objective.model_dump(mode="json"),
+            # How often state is saved changes nothing about the weights.
+            "train": module.train.model_dump(mode="json", exclude={"checkpoint_every"}),
+        }
+        if number < index:
+            table = _merged(table, _storing(config, number))
     return Digest.of(table)
 
 
 def cache_recipe(config: PipelineConfig, index: int) -> Digest:
     """The recipe of module ``index``'s cache: that of its weights, and how it is stored."""
+    codec = {f"module.{index}.cache.codec": config.stage(index).cache.codec}
+    storing = Digest.of(_storing(config, index)).parts
+    return Digest({**stage_recipe(config, index).parts, **storing, **codec})
+
+
+def _storing(config: PipelineConfig, index: int) -> dict[str, Any]:
+    """What decides the values that are read from a cache; codecs lose nothing."""
     cache = config.stage(index).cache
-    storing = {
-        "cache": {"precision": cache.precision, "chunk": cache.chunk, "codec": cache.codec},
+    return {
+        "module": {str(index): {"cache": {"precision": cache.precision, "chunk": cache.chunk}}},
         "extract": config.extract.model_dump(mode="json"),
         "augment": {"views": config.augment.views if config.augment.random else 0},
     }
-    return Digest({**stage_recipe(config, index).parts, **Digest.of(storing).parts})
 
 
-def _as_input(recipe: Digest) -> Digest:
-    """A cache's recipe as far as it decides what is read: codecs lose nothing."""
-    return Digest({key: value for key, value in recipe.parts.items() if key != "cache.codec"})
+def _merged(table: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(table)
+    for key, value in other.items():
+        both = isinstance(value, dict) and isinstance(table.get(key), dict)
+        merged[key] = _merged(table[key], value) if both else value
+    return merged
 
 
 def _source_table(config: PipelineConfig) -> dict[str, Any]:
