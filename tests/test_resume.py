@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from helpers import assert_same_run, edit
 from gim_stagewise.cache import BuildFolder, Cache, read_manifest
 from gim_stagewise.errors import PartialCacheError
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.report.record import save_record
+from gim_stagewise.stage.parallel import Workers
 
 # Runs a pipeline, counts the work as it is done, and kills itself without warning at a point.
 SCRIPT = """
@@ -21,9 +24,11 @@ import os, signal, sys
 from contextlib import contextmanager
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.progress import Silent, Task
+from gim_stagewise.report.record import save_record
+from gim_stagewise.stage.parallel import Workers
 
-file, folder, label, limit = sys.argv[1:5]
-log = open(sys.argv[5], "a")
+file, folder, label, limit, log, workers = sys.argv[1:7]
+log = open(log, "a")
 
 class Deadly(Silent):
     @contextmanager
@@ -31,40 +36,54 @@ class Deadly(Silent):
         class Counter(Task):
             advances = 0
             def advance(self, count=1, **figures):
-                if count:
-                    log.write(name + "\\n"); log.flush()
-                    self.advances += 1
-                    if name == label and self.advances == int(limit):
-                        os.kill(os.getpid(), signal.SIGKILL)
+                log.write(name + "\\n"); log.flush()
+                self.advances += 1
+                if name == label and self.advances == int(limit):
+                    os.kill(os.getpid(), signal.SIGKILL)
         yield Counter()
 
-Pipeline.from_file(file, folder=folder, device="cpu", progress=Deadly()).run()
+pipeline = Pipeline.from_file(file, folder=folder, device="cpu", progress=Deadly())
+save_record(pipeline, pipeline.run(workers=Workers(int(workers))))
 """
 
 
-def run_and_die(file: Path, folder: Path, label: str, limit: int, log: Path) -> int:
-    command = [sys.executable, "-c", SCRIPT, str(file), str(folder), label, str(limit), str(log)]
+def run_and_die(
+    file: Path, folder: Path, label: str, limit: int, log: Path, workers: int = 0
+) -> int:
+    arguments = [file, folder, label, limit, log, workers]
+    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
     return subprocess.run(command, check=False, capture_output=True).returncode
 
 
 @pytest.fixture
 def undisturbed(tiny: Path, tmp_path: Path) -> Path:
-    Pipeline.from_file(tiny, folder=tmp_path / "undisturbed", device="cpu").run()
+    pipeline = Pipeline.from_file(tiny, folder=tmp_path / "undisturbed", device="cpu")
+    save_record(pipeline, pipeline.run(workers=Workers(0)))
     return tmp_path / "undisturbed"
 
 
+def results_of(folder: Path) -> list[object]:
+    """Losses and probes of a run, as recorded."""
+    record = json.loads((folder / "run.json").read_text())
+    names = ("train_loss", "validation_loss", "probe_accuracy", "random_probe_accuracy")
+    stages = [[stage[name] for name in names] for stage in record["modules"]]
+    return [*stages, record["raw_probe_accuracy"]]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_killed_in_training_and_in_extraction_ends_in_the_same_bits(
-    tiny: Path, tmp_path: Path, undisturbed: Path
+    tiny: Path, tmp_path: Path, undisturbed: Path, workers: int
 ) -> None:
     folder, log = tmp_path / "killed", tmp_path / "log"
     # 36 training samples make 4 steps an epoch; step 7 is in the middle of the second epoch.
-    assert run_and_die(tiny, folder, "module 2: train", 7, log) == -signal.SIGKILL
+    assert run_and_die(tiny, folder, "module 2: train", 7, log, workers) == -signal.SIGKILL
     assert not (folder / "m2.safetensors").exists()
-    assert run_and_die(tiny, folder, "module 2: extract", 3, log) == -signal.SIGKILL
+    assert run_and_die(tiny, folder, "module 2: extract", 3, log, workers) == -signal.SIGKILL
     with pytest.raises(PartialCacheError):
         Cache(folder / "m2.zarr")
-    assert run_and_die(tiny, folder, "none", 0, log) == 0
+    assert run_and_die(tiny, folder, "none", 0, log, workers) == 0
     assert_same_run(folder, undisturbed)
+    assert results_of(folder) == results_of(undisturbed)
 
     # The repeated work: checkpoints come every 2 steps, blocks are never done twice.
     work = log.read_text().splitlines()

@@ -20,8 +20,9 @@ def results_table(result: RunResult) -> Table:
     for name in ("module", "epochs", "train loss", "validation loss", "cache"):
         table.add_column(name, justify="right")
     if labelled:
-        table.add_column("probe", justify="right")
-        table.add_column("random encoder", justify="right")
+        # The paper's words, tables 1 and 3.
+        table.add_column("accuracy", justify="right")
+        table.add_column("randomly initialized", justify="right")
     for stage in result.stages:
         row = [
             str(stage.module),
