@@ -162,7 +162,8 @@ def _local_cluster(count: int) -> Iterator[Any]:
             cluster = LocalCluster(
                 n_workers=count,
                 threads_per_worker=1,
-                dashboard_address=None,
+                # None would ask for port 8787 on every interface, and complain if it is taken.
+                dashboard_address="127.0.0.1:0",
                 memory_limit=0,
                 local_directory=scratch,
                 silence_logs=logging.CRITICAL,
