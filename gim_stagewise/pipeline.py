@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -242,7 +243,7 @@ class Pipeline:
         return shapes
 
     def run(
-        self, *, start: int = 1, until: int | None = None, workers: Workers | None = None
+        self, *, start: int | None = None, until: int | None = None, workers: Workers | None = None
     ) -> RunResult:
         """Train, freeze and extract every module in order, then probe them all.
 
@@ -250,8 +251,9 @@ class Pipeline:
 
         Parameters
         ----------
-        start : int
-            Forget this module and those above it first, and make them again.
+        start : int, optional
+            Forget this module and those above it first, and make them again; nothing is forgotten
+            by default.
         until : int, optional
             The last module to make; the top one by default.
         workers : Workers, optional
@@ -265,14 +267,16 @@ class Pipeline:
         started = time.monotonic()
         last = len(self.config.module) if until is None else until
         for index, option in ((start, "--from"), (last, "--until")):
-            if index not in self.config.module:
+            if index is not None and index not in self.config.module:
                 raise ConfigError(
                     f"is {index}; this pipeline has modules 1 to {len(self.config.module)}",
                     key=option,
                 )
+        if start is not None and start > last:
+            raise ConfigError(f"is {start}, above --until {last}: nothing to make", key="--from")
         shapes = self.check()
         with exclusive(self.workspace.folder):
-            if start > 1:
+            if start is not None:
                 self.stage(start)  # what the first forgotten module needs is there
                 for index in range(start, len(self.config.module) + 1):
                     self.forget(index)
@@ -310,4 +314,8 @@ class Pipeline:
 
 def folder_bytes(path: Path) -> int:
     """Bytes of all files below a folder."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    total = 0
+    for file in path.rglob("*"):
+        with suppress(FileNotFoundError):  # a run that is at work moves files
+            total += file.stat().st_size if file.is_file() else 0
+    return total

@@ -12,9 +12,10 @@ from gim_stagewise.cache import BuildFolder, read_manifest
 from gim_stagewise.errors import CorruptCacheError, GimStageError
 from gim_stagewise.pipeline import Pipeline, folder_bytes
 from gim_stagewise.stage.checkpoint import FrozenWeights, TrainingRecord, peek_checkpoint
+from gim_stagewise.stage.identity import cache_recipe, stage_recipe
 from gim_stagewise.stage.stage import Stage
 
-State = Literal["missing", "training", "frozen", "partial", "sealed", "stale", "corrupt"]
+State = Literal["missing", "training", "frozen", "partial", "sealed", "waiting", "stale", "corrupt"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class StageStatus:
 
     *missing*: nothing is there. *training*: a checkpoint is. *frozen*: weights are, the cache is
     not. *partial*: some blocks of the cache are done. *sealed*: weights and cache are complete and
-    belong to file, code and data. *stale*: what is there belongs to something else. *corrupt*: it
-    cannot be read.
+    belong to file, code and data. *waiting*: they belong to the file, and will be compared with the
+    module below when that is sealed. *stale*: what is there belongs to something else. *corrupt*:
+    it cannot be read.
 
     Parameters
     ----------
@@ -66,12 +68,8 @@ def _stage_status(pipeline: Pipeline, index: int, below: StageStatus | None) -> 
     space = pipeline.workspace
     path = space.cache_path(index)
     size = folder_bytes(path)
-    something = space.weights_path(index).exists() or path.exists()
     if below is not None and below.state != "sealed":
-        if not something:
-            return StageStatus(index, "missing", f"waits for module {below.module}")
-        why = f"module {below.module} below is {below.state}"
-        return StageStatus(index, "stale", why, cache_bytes=size)
+        return _above_unfinished(pipeline, index, below, size)
     try:
         stage = pipeline.stage(index)
     except CorruptCacheError as error:
@@ -83,6 +81,30 @@ def _stage_status(pipeline: Pipeline, index: int, below: StageStatus | None) -> 
     if weights is None:
         return _without_weights(pipeline, stage, why, size)
     return _with_weights(stage, weights, size)
+
+
+def _above_unfinished(pipeline: Pipeline, index: int, below: StageStatus, size: int) -> StageStatus:
+    """State of a stage whose input is not there: what its own files say."""
+    space = pipeline.workspace
+    waits = f"waits for module {below.module}, which is {below.state}"
+    places = (space.weights_path(index), space.cache_path(index), space.checkpoint_path(index))
+    if not any(place.exists() for place in places):
+        return StageStatus(index, "missing", waits)
+    changes: list[str] = []
+    record = None
+    try:
+        if places[0].exists():
+            weights = FrozenWeights.load(places[0])
+            record = weights.record
+            changes = weights.recipe.differences(stage_recipe(pipeline.config, index))
+        if places[1].exists() and not changes:
+            recipe = read_manifest(places[1]).recipe
+            changes = recipe.differences(cache_recipe(pipeline.config, index))
+    except CorruptCacheError as error:
+        return StageStatus(index, "corrupt", str(error), cache_bytes=size)
+    if changes:
+        return StageStatus(index, "stale", "; ".join(changes), cache_bytes=size)
+    return StageStatus(index, "waiting", waits, record=record, cache_bytes=size)
 
 
 def _without_weights(pipeline: Pipeline, stage: Stage, why: str, size: int) -> StageStatus:
@@ -156,11 +178,12 @@ def _candidates(pipeline: Pipeline) -> Iterator[tuple[Path, str]]:
     states = {status.module: status for status in pipeline_status(pipeline)}
     for path in sorted(space.folder.glob(".*.trash-*")):
         yield path, "left over from a removal"
-    for path in sorted([*space.folder.glob(".*.tmp"), *space.folder.glob("*/.*.tmp")]):
-        yield path, "left over from an interrupted write"
+    for pattern in (".*.tmp", "checkpoints/.*.tmp", "logs/*/.*.tmp"):
+        for path in sorted(space.folder.glob(pattern)):
+            yield path, "left over from an interrupted write"
     for path in sorted(space.folder.glob(".m*.zarr.build")):
         index = _number(path.name.removeprefix(".").removesuffix(".build"), ".zarr")
-        if index not in states or states[index].state not in {"partial"}:
+        if index not in states or states[index].state not in {"partial", "waiting"}:
             yield path, "left over from building a cache"
     places = [
         ("m*.zarr", ".zarr"),
@@ -183,7 +206,7 @@ def _why_removable(path: Path, status: StageStatus) -> str:
         # Current weights under a stale cache are kept.
         kept = path.suffix == ".safetensors" and status.record is not None
         return "" if kept else f"{status.state}: {status.why}"
-    if path.suffix == ".pt" and status.state != "training":
+    if path.suffix == ".pt" and status.record is not None:
         return "training is done"
     if path.suffix == ".zarr" and status.state in {"missing", "training"}:
         return "its weights are gone"

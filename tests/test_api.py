@@ -117,6 +117,9 @@ def test_from_and_until_choose_the_stages(tiny: Path, tmp_path: Path) -> None:
         pipeline.run(until=9)
     with pytest.raises(ConfigError, match="--from: is 0"):
         pipeline.run(start=0)
+    with pytest.raises(ConfigError, match="--from: is 3, above --until 2"):
+        pipeline.run(start=3, until=2)
+    assert [s.trained for s in pipeline.run(start=1).stages] == [True, True, True]
 
 
 def test_from_a_stage_whose_input_is_missing_removes_nothing(tiny: Path, tmp_path: Path) -> None:

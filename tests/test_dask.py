@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from helpers import assert_same_run, edit
 
 from gim_stagewise import Pipeline, Workers
 from gim_stagewise.cache import BuildFolder, Cache
-from gim_stagewise.errors import ConfigError, NonFiniteError
+from gim_stagewise.errors import ConfigError, NonFiniteError, WorkersLostError
 from gim_stagewise.stage import parallel
 
 SLOW = """
@@ -83,9 +84,9 @@ def test_work_that_takes_long_moves_to_a_cluster_by_itself(
     started: list[int] = []
     cluster = parallel._local_cluster
 
-    def watched(count: int) -> object:
+    def watched(count: int, scratch: Path) -> object:
         started.append(count)
-        return cluster(count)
+        return cluster(count, scratch)
 
     monkeypatch.setattr(parallel, "_local_cluster", watched)
     monkeypatch.setattr(parallel, "WORTH_A_CLUSTER_SECONDS", 0.3)
@@ -130,20 +131,22 @@ def test_an_error_in_a_worker_arrives_as_itself(tiny: Path, tmp_path: Path) -> N
 def scheduler(tmp_path: Path) -> Iterator[str]:
     """A real Dask scheduler in a process of its own, without workers."""
     file = tmp_path / "scheduler.json"
+    process = start_scheduler(file)
+    try:
+        yield json.loads(file.read_text())["address"]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def start_scheduler(file: Path) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
         dask("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", file),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    try:
-        wait_until(file.exists)
-        import json
-
-        wait_until(lambda: file.read_text().strip().endswith("}"))
-        yield json.loads(file.read_text())["address"]
-    finally:
-        process.kill()
-        process.wait()
+    wait_until(lambda: file.exists() and file.read_text().strip().endswith("}"))
+    return process
 
 
 def dask(*arguments: object) -> list[str]:
@@ -187,11 +190,56 @@ def test_workers_of_a_running_cluster_may_die_and_join(
             worker.wait()
 
 
+def test_a_worker_that_served_old_code_computes_with_the_new(
+    slow: Path, tmp_path: Path, scheduler: str
+) -> None:
+    worker = start_worker(scheduler, tmp_path)
+    out = tmp_path / "out"
+    try:
+        for factor in ("1", "2"):
+            (tmp_path / "slow_nets.py").write_text(
+                SLOW.replace("self.conv(x)", f"self.conv(x) * {factor}")
+            )
+            sys.modules.pop("slow_nets", None)  # as a new process would
+            pipeline = Pipeline.from_file(slow, folder=out, device="cpu")
+            pipeline.run(workers=Workers(scheduler=scheduler))
+    finally:
+        worker.kill()
+        worker.wait()
+    Pipeline.from_file(slow, folder=tmp_path / "fresh", device="cpu").run(workers=Workers(0))
+    assert_same_run(out, tmp_path / "fresh")
+
+
+def test_a_lost_scheduler_is_said_and_done_blocks_stay(slow: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own_scheduler.json"
+    process = start_scheduler(file)
+    address = json.loads(file.read_text())["address"]
+    worker = start_worker(address, tmp_path)
+    out = tmp_path / "out"
+
+    def kill_later() -> None:
+        wait_until(lambda: blocks_done(out / "m1.zarr") >= 1)
+        process.kill()
+
+    thread = threading.Thread(target=kill_later)
+    thread.start()
+    try:
+        pipeline = Pipeline.from_file(slow, folder=out, device="cpu")
+        with pytest.raises(WorkersLostError, match="blocks that are done stay"):
+            pipeline.run(workers=Workers(scheduler=address))
+    finally:
+        thread.join()
+        for child in (worker, process):
+            child.kill()
+            child.wait()
+    assert blocks_done(out / "m1.zarr") >= 1
+
+
 RUN = """
 import sys
 from gim_stagewise import Pipeline, Workers
-if __name__ == "__main__":
-    Pipeline.from_file(sys.argv[1], folder=sys.argv[2], device="cpu").run(workers=Workers(1))
+# Without a guard for __main__, as people write scripts.
+Pipeline.from_file(sys.argv[1], folder=sys.argv[2], device="cpu").run(workers=Workers(1))
 """
 
 

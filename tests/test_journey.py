@@ -327,7 +327,7 @@ def test_a_sealed_cache_that_lost_a_chunk_is_made_again(tiny: Path, tmp_path: Pa
     run(tiny, tmp_path / "whole")
     next((tmp_path / "out" / "m2.zarr" / "activations").glob("c.0.3.*")).unlink()
     _, notes = run(tiny, tmp_path / "out")
-    assert "module 2: cache built again: 1 of its chunk files are missing" in notes
+    assert "module 2: cache built again: damaged: 1 chunk files are missing" in notes
     assert_same_run(tmp_path / "out", tmp_path / "whole")
 
 

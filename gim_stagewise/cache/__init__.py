@@ -5,7 +5,7 @@ from __future__ import annotations
 from gim_stagewise.cache.digests import Digest, flatten
 from gim_stagewise.cache.layout import Block, CacheLayout, auto_chunk
 from gim_stagewise.cache.manifest import BuildFolder, Manifest, read_manifest
-from gim_stagewise.cache.reader import Cache, open_cache
+from gim_stagewise.cache.reader import Cache, metadata_problem, open_cache
 from gim_stagewise.cache.writer import CacheWriter, StagedBlock, discard_cache, stage_block
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "auto_chunk",
     "discard_cache",
     "flatten",
+    "metadata_problem",
     "open_cache",
     "read_manifest",
     "stage_block",

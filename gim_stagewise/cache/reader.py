@@ -160,7 +160,7 @@ class Cache:
     def _read_chunk(self, name: str, view: int, number: int) -> NDArray[Any]:
         layout = self.manifest.layout
         samples = Span(number * layout.chunk, min((number + 1) * layout.chunk, layout.samples))
-        # Zarr reads an absent chunk as zeros; here it is a loss.
+        # Zarr reads an absent chunk as the fill value; here it is a loss.
         for file in layout.chunk_files(Block(-1, view, samples)):
             if file.startswith(f"{name}/") and not (self.path / file).is_file():
                 raise CorruptCacheError(self._damage(file, "is missing"))
@@ -194,6 +194,23 @@ class Cache:
             f"cache {self.path}: {where} {what}; build it again with `gim-stage extract "
             f"--module {module} {source} --dir {self.path.parent} --force`"
         )
+
+
+def metadata_problem(path: Path, manifest: Manifest) -> str:
+    """What is wrong with the array metadata of a cache; empty if nothing is."""
+    layout = manifest.layout
+    for name in ("activations", "pooled", "ids", "splits"):
+        try:
+            array = zarr.open_array(str(path / name), mode="r")
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            return f"{name} cannot be opened ({(str(error).splitlines() or ['?'])[0]})"
+        if array.shape != layout.shapes.get(name, (layout.samples,)):
+            return f"{name} has shape {array.shape}"
+        if name in layout.chunks and array.chunks != layout.chunks[name]:
+            return f"{name} has chunks of {array.chunks}"
+        if name not in layout.chunks and not (path / name / "c.0").is_file():
+            return f"{name} has lost its values"
+    return ""
 
 
 def open_cache(path: str | Path) -> Cache:

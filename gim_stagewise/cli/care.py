@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,23 +75,26 @@ def clean(pipeline_file: Path, folder: Path | None, yes: bool, as_json: bool) ->
     Example:
       gim-stage clean pipelines/digits.toml
     """
+    from gim_stagewise.lock import exclusive
     from gim_stagewise.report.tables import format_bytes
     from gim_stagewise.status import removable, remove
 
     pipeline = options.pipeline_from(pipeline_file, None, folder, device="cpu")
-    with options.naming(pipeline_file):
+    place = pipeline.workspace.folder
+    # Nobody works there between the list and the removal.
+    with options.naming(pipeline_file), exclusive(place) if place.exists() else nullcontext():
         listed = removable(pipeline)
-    total = sum(thing.bytes for thing in listed)
-    for thing in listed:
-        click.echo(f"{format_bytes(thing.bytes):>10}  {thing.path}  ({thing.why})", err=True)
-    if not listed:
-        click.echo("nothing to remove", err=True)
-    agreed = bool(listed) and (
-        yes or click.confirm(f"Remove these, {format_bytes(total)} in all?", err=True)
-    )
-    if agreed:
+        total = sum(thing.bytes for thing in listed)
         for thing in listed:
+            click.echo(f"{format_bytes(thing.bytes):>10}  {thing.path}  ({thing.why})", err=True)
+        if not listed:
+            click.echo("nothing to remove", err=True)
+        agreed = bool(listed) and (
+            yes or click.confirm(f"Remove these, {format_bytes(total)} in all?", err=True)
+        )
+        for thing in listed if agreed else ():
             remove(thing)
+    if agreed:
         click.echo(f"removed {format_bytes(total)}", err=True)
     if as_json:
         removed = [{"path": str(t.path), "bytes": t.bytes, "why": t.why} for t in listed]

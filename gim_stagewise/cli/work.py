@@ -13,7 +13,7 @@ from gim_stagewise.cli import options
 @click.command()
 @options.pipeline_argument
 @options.folder_option("cache/NAME, with the pipeline's name")
-@click.option("--from", "start", type=int, default=1, help="Make this module and those above anew.")
+@click.option("--from", "start", type=int, help="Make this module and those above anew.")
 @click.option("--until", type=int, help="Stop after this module.")
 @options.workers_option
 @options.scheduler_option
@@ -24,7 +24,7 @@ from gim_stagewise.cli import options
 def run(
     pipeline_file: Path,
     folder: Path | None,
-    start: int,
+    start: int | None,
     until: int | None,
     worker_count: int | None,
     scheduler: str | None,

@@ -169,6 +169,15 @@ def _import_from(name: str, folder: Path) -> ModuleType:
                 _imported[new] = folder
 
 
+def forget_user_code() -> None:
+    """Import user code anew when it is next asked for; a long-lived process may have old code."""
+    for known in list(_imported):
+        module = sys.modules.pop(known, None)
+        if module is not None:
+            _digests.pop(module, None)
+        del _imported[known]
+
+
 def _lies_under(module: ModuleType, folder: Path) -> bool:
     """Whether a module's code is below a folder, and not in an environment that lies there."""
     packages = getattr(module, "__path__", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import zarr
 
 from gim_stagewise.cache import BuildFolder, Manifest, read_manifest
 from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
+from gim_stagewise.pipeline import folder_bytes
 
 # Statistics come from so many chunks, spread over the cache.
 SAMPLED_CHUNKS = 8
@@ -45,7 +47,7 @@ def inspect_cache(path: str | Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "path": str(path),
         "state": state,
-        "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        "bytes": folder_bytes(path),
         "arrays": _arrays(path, problems),
     }
     if manifest is not None:
@@ -59,6 +61,8 @@ def inspect_cache(path: str | Path) -> dict[str, Any]:
     if channels:
         found["channels"] = channels
     found["problems"] = problems
+    if problems and state == "sealed":
+        found["state"] = "corrupt"
     return found
 
 
@@ -80,8 +84,8 @@ def _arrays(path: Path, problems: list[str]) -> dict[str, Any]:
             "chunks": list(array.chunks),
             "dtype": str(metadata.to_dict()["data_type"]),
             "codecs": [codec.to_dict()["name"] for codec in metadata.codecs],
-            "stored_chunks": len(list(file.parent.glob("c.*"))),
-            "bytes": sum(chunk.stat().st_size for chunk in file.parent.glob("c.*")),
+            "stored_chunks": len(_chunk_files(file.parent)),
+            "bytes": sum(chunk.stat().st_size for chunk in _chunk_files(file.parent)),
         }
     return arrays
 
@@ -106,7 +110,7 @@ def _channel_statistics(path: Path, problems: list[str]) -> list[dict[str, float
         array: Any = zarr.open_array(str(path / "activations"), mode="r")
     except (ValueError, KeyError, TypeError, OSError):
         return []
-    files = sorted((path / "activations").glob("c.*"))
+    files = _chunk_files(path / "activations")
     chosen = files[:: max(1, len(files) // SAMPLED_CHUNKS)][:SAMPLED_CHUNKS]
     parts = []
     for file in chosen:
@@ -137,6 +141,10 @@ def _channel_statistics(path: Path, problems: list[str]) -> list[dict[str, float
         }
         for row in values
     ]
+
+
+def _chunk_files(array: Path) -> list[Path]:
+    return sorted(file for file in array.glob("c.*") if re.fullmatch(r"c(\.\d+)+", file.name))
 
 
 def _first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ coordinator alone commits what they staged.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from gim_stagewise.cache import Block, Cache, CacheWriter, Manifest, StagedBlock, stage_block
 from gim_stagewise.config import ExtractConfig, PipelineConfig
-from gim_stagewise.errors import NonFiniteError
+from gim_stagewise.errors import NonFiniteError, StaleCacheError
+from gim_stagewise.models import forget_user_code
 from gim_stagewise.progress import Progress
 from gim_stagewise.sources import Request, Source, read_stacked
 from gim_stagewise.stage.freeze import (
@@ -49,6 +51,8 @@ class BlockJob:
         "cpu" or "cuda".
     weights : dict
         State of the frozen module.
+    builder_source, input_content : str
+        Digests of the builder's code and of the input, which a worker must have as well.
     cache, staging : Path
         The cache that is built, and this run's staging folder; its name is the run's token.
     manifest : Manifest
@@ -60,6 +64,8 @@ class BlockJob:
     in_channels: int
     device: str
     weights: dict[str, Tensor]
+    builder_source: str
+    input_content: str
     cache: Path
     staging: Path
     manifest: Manifest
@@ -70,16 +76,29 @@ class BlockJob:
         Raises
         ------
         StaleCacheError
-            If this process would compute other bits than the manifest records.
+            If this process has other code or data than the coordinator, or would compute other
+            bits than the manifest records.
         """
         device = resolve_device(self.device)
         cache_config = self.config.stage(self.manifest.module).cache
         check_numerics(self.manifest.numerics, device, self.config.extract, cache_config)
         space = Workspace(self.config, "", self.cache.parent, self.code_folder, device)
+        if space.builder(self.manifest.module).source_digest != self.builder_source:
+            forget_user_code()  # a worker that served an earlier run still has the code of then
+        if space.builder(self.manifest.module).source_digest != self.builder_source:
+            raise StaleCacheError(
+                f"the worker on {platform.node()} has other code of the module than this process; "
+                "give all workers the same files, and the same release of gim-stagewise"
+            )
         module = space.build(self.manifest.module, self.in_channels)
         module.load_state_dict(self.weights)
         if source is None:
             source = Cache(self.input_path) if self.input_path else open_patches(self.config)
+            if source.content_digest() != self.input_content:
+                raise StaleCacheError(
+                    f"the worker on {platform.node()} finds other data at the input's place; "
+                    "all workers need the same files under the same paths"
+                )
         return BlockWorker(self, FrozenModule(module, device), source)
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import tempfile
+import socket
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gim_stagewise.cache import Block, StagedBlock
@@ -113,7 +116,7 @@ class LocalWorkers:
     def run(self, job: BlockJob, source: Source, blocks: list[Block]) -> Generator[StagedBlock]:
         if not blocks:
             return
-        with _local_cluster(min(self._count, len(blocks))) as client:
+        with _local_cluster(min(self._count, len(blocks)), job.staging / "dask") as client:
             yield from _run_on(client, job, blocks)
 
 
@@ -132,6 +135,7 @@ class DaskCluster:
         if not blocks:
             return
         try:
+            _check_address(self._scheduler)
             client: Any = distributed.Client(self._scheduler, timeout=10, set_as_default=False)
         except (OSError, TimeoutError, ValueError) as error:
             raise ConfigError(
@@ -146,42 +150,59 @@ class DaskCluster:
 
 
 @contextmanager
-def _local_cluster(count: int) -> Iterator[Any]:
+def _local_cluster(count: int, scratch: Path) -> Iterator[Any]:
     import dask.config
     from distributed import Client, LocalCluster
 
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    for name in ("distributed", "tornado", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     # When workers are killed on purpose, Python's resource tracker has nothing to tell a user.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+    # Without Dask's usual MALLOC_TRIM_THRESHOLD_, which makes glibc give every large buffer back to
+    # the system at once: convolutions run at two thirds of their speed with it.
+    quiet_allocator = {"distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": "1"}}
     before = set(multiprocessing.active_children())
-    with tempfile.TemporaryDirectory(prefix="gim-stage-", ignore_cleanup_errors=True) as scratch:
-        # Without Dask's usual MALLOC_TRIM_THRESHOLD_, which makes glibc give every large buffer
-        # back to the system at once: convolutions run at two thirds of their speed with it.
-        quiet_allocator = {"distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": "1"}}
-        with dask.config.set(quiet_allocator):
+    client = cluster = None
+    with _main_hidden(), dask.config.set(quiet_allocator):
+        try:
             cluster = LocalCluster(
                 n_workers=count,
                 threads_per_worker=1,
                 # None would ask for port 8787 on every interface, and complain if it is taken.
                 dashboard_address="127.0.0.1:0",
                 memory_limit=0,
-                local_directory=scratch,
+                local_directory=str(scratch),
                 silence_logs=logging.CRITICAL,
             )
-        client = Client(cluster, set_as_default=False)
-        try:
+            client = Client(cluster, set_as_default=False)
             yield client
         except BaseException:
             # Whoever interrupts does not wait for tasks to end; staging is left for the next run.
             _kill(set(multiprocessing.active_children()) - before)
-            with suppress(Exception):
-                client.close(timeout=0.2)
-            with suppress(Exception):
-                cluster.close(timeout=0.2)
+            for thing in (client, cluster):
+                with suppress(Exception):
+                    if thing is not None:
+                        thing.close(timeout=0.2)
             _kill(set(multiprocessing.active_children()) - before)
             raise
         client.close()
         cluster.close()
+
+
+@contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Keep workers from importing the user's script, which may have no ``__main__`` guard.
+
+    They need nothing of it, and without a guard it would start the whole run again in each.
+    """
+    main = sys.modules["__main__"]
+    kept: dict[str, Any] = {n: vars(main)[n] for n in ("__file__", "__spec__") if n in vars(main)}
+    vars(main).pop("__file__", None)
+    vars(main)["__spec__"] = None
+    try:
+        yield
+    finally:
+        vars(main).update(kept)
 
 
 def _kill(processes: Iterable[Any]) -> None:
@@ -189,8 +210,35 @@ def _kill(processes: Iterable[Any]) -> None:
         process.kill()
 
 
+def _check_address(address: str) -> None:
+    """Knock at a scheduler's door before a client is made that would not give up for long."""
+    from distributed.comm.addressing import parse_address, parse_host_port
+
+    scheme, place = parse_address(address)
+    if scheme in {"tcp", "tls"}:
+        host, port = parse_host_port(place)
+        if port is None:
+            raise ValueError("it names no port")
+        socket.create_connection((host, port), timeout=5).close()
+
+
 def _run_on(client: Any, job: BlockJob, blocks: list[Block]) -> Generator[StagedBlock]:
     """Keep every worker supplied with blocks, and hand over what is staged."""
+    from distributed.client import FuturesCancelledError
+    from distributed.comm.core import CommClosedError
+
+    try:
+        yield from _supply(client, job, blocks)
+    except GimStageError:
+        raise
+    except (FuturesCancelledError, CancelledError, CommClosedError, TimeoutError, OSError) as error:
+        raise WorkersLostError(
+            f"the Dask cluster was lost ({type(error).__name__}: {error}); give the same command "
+            "again when it is back: blocks that are done stay"
+        ) from None
+
+
+def _supply(client: Any, job: BlockJob, blocks: list[Block]) -> Generator[StagedBlock]:
     from distributed import wait
 
     _wait_for_workers(client)
@@ -211,7 +259,11 @@ def _run_on(client: Any, job: BlockJob, blocks: list[Block]) -> Generator[Staged
                     "give the same command again: blocks that are done stay"
                 )
             while waiting and len(running) < 2 * max(threads, 1):
-                running.add(client.submit(_stage_block, plugin.name, waiting.pop(), pure=False))
+                running.add(
+                    client.submit(
+                        _stage_block, plugin.name, job.staging.name, waiting.pop(), pure=False
+                    )
+                )
             try:
                 with client.as_current():
                     finished = wait(running, timeout=2, return_when="FIRST_COMPLETED").done
@@ -246,7 +298,7 @@ def _result(future: Any) -> StagedBlock:
     except KilledWorker as error:
         raise WorkersLostError(
             f"several workers died on the same block ({error}); is there enough memory for that "
-            "many workers? Use fewer --workers; blocks that are done stay"
+            "many workers on their machines? Blocks that are done stay"
         ) from None
     if not (staged.folder / staged.files[0]).is_file():
         raise WorkersLostError(
@@ -261,15 +313,15 @@ _opened: dict[str, BlockWorker] = {}
 _opening = threading.Lock()
 
 
-def _stage_block(name: str, block: Block) -> StagedBlock:
+def _stage_block(plugin_name: str, token: str, block: Block) -> StagedBlock:
     from distributed import get_worker
 
     with _opening:
-        if name not in _opened:
+        if token not in _opened:
             _opened.clear()
-            plugin: Any = get_worker().plugins[name]
-            _opened[name] = plugin.job.open()
-        worker = _opened[name]
+            plugin: Any = get_worker().plugins[plugin_name]
+            _opened[token] = plugin.job.open()
+        worker = _opened[token]
     return worker(block)
 
 
@@ -278,7 +330,8 @@ def _plugin(job: BlockJob) -> Any:
     from distributed import WorkerPlugin
 
     class JobPlugin(WorkerPlugin):
-        name = f"gim-stage-{job.staging.name}"
+        # One name for each cache: what a killed run left behind is replaced by the next.
+        name = f"gim-stage-{job.cache}"
 
         def __init__(self) -> None:
             self.job = job

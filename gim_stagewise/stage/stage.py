@@ -20,6 +20,7 @@ from gim_stagewise.cache import (
     Manifest,
     auto_chunk,
     discard_cache,
+    metadata_problem,
     read_manifest,
 )
 from gim_stagewise.errors import (
@@ -43,7 +44,7 @@ from gim_stagewise.stage.freeze import (
 )
 from gim_stagewise.stage.parallel import Workers, choose_executor
 from gim_stagewise.stage.train import TrainJob, train_module
-from gim_stagewise.stage.workspace import Workspace
+from gim_stagewise.stage.workspace import Workspace, with_absolute_places
 
 Cell = tuple[int, int, int]
 IN_PROCESS = Workers(0)
@@ -321,12 +322,14 @@ class Stage:
         )
         writer = CacheWriter(space.cache_path(self.index).absolute(), manifest, source)
         job = BlockJob(
-            config=space.config,
+            config=with_absolute_places(space.config),
             code_folder=space.code_folder,
             input_path=source.path.absolute() if isinstance(source, Cache) else None,
             in_channels=self._cell[0],
             device=space.device.type,
             weights=weights.tensors,
+            builder_source=space.builder(self.index).source_digest,
+            input_content=self.input_content,
             cache=writer.path,
             staging=writer.staging,
             manifest=manifest,
@@ -344,10 +347,15 @@ class Stage:
         changes = identity.cache_differences(found, wanted.recipe, wanted.content)
         if changes:
             return None, "; ".join(changes)
-        missing = self._missing_chunks(found) if found.sealed else 0
-        if missing:
-            return None, f"{missing} of its chunk files are missing"
-        return found, ""
+        return (None, damage) if found.sealed and (damage := self._damage(found)) else (found, "")
+
+    def _damage(self, manifest: Manifest) -> str:
+        """What is wrong with a sealed cache that can be seen without reading its chunks."""
+        path = self.workspace.cache_path(self.index)
+        if problem := metadata_problem(path, manifest):
+            return f"damaged: {problem}"
+        missing = self._missing_chunks(manifest)
+        return f"damaged: {missing} chunk files are missing" if missing else ""
 
     def _missing_chunks(self, manifest: Manifest) -> int:
         path = self.workspace.cache_path(self.index)

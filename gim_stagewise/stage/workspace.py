@@ -16,6 +16,22 @@ from gim_stagewise.sources import PatchSource, open_source
 from gim_stagewise.windows import PatchGrid
 
 
+def with_absolute_places(config: PipelineConfig) -> PipelineConfig:
+    """The pipeline with its data's places as absolute paths, for processes that start elsewhere."""
+    source = config.source
+    root = source.root
+    if root is None and source.kind in {"npy", "zarr"}:
+        root = "."
+    splits = {
+        name: {**table, "root": str(Path(table["root"]).absolute())} if "root" in table else table
+        for name, table in source.splits.items()
+    }
+    update = {"splits": splits} if splits else {}
+    if root is not None:
+        update["root"] = str(Path(root).absolute())  # type: ignore[assignment]
+    return config.model_copy(update={"source": source.model_copy(update=update)})
+
+
 def open_patches(config: PipelineConfig) -> PatchSource:
     """The dataset of a pipeline as patches: what module 1 is trained on."""
     patches = config.patches
