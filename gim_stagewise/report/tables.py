@@ -56,10 +56,11 @@ def format_bytes(count: float) -> str:
 
 def status_table(pipeline: Pipeline, stages: Sequence[StageStatus]) -> Table:
     """The chain of stages, one row each, with its state and the reason for it."""
-    title = f"{pipeline.config.name}: {pipeline.workspace.folder}"
+    title = escape(f"{pipeline.config.name}: {pipeline.workspace.folder}")
     table = Table(title=title, title_justify="left")
     for name in ("module", "state", "epochs", "validation loss", "trained in", "cache", "why"):
-        table.add_column(name, justify="left" if name in ("state", "why") else "right")
+        side = "left" if name in ("state", "why") else "right"
+        table.add_column(name, justify=side, overflow="fold")
     colours = {"sealed": "green", "stale": "yellow", "corrupt": "red"}
     for stage in stages:
         state: str = stage.state
@@ -81,7 +82,7 @@ def status_table(pipeline: Pipeline, stages: Sequence[StageStatus]) -> Table:
 
 def inspection(found: dict[str, Any]) -> Iterator[Table | str]:
     """What `inspect_cache` found, for people."""
-    yield f"{found['path']}: {found['state']}, {format_bytes(found['bytes'])}"
+    yield escape(f"{found['path']}: {found['state']}, {format_bytes(found['bytes'])}")
     if blocks := found.get("blocks"):
         yield f"{blocks['done']} of {blocks['total']} blocks are done"
     for problem in found["problems"]:
