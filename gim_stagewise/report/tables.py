@@ -59,8 +59,8 @@ def status_table(pipeline: Pipeline, stages: Sequence[StageStatus]) -> Table:
     title = escape(f"{pipeline.config.name}: {pipeline.workspace.folder}")
     table = Table(title=title, title_justify="left")
     for name in ("module", "state", "epochs", "validation loss", "trained in", "cache", "why"):
-        side = "left" if name in ("state", "why") else "right"
-        table.add_column(name, justify=side, overflow="fold")
+        words = name in ("state", "why")
+        table.add_column(name, justify="left" if words else "right", overflow="fold")
     colours = {"sealed": "green", "stale": "yellow", "corrupt": "red"}
     for stage in stages:
         state: str = stage.state
