@@ -152,7 +152,7 @@ class DaskCluster:
 @contextmanager
 def _local_cluster(count: int, scratch: Path) -> Iterator[Any]:
     import dask.config
-    from distributed import Client, LocalCluster
+    from distributed import Client, LocalCluster, SpecCluster
 
     for name in ("distributed", "tornado", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -184,6 +184,9 @@ def _local_cluster(count: int, scratch: Path) -> Iterator[Any]:
                     if thing is not None:
                         thing.close(timeout=0.2)
             _kill(set(multiprocessing.active_children()) - before)
+            # Dask would try once more at exit, and print that a half-made cluster cannot be closed.
+            with suppress(AttributeError):
+                SpecCluster._instances.clear()
             raise
         client.close()
         cluster.close()
