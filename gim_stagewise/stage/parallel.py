@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import threading
@@ -163,9 +164,10 @@ def _local_cluster(count: int, scratch: Path) -> Iterator[Any]:
     quiet_allocator = {"distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": "1"}}
     before = set(multiprocessing.active_children())
     client = cluster = None
-    with _main_hidden(), dask.config.set(quiet_allocator):
+    with _main_hidden(), dask.config.set(quiet_allocator), _loop_deaf_to_ctrl_c() as loop:
         try:
             cluster = LocalCluster(
+                loop=loop,
                 n_workers=count,
                 threads_per_worker=1,
                 # None would ask for port 8787 on every interface, and complain if it is taken.
@@ -190,6 +192,28 @@ def _local_cluster(count: int, scratch: Path) -> Iterator[Any]:
             raise
         client.close()
         cluster.close()
+
+
+@contextmanager
+def _loop_deaf_to_ctrl_c() -> Iterator[Any]:
+    """An event loop whose threads, and the workers started from them, do not get Ctrl-C.
+
+    A terminal sends it to the whole group; this process handles it and ends its workers, which
+    would otherwise print tracebacks of their own. Signal masks are inherited.
+    """
+    from distributed.utils import LoopRunner
+
+    runner = LoopRunner(asynchronous=False)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        runner.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield runner.loop
+    finally:
+        with suppress(Exception):
+            runner.stop(timeout=1)
 
 
 @contextmanager
