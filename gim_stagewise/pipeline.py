@@ -17,12 +17,14 @@ from gim_stagewise.lock import exclusive
 from gim_stagewise.progress import Progress, Silent
 from gim_stagewise.sources import PatchSource
 from gim_stagewise.stage.checkpoint import FrozenWeights, TrainingRecord
+from gim_stagewise.stage.code import code_staleness
 from gim_stagewise.stage.freeze import resolve_device
 from gim_stagewise.stage.identity import cache_recipe
 from gim_stagewise.stage.loader import check_loading, held_out_count
 from gim_stagewise.stage.parallel import Workers
 from gim_stagewise.stage.probe import probe_chain
-from gim_stagewise.stage.stage import Shape, Stage, check_shape, code_staleness
+from gim_stagewise.stage.shape import Shape, check_shape
+from gim_stagewise.stage.stage import Stage
 from gim_stagewise.stage.workspace import Workspace, open_patches
 
 StepListener = Callable[[int, int], None]

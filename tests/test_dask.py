@@ -19,6 +19,7 @@ from gim_stagewise import Pipeline, Workers
 from gim_stagewise.cache import BuildFolder, Cache
 from gim_stagewise.errors import ConfigError, NonFiniteError, WorkersLostError
 from gim_stagewise.stage import parallel
+from gim_stagewise.stage.cluster import local_cluster
 
 SLOW = """
 import time
@@ -82,13 +83,13 @@ def test_work_that_takes_long_moves_to_a_cluster_by_itself(
     slow: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[int] = []
-    cluster = parallel._local_cluster
+    cluster = local_cluster
 
     def watched(count: int, scratch: Path) -> object:
         started.append(count)
         return cluster(count, scratch)
 
-    monkeypatch.setattr(parallel, "_local_cluster", watched)
+    monkeypatch.setattr(parallel, "local_cluster", watched)
     monkeypatch.setattr(parallel, "WORTH_A_CLUSTER_SECONDS", 0.3)
     monkeypatch.setattr(parallel, "usable_workers", lambda threads: 2)
     Pipeline.from_file(slow, folder=tmp_path / "out", device="cpu").run()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
@@ -16,7 +16,7 @@ from gim_stagewise.cache.digests import Digest
 from gim_stagewise.cache.layout import Block
 from gim_stagewise.cache.manifest import Manifest, read_manifest
 from gim_stagewise.errors import CorruptCacheError, DataError, PartialCacheError
-from gim_stagewise.sources import PATCH_AXES, SPLITS, Item, Request, Split
+from gim_stagewise.sources import PATCH_AXES, SPLITS, Item, Request, Split, UniformItems
 from gim_stagewise.windows import Span
 
 if TYPE_CHECKING:
@@ -85,7 +85,8 @@ class Cache:
         return {item_id: index for index, item_id in enumerate(self.ids)}
 
     def items(self) -> Sequence[Item]:
-        return _CacheItems(self.ids, self.manifest.layout.grid, self.manifest.layout.cell[0])
+        layout = self.manifest.layout
+        return UniformItems(self.ids, layout.grid, layout.cell[0], "float32")
 
     def split(self, name: Split) -> Sequence[str]:
         mask = self._small_array("splits")
@@ -222,30 +223,3 @@ def open_cache(path: str | Path) -> Cache:
         If it cannot be used.
     """
     return Cache(path)
-
-
-class _CacheItems(Sequence[Item]):
-    """Items made when asked for."""
-
-    def __init__(self, ids: Sequence[str], grid: tuple[int, int], channels: int) -> None:
-        self._ids = ids
-        self._grid = grid
-        self._channels = channels
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Item]: ...
-    def __getitem__(self, index: int | slice) -> Item | list[Item]:
-        if isinstance(index, slice):
-            return [self._item(item_id) for item_id in self._ids[index]]
-        return self._item(self._ids[index])
-
-    def __iter__(self) -> Iterator[Item]:
-        return map(self._item, self._ids)
-
-    def _item(self, item_id: str) -> Item:
-        return Item(item_id, self._grid, self._channels, "float32")

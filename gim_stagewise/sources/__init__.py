@@ -12,6 +12,7 @@ from gim_stagewise.sources.base import (
     Request,
     Source,
     Split,
+    UniformItems,
     read_stacked,
 )
 from gim_stagewise.sources.patches import PatchSource
@@ -25,6 +26,7 @@ __all__ = [
     "Request",
     "Source",
     "Split",
+    "UniformItems",
     "open_source",
     "read_stacked",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,6 +103,35 @@ class Source(Protocol):
 
     def content_digest(self) -> str:
         """Hash of the data itself, not of paths or times."""
+
+
+class UniformItems(Sequence[Item]):
+    """Items that differ in their id alone, made when asked for.
+
+    Parameters
+    ----------
+    ids : sequence of str
+    extent, channels, dtype
+        What all of them share; see `Item`.
+    """
+
+    def __init__(
+        self, ids: Sequence[str], extent: tuple[int, ...], channels: int, dtype: str
+    ) -> None:
+        self._ids = ids
+        self._shared = (extent, channels, dtype)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [Item(item_id, *self._shared) for item_id in self._ids[index]]
+        return Item(self._ids[index], *self._shared)
 
 
 def read_stacked(source: Source, requests: Sequence[Request]) -> NDArray[Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gim_stagewise.config import AugmentConfig
 from gim_stagewise.errors import ConfigError, DataError
 from gim_stagewise.seeds import derive_seed
-from gim_stagewise.sources.base import PATCH_AXES, Item, Request, Source, Split
+from gim_stagewise.sources.base import PATCH_AXES, Item, Request, Source, Split, UniformItems
 from gim_stagewise.windows import PatchGrid
 
 # ITU-R BT.601 luma, as torchvision's and Pillow's grayscale.
@@ -122,7 +122,7 @@ class PatchSource:
         return self._images.ids
 
     def items(self) -> Sequence[Item]:
-        return _PatchItems(self._images, self._extent, self._channels)
+        return UniformItems(self.ids, self._extent, self._channels, "float32")
 
     def split(self, name: Split) -> Sequence[str]:
         return self._images.split(name)
@@ -206,33 +206,6 @@ class PatchSource:
             "seed": drawn,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-class _PatchItems(Sequence[Item]):
-    """The images' items with the extent of the patch grid."""
-
-    def __init__(self, images: Source, extent: tuple[int, int], channels: int) -> None:
-        self._ids = images.ids
-        self._extent = extent
-        self._channels = channels
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Item]: ...
-    def __getitem__(self, index: int | slice) -> Item | list[Item]:
-        if isinstance(index, slice):
-            return [self._item(item_id) for item_id in self._ids[index]]
-        return self._item(self._ids[index])
-
-    def __iter__(self) -> Iterator[Item]:
-        return map(self._item, self._ids)
-
-    def _item(self, item_id: str) -> Item:
-        return Item(item_id, self._extent, self._channels, "float32")
 
 
 def _to_unit(image: NDArray[Any], item_id: str) -> NDArray[np.float32]:

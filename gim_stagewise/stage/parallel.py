@@ -6,25 +6,21 @@ the recorded numerics, and only the coordinator commits.
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
 import os
-import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator
 from concurrent.futures import CancelledError
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gim_stagewise.cache import Block, StagedBlock
 from gim_stagewise.errors import ConfigError, GimStageError, WorkersLostError
 from gim_stagewise.memory import available_host_bytes
 from gim_stagewise.sources import Source
+from gim_stagewise.stage.cluster import local_cluster
 from gim_stagewise.stage.extract import BlockJob, BlockWorker, Executor, InProcess
 
 # A worker process with torch, zarr and a module in it, measured.
@@ -117,7 +113,7 @@ class LocalWorkers:
     def run(self, job: BlockJob, source: Source, blocks: list[Block]) -> Generator[StagedBlock]:
         if not blocks:
             return
-        with _local_cluster(min(self._count, len(blocks)), job.staging / "dask") as client:
+        with local_cluster(min(self._count, len(blocks)), job.staging / "dask") as client:
             yield from _run_on(client, job, blocks)
 
 
@@ -148,93 +144,6 @@ class DaskCluster:
             yield from _run_on(client, job, blocks)
         finally:
             client.close(timeout=1)
-
-
-@contextmanager
-def _local_cluster(count: int, scratch: Path) -> Iterator[Any]:
-    import dask.config
-    from distributed import Client, LocalCluster, SpecCluster
-
-    for name in ("distributed", "tornado", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    # When workers are killed on purpose, Python's resource tracker has nothing to tell a user.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
-    # Without Dask's usual MALLOC_TRIM_THRESHOLD_, which makes glibc give every large buffer back to
-    # the system at once: convolutions run at two thirds of their speed with it.
-    quiet_allocator = {"distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": "1"}}
-    before = set(multiprocessing.active_children())
-    client = cluster = None
-    with _main_hidden(), dask.config.set(quiet_allocator), _loop_deaf_to_ctrl_c() as loop:
-        try:
-            cluster = LocalCluster(
-                loop=loop,
-                n_workers=count,
-                threads_per_worker=1,
-                # None would ask for port 8787 on every interface, and complain if it is taken.
-                dashboard_address="127.0.0.1:0",
-                memory_limit=0,
-                local_directory=str(scratch),
-                silence_logs=logging.CRITICAL,
-            )
-            client = Client(cluster, set_as_default=False)
-            yield client
-        except BaseException:
-            # Whoever interrupts does not wait for tasks to end; staging is left for the next run.
-            _kill(set(multiprocessing.active_children()) - before)
-            for thing in (client, cluster):
-                with suppress(Exception):
-                    if thing is not None:
-                        thing.close(timeout=0.2)
-            _kill(set(multiprocessing.active_children()) - before)
-            # Dask would try once more at exit, and print that a half-made cluster cannot be closed.
-            with suppress(AttributeError):
-                SpecCluster._instances.clear()
-            raise
-        client.close()
-        cluster.close()
-
-
-@contextmanager
-def _loop_deaf_to_ctrl_c() -> Iterator[Any]:
-    """An event loop whose threads, and the workers started from them, do not get Ctrl-C.
-
-    A terminal sends it to the whole group; this process handles it and ends its workers, which
-    would otherwise print tracebacks of their own. Signal masks are inherited.
-    """
-    from distributed.utils import LoopRunner
-
-    runner = LoopRunner(asynchronous=False)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        runner.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    try:
-        yield runner.loop
-    finally:
-        with suppress(Exception):
-            runner.stop(timeout=1)
-
-
-@contextmanager
-def _main_hidden() -> Iterator[None]:
-    """Keep workers from importing the user's script, which may have no ``__main__`` guard.
-
-    They need nothing of it, and without a guard it would start the whole run again in each.
-    """
-    main = sys.modules["__main__"]
-    kept: dict[str, Any] = {n: vars(main)[n] for n in ("__file__", "__spec__") if n in vars(main)}
-    vars(main).pop("__file__", None)
-    vars(main)["__spec__"] = None
-    try:
-        yield
-    finally:
-        vars(main).update(kept)
-
-
-def _kill(processes: Iterable[Any]) -> None:
-    for process in processes:
-        process.kill()
 
 
 def _check_address(address: str) -> None:

@@ -5,10 +5,8 @@ What is current is kept, what is stale is made again, and both are said with the
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Literal
 
 import torch
 
@@ -30,11 +28,11 @@ from gim_stagewise.errors import (
     StaleCacheError,
 )
 from gim_stagewise.lock import exclusive
-from gim_stagewise.models import output_shape
-from gim_stagewise.objectives import build_objective, check_rows
+from gim_stagewise.objectives import build_objective
 from gim_stagewise.sources import Source
 from gim_stagewise.stage import identity
 from gim_stagewise.stage.checkpoint import FrozenWeights, module_tensors
+from gim_stagewise.stage.code import code_staleness
 from gim_stagewise.stage.extract import BlockJob, extract
 from gim_stagewise.stage.freeze import (
     FrozenModule,
@@ -43,86 +41,11 @@ from gim_stagewise.stage.freeze import (
     training_digest,
 )
 from gim_stagewise.stage.parallel import Workers, choose_executor
+from gim_stagewise.stage.shape import Cell, Shape, check_shape
 from gim_stagewise.stage.train import TrainJob, train_module
 from gim_stagewise.stage.workspace import Workspace, with_absolute_places
 
-Cell = tuple[int, int, int]
 IN_PROCESS = Workers(0)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What goes into a module and what comes out, for one sample.
-
-    Parameters
-    ----------
-    grid : (int, int)
-        Rows and columns of patches.
-    cell_in, cell_out : tuple of int
-        One patch before and after: (channel, height, width).
-    embedding : int
-        Channels of an embedding.
-    """
-
-    grid: tuple[int, int]
-    cell_in: Cell
-    cell_out: Cell
-    embedding: int
-
-    def chunk_bytes(self, chunk: int | Literal["auto"], samples: int) -> int:
-        """Bytes of one chunk of the module's cache, before it is encoded."""
-        per_sample = 4 * math.prod(self.grid) * math.prod(self.cell_out)
-        wanted = auto_chunk(per_sample) if chunk == "auto" else chunk
-        return per_sample * min(wanted, samples)
-
-
-def check_shape(workspace: Workspace, index: int, grid: tuple[int, int], cell: Cell) -> Shape:
-    """Check that module ``index`` can take its input, and say what it makes of it.
-
-    Raises
-    ------
-    ConfigError, ModuleRefusedError
-        If the module or its objective does not fit.
-    """
-    objective = workspace.module_config(index).objective
-    check_rows(
-        grid[0],
-        prediction_steps=objective.prediction_steps,
-        skip=objective.skip,
-        key=f"module.{index}.objective.prediction_steps",
-    )
-    out, embedding = output_shape(workspace.build(index, cell[0]), cell, key=f"module.{index}")
-    channels, height, width = out
-    return Shape(grid, cell, (channels, height, width), embedding)
-
-
-def code_staleness(workspace: Workspace, weights: FrozenWeights) -> str:
-    """Why frozen weights do not belong to the builder's code as it is now; empty if they do.
-
-    Code that changed without changing what a fresh module does in training, nor what the frozen
-    one computes, is said and kept.
-    """
-    builder = workspace.builder(weights.module)
-    if builder.source_digest == weights.builder_source:
-        return ""
-    shape = weights.in_shape
-    module = workspace.build(weights.module, shape[0])
-    try:
-        module.load_state_dict(weights.tensors)
-        # On the CPU, so that it compares equal on machines with and without a GPU.
-        frozen = FrozenModule(module, torch.device("cpu"))
-        same = behaviour_digest(frozen, shape) == weights.behaviour
-        fresh = workspace.build(weights.module, shape[0])
-        same = same and training_digest(fresh, shape) == weights.training
-    except RuntimeError:
-        same = False
-    if not same:
-        return f"the code of {builder.reference!r} computes something else now"
-    workspace.progress.note(
-        f"module {weights.module}: the code of {builder.reference!r} changed, "
-        "but not its results; kept"
-    )
-    return ""
 
 
 class Stage:

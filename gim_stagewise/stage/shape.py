@@ -1,0 +1,60 @@
+"""What goes into a module and what comes out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from gim_stagewise.cache import auto_chunk
+from gim_stagewise.models import output_shape
+from gim_stagewise.objectives import check_rows
+from gim_stagewise.stage.workspace import Workspace
+
+Cell = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What goes into a module and what comes out, for one sample.
+
+    Parameters
+    ----------
+    grid : (int, int)
+        Rows and columns of patches.
+    cell_in, cell_out : tuple of int
+        One patch before and after: (channel, height, width).
+    embedding : int
+        Channels of an embedding.
+    """
+
+    grid: tuple[int, int]
+    cell_in: Cell
+    cell_out: Cell
+    embedding: int
+
+    def chunk_bytes(self, chunk: int | Literal["auto"], samples: int) -> int:
+        """Bytes of one chunk of the module's cache, before it is encoded."""
+        per_sample = 4 * math.prod(self.grid) * math.prod(self.cell_out)
+        wanted = auto_chunk(per_sample) if chunk == "auto" else chunk
+        return per_sample * min(wanted, samples)
+
+
+def check_shape(workspace: Workspace, index: int, grid: tuple[int, int], cell: Cell) -> Shape:
+    """Check that module ``index`` can take its input, and say what it makes of it.
+
+    Raises
+    ------
+    ConfigError, ModuleRefusedError
+        If the module or its objective does not fit.
+    """
+    objective = workspace.module_config(index).objective
+    check_rows(
+        grid[0],
+        prediction_steps=objective.prediction_steps,
+        skip=objective.skip,
+        key=f"module.{index}.objective.prediction_steps",
+    )
+    out, embedding = output_shape(workspace.build(index, cell[0]), cell, key=f"module.{index}")
+    channels, height, width = out
+    return Shape(grid, cell, (channels, height, width), embedding)
