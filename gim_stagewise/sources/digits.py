@@ -6,8 +6,8 @@ import numpy as np
 
 from gim_stagewise.sources.parts import ArrayPart, PartsSource
 
-# The end of the file, as in scikit-learn's own examples: images of one person's hand stand next to
-# one another there, so a shuffled split would test on hands that were trained on.
+# The end of the file, unshuffled, as in scikit-learn's own example. It is the harder split: raw
+# pixels reach 92 % on it, and 98 % on a shuffled one.
 TEST_IMAGES = 500
 
 
