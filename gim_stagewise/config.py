@@ -119,9 +119,14 @@ class ObjectiveConfig(_Table):
 
 
 class TrainConfig(_Table):
-    """How one module is trained. ``batch`` counts samples, ``patience`` epochs."""
+    """How one module is trained.
+
+    ``batch`` counts samples, ``micro_batch`` patches (all of a batch by default; "auto" takes the
+    most that the memory budget allows), ``patience`` epochs.
+    """
 
     batch: PositiveInt = 32
+    micro_batch: PositiveInt | Literal["auto"] | None = None
     optimizer: Literal["adam"] = "adam"
     lr: PositiveFloat = 1e-3
     max_epochs: PositiveInt = 100

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,13 @@ from gim_stagewise.errors import ConfigError, DataError
 from gim_stagewise.sources import PATCH_AXES, Item, Request, Split
 from gim_stagewise.stage.loader import (
     Loader,
+    SampleBatch,
     epoch_windows,
     held_out,
     validation_batches,
     view_of,
 )
+from gim_stagewise.windows import Span
 
 quick = settings(deadline=None, max_examples=60)
 ITEM_BYTES = 4 * 2
@@ -77,6 +79,11 @@ def loader(
 ) -> Loader:
     chosen = source.split("unlabeled") if ids is None else ids
     return Loader(source, chosen, batch=batch, window=window, seed=seed, stage=stage)
+
+
+def tensors(batches: Iterable[SampleBatch]) -> list[Tensor]:
+    """Batches as tensors [sample, row, column, channel, height, width]."""
+    return [b.read(Span(0, b.rows)).reshape(*b.shape, 2, 1, 1) for b in batches]
 
 
 def numbers(batches: Sequence[Tensor]) -> list[int]:
@@ -187,10 +194,10 @@ def test_an_epoch_taken_up_at_a_step_goes_on_as_if_never_left(
         return loader(TinySource(43, **options), window=window, batch=4)
 
     one = made()
-    whole = list(one.batches(2))
+    whole = tensors(one.batches(2))
     assert len(whole) == one.steps == 10
     for start in range(one.steps + 1):
-        tail = list((made() if fresh else one).batches(2, start=start))
+        tail = tensors((made() if fresh else one).batches(2, start=start))
         assert len(tail) == one.steps - start
         assert all(torch.equal(a, b) for a, b in zip(tail, whole[start:], strict=True))
 
@@ -202,7 +209,7 @@ def test_an_epoch_has_no_sample_twice_and_leaves_out_less_than_a_batch(
     source = TinySource(43, **options)
     seen: set[int] = set()
     for epoch in range(6):
-        batches = list(loader(source, window=window, batch=5).batches(epoch))
+        batches = tensors(loader(source, window=window, batch=5).batches(epoch))
         assert all(batch.shape == (5, 1, 1, 2, 1, 1) for batch in batches)
         assert all(batch.dtype == torch.float32 for batch in batches)
         delivered = numbers(batches)
@@ -215,7 +222,7 @@ def test_an_epoch_has_no_sample_twice_and_leaves_out_less_than_a_batch(
 def test_only_the_ids_asked_for_are_delivered(chunk: int) -> None:
     source = TinySource(40, chunk=chunk)
     ids = [f"s{n}" for n in range(40) if n % 3]
-    delivered = numbers(list(loader(source, ids=ids, batch=1).batches(0)))
+    delivered = numbers(tensors(loader(source, ids=ids, batch=1).batches(0)))
     assert sorted(delivered) == [n for n in range(40) if n % 3]
 
 
@@ -229,11 +236,47 @@ def test_a_chunked_source_is_read_a_window_at_a_time_in_storage_order(window_chu
         assert len({number // 5 for number in read}) <= window_chunks
 
 
-def test_an_unchunked_source_is_read_one_sample_at_a_time() -> None:
+def test_a_batch_that_fits_the_window_is_read_once() -> None:
     source = TinySource(12)
-    batches = loader(source, window=1).batches(0)
-    next(iter(batches))
-    assert [len(read) for read in source.reads] == [1, 1, 1, 1]
+    batch = next(iter(loader(source, window=4 * ITEM_BYTES).batches(0)))
+    for row in (0, 1, 3, 0):
+        batch.read(Span(row, row + 1))
+    assert [len(read) for read in source.reads] == [4]
+
+
+def test_a_batch_larger_than_the_window_is_read_as_its_rows_are_asked_for() -> None:
+    source = TinySource(12)
+    batch = next(iter(loader(source, window=4 * ITEM_BYTES - 1).batches(0)))
+    assert source.reads == []
+    for row in (0, 1, 2, 3, 0):
+        batch.read(Span(row, row + 1))
+    assert [len(read) for read in source.reads] == [1, 1, 1, 1, 1]
+
+
+class GridSource(TinySource):
+    """Samples of 2×3 patches that tell where they lie."""
+
+    def items(self) -> list[Item]:
+        return [Item(item.id, (2, 3), 1, "float32") for item in super().items()]
+
+    def read(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
+        places = np.arange(6, dtype=np.float32).reshape(2, 3, 1, 1, 1)
+        return [100 * int(request.id[1:]) + places for request in requests]
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+@pytest.mark.parametrize("window", [40, 10**6])
+@pytest.mark.parametrize("size", [1, 4, 6, 7, 23, 24])
+def test_the_rows_of_a_batch_are_the_same_in_pieces_of_any_size(
+    size: int, window: int, chunk: int
+) -> None:
+    batches = loader(GridSource(20, chunk=chunk), window=window).batches(0)
+    batch = next(iter(batches))
+    whole = batch.read(Span(0, 24))
+    assert whole.shape == (24, 1, 1, 1)
+    pieces = [batch.read(Span(a, min(a + size, 24))) for a in range(0, 24, size)]
+    assert torch.equal(torch.cat(pieces), whole)
+    assert (whole.reshape(4, 6) % 100 == torch.arange(6.0)).all()
 
 
 def test_a_window_that_is_held_is_not_read_again() -> None:
@@ -247,13 +290,13 @@ def test_a_window_that_is_held_is_not_read_again() -> None:
 @pytest.mark.parametrize(("count", "drawn"), [(0, {0}), (1, {1}), (3, {1, 2, 3})])
 def test_views_are_drawn_from_those_there_are(count: int, drawn: set[int]) -> None:
     source = TinySource(60, views=count)
-    assert set(views(list(loader(source).batches(0))).values()) == drawn
+    assert set(views(tensors(loader(source).batches(0))).values()) == drawn
 
 
 def test_the_view_of_a_sample_follows_seed_stage_and_epoch_alone() -> None:
     def drawn(*, seed: int = 0, stage: int = 1, epoch: int = 0, chunk: int = 1) -> dict[int, int]:
         source = TinySource(20, views=None, chunk=chunk)
-        return views(list(loader(source, seed=seed, stage=stage).batches(epoch)))
+        return views(tensors(loader(source, seed=seed, stage=stage).batches(epoch)))
 
     first = drawn()
     assert min(first.values()) >= 1
@@ -267,8 +310,9 @@ def test_the_view_of_a_sample_follows_seed_stage_and_epoch_alone() -> None:
 
 def test_two_epochs_at_once_do_not_disturb_each_other() -> None:
     one = loader(TinySource(40, chunk=5, views=3), window=2 * 5 * ITEM_BYTES)
-    first, second = list(one.batches(0)), list(one.batches(1))
-    for a, b in zip(one.batches(0), one.batches(1), strict=True):
+    first, second = tensors(one.batches(0)), tensors(one.batches(1))
+    for batches in zip(one.batches(0), one.batches(1), strict=True):
+        a, b = tensors(batches)
         assert torch.equal(a, first.pop(0))
         assert torch.equal(b, second.pop(0))
 
@@ -297,13 +341,14 @@ def test_a_window_smaller_than_a_chunk_is_refused_with_both_numbers() -> None:
     loader(TinySource(20, chunk=5), window=5 * ITEM_BYTES)
 
 
+@pytest.mark.parametrize("window", [1, 10**6])
 @pytest.mark.parametrize(("count", "view"), [(0, 0), (3, 1), (None, 1)])
 def test_validation_is_in_storage_order_and_always_of_one_view(
-    count: int | None, view: int
+    count: int | None, view: int, window: int
 ) -> None:
     source = TinySource(20, views=count)
     ids = ["s3", "s4", "s9", "s11", "s12"]
-    batches = list(validation_batches(source, ids, 2))
+    batches = tensors(validation_batches(source, ids, batch=2, window=window))
     assert [len(batch) for batch in batches] == [2, 2, 1]
     assert numbers(batches) == [3, 4, 9, 11, 12]
     assert set(views(batches).values()) == {view}
@@ -318,4 +363,4 @@ class UnevenSource(TinySource):
 
 def test_samples_of_different_sizes_make_no_batch() -> None:
     with pytest.raises(DataError, match="differ in shape"):
-        list(loader(UnevenSource(8)).batches(0))
+        tensors(loader(UnevenSource(8)).batches(0))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from gim_stagewise.errors import ConfigError, ModuleRefusedError
 from gim_stagewise.models import Builder, build_module, output_shape, pool, resolve_builder
 from gim_stagewise.models.residual import PreActivationBlock, residual_module
+from gim_stagewise.models.resnet import resnet34_module, resnet50_module
 
 USER_CODE = """
 from torch import nn
@@ -521,3 +524,68 @@ def test_checks_give_the_same_shape_whatever_the_random_state() -> None:
     for seed in range(2):
         torch.manual_seed(seed)
         assert output_shape(module, (3, 6, 6), key="module.1") == ((4, 6, 6), 4)
+
+
+@pytest.mark.parametrize(
+    ("build", "channels", "parameters"),
+    [
+        (resnet50_module, [256, 512, 1024], [216_064, 1_216_000, 7_088_128]),
+        (resnet34_module, [64, 128, 256], [223_232, 1_115_264, 6_819_072]),
+    ],
+)
+def test_resnets_are_those_of_the_paper(
+    build: Callable[..., nn.Sequential], channels: list[int], parameters: list[int]
+) -> None:
+    x = torch.randn(2, 1, 16, 16)
+    sizes = [16, 8, 4]
+    for blocks, out, size, count in zip(
+        ([1, 3], [4, 7], [8, 13]), channels, sizes, parameters, strict=True
+    ):
+        module = build(x.shape[1], blocks=blocks)
+        x = module(x)
+        assert x.shape == (2, out, size, size)
+        assert sum(parameter.numel() for parameter in module.parameters()) == count
+
+
+@pytest.mark.parametrize("cut", [1, 3, 6, 12])
+@pytest.mark.parametrize("build", [resnet50_module, resnet34_module])
+def test_a_resnet_cut_anywhere_is_the_whole_one(
+    build: Callable[..., nn.Sequential], cut: int
+) -> None:
+    whole = build(1, blocks=[1, 13], width=8)
+    lower = build(1, blocks=[1, cut], width=8)
+    x = torch.randn(1, 1, 16, 16)
+    middle = lower(x).shape[1]
+    upper = build(middle, blocks=[cut + 1, 13], width=8)
+    parts = [*lower, *upper]
+    for part, original in zip(parts, whole, strict=True):
+        part.load_state_dict(original.state_dict())
+    assert torch.equal(upper(lower(x)), whole(x))
+
+
+def test_delta_orthogonal_kernels_keep_lengths_at_their_centre() -> None:
+    module = resnet34_module(1, blocks=[1, 5], delta_orthogonal=True, width=8)
+    kernels = [layer.weight for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    for kernel in kernels:
+        centre = kernel[:, :, kernel.shape[2] // 2, kernel.shape[3] // 2]
+        assert kernel.count_nonzero() == centre.count_nonzero()
+        narrow = centre.T @ centre if centre.shape[0] >= centre.shape[1] else centre @ centre.T
+        torch.testing.assert_close(narrow, 2 * torch.eye(len(narrow)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("channels", "options", "expected"),
+    [
+        (1, {"blocks": [0, 3]}, "within 1 to 13"),
+        (1, {"blocks": [3, 2]}, "within 1 to 13"),
+        (1, {"blocks": [1, 14]}, "within 1 to 13"),
+        (1, {"blocks": 3}, "within 1 to 13"),
+        (1, {"blocks": [1, 2], "width": 0}, "width must be at least 1"),
+        (99, {"blocks": [4, 7]}, "block 4 takes 256 channels, the module's input has 99"),
+    ],
+)
+def test_resnets_refuse_cuts_that_do_not_exist(
+    channels: int, options: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        resnet50_module(channels, **options)

@@ -14,6 +14,8 @@ from torch.func import functional_call
 from gim_stagewise.config import ObjectiveConfig
 from gim_stagewise.errors import ConfigError
 from gim_stagewise.objectives import InfoNCE, build_objective, check_rows
+from gim_stagewise.objectives.infonce import _GatheredScores
+from gim_stagewise.windows import Span
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -245,3 +247,64 @@ def test_advice_can_be_followed(rows: int) -> None:
     with pytest.raises(ConfigError) as caught:
         check_rows(rows, prediction_steps=1, skip=1, key="objective.prediction_steps")
     assert "use 0" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("steps", "shape"), [(2, (3, 6, 2, 4)), (3, (2, 9, 4))])
+def test_many_candidates_are_scored_like_few(
+    steps: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    z = embeddings(*shape, dtype=torch.float64).requires_grad_()
+    objective = infonce(4, steps=steps, negatives=5).double()
+
+    def loss_and_gradients() -> list[Tensor]:
+        objective.W.grad = z.grad = None
+        loss = objective(z, generator=generator())
+        loss.backward()
+        assert z.grad is not None
+        assert objective.W.grad is not None
+        return [loss.detach(), z.grad, objective.W.grad]
+
+    expected = loss_and_gradients()
+    monkeypatch.setattr("gim_stagewise.objectives.infonce.MATRIX_CANDIDATES_PER_NEGATIVE", 0)
+    for piece in (1, 400, 10**6):
+        monkeypatch.setattr("gim_stagewise.objectives.infonce.GATHERED_BYTES", piece)
+        for own, reference in zip(loss_and_gradients(), expected, strict=True):
+            torch.testing.assert_close(own, reference, rtol=1e-12, atol=1e-15)
+
+
+def test_gradients_of_gathered_scores_are_right() -> None:
+    prediction = embeddings(6, 3, dtype=torch.float64).requires_grad_()
+    candidates = embeddings(9, 3, dtype=torch.float64).requires_grad_()
+    drawn = torch.randint(9, (6, 4), generator=generator())
+    assert torch.autograd.gradcheck(
+        lambda p, c: _GatheredScores.apply(p, c, drawn),  # type: ignore[no-untyped-call]
+        (prediction, candidates),
+    )
+
+
+def test_a_window_reads_its_steps_and_draws_from_all() -> None:
+    z = embeddings(2, 12, 4, dtype=torch.float64).requires_grad_()
+    objective = infonce(4, steps=2, negatives=40, skip=0).double()
+    loss = objective(z, generator=generator(), window=Span(3, 7))
+    expected = loop_loss(z, objective, Span(3, 7), draws=generator())
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    loss.backward()
+    assert z.grad is not None
+    assert (z.grad.abs().sum(2) > 0).all()  # steps outside the window are negatives
+
+
+def loop_loss(z: Tensor, objective: InfoNCE, window: Span, *, draws: torch.Generator) -> Tensor:
+    """The loss of a window of sequences, pair by pair."""
+    everything = z.flatten(0, 1)
+    total = torch.zeros((), dtype=z.dtype)
+    for k, weight in enumerate(objective.W, start=1):
+        pairs = [
+            (z[sample, step], z[sample, step + k + objective.skip])
+            for sample in range(len(z))
+            for step in range(window.start, window.stop - k - objective.skip)
+        ]
+        drawn = torch.randint(len(everything), (len(pairs), objective.negatives), generator=draws)
+        for (context, target), numbers in zip(pairs, drawn.tolist(), strict=True):
+            scores = torch.stack([x @ weight @ context for x in [target, *everything[numbers]]])
+            total = total - scores.log_softmax(0)[0] / len(pairs)
+    return total

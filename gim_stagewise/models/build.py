@@ -26,9 +26,14 @@ from torch import nn
 
 from gim_stagewise.errors import ConfigError
 from gim_stagewise.models.residual import residual_module
+from gim_stagewise.models.resnet import resnet34_module, resnet50_module
 from gim_stagewise.seeds import derive_seed
 
-BUILTIN: Mapping[str, Callable[..., nn.Module]] = {"residual": residual_module}
+BUILTIN: Mapping[str, Callable[..., nn.Module]] = {
+    "residual": residual_module,
+    "resnet34": resnet34_module,
+    "resnet50": resnet50_module,
+}
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def residual_module(
     TypeError
         If it is no whole number.
     """
-    _check_numbers(
+    check_numbers(
         channels=channels,
         blocks=blocks,
         stride=stride,
@@ -91,7 +91,8 @@ def residual_module(
     return nn.Sequential(*layers)
 
 
-def _check_numbers(**numbers: int) -> None:
+def check_numbers(**numbers: int) -> None:
+    """Refuse options that are no whole numbers above 0."""
     for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, int):
             raise TypeError(f"{name} must be a whole number, got {number!r}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from gim_stagewise.errors import ConfigError
+from gim_stagewise.windows import Span
 
 
 class InfoNCE(nn.Module):
@@ -49,44 +52,107 @@ class InfoNCE(nn.Module):
 
     def forward(
         self,
-        z: Float[Tensor, "sample row column channel"],
+        z: Float[Tensor, "sample row *column channel"],
         *,
         generator: torch.Generator,
+        window: Span | None = None,
     ) -> Float[Tensor, ""]:
         """The loss of a batch.
 
         Parameters
         ----------
         z : Tensor
-            Embeddings of all patches of all samples of the batch.
+            Embeddings of all rows of all samples of the batch: [sample, row, column, channel] of
+            patch grids, [sample, step, channel] of sequences.
         generator : torch.Generator
             On the CPU, whatever device ``z`` is on, so that draws are the same everywhere.
+        window : Span, optional
+            Rows (steps) that contexts and targets are taken from, all by default; negatives
+            always come from all rows. Nothing is computed for pairs outside it.
 
         Returns
         -------
         Tensor
             A scalar of ``z``'s dtype.
         """
-        candidates = z.flatten(0, 2)
+        candidates = z.flatten(0, -2)
+        read = z if window is None else z[:, window.slice]
         loss = z.new_zeros(())
         for k, weight in enumerate(self.W, start=1):
-            context, target = self.pairs(z, k)
+            context, target = self.pairs(read, k)
             prediction = context @ weight.T  # W_k c
             drawn = torch.randint(
                 len(candidates), (len(context), self.negatives), generator=generator
             )
             positive = (target * prediction).sum(1, keepdim=True)
-            negative = (prediction @ candidates.T).gather(1, drawn.to(z.device))
+            negative = drawn_scores(prediction, candidates, drawn.to(z.device))
             bag = torch.cat([positive, negative], dim=1)
             loss = loss - bag.log_softmax(dim=1)[:, 0].mean()
         return loss
 
     def pairs(
-        self, z: Float[Tensor, "sample row column channel"], k: int
+        self, z: Float[Tensor, "sample row *column channel"], k: int
     ) -> tuple[Float[Tensor, "pair channel"], Float[Tensor, "pair channel"]]:
         """Contexts and their targets for prediction step ``k``, by sample, row and column."""
         distance = k + self.skip
-        return z[:, :-distance].flatten(0, 2), z[:, distance:].flatten(0, 2)
+        return z[:, :-distance].flatten(0, -2), z[:, distance:].flatten(0, -2)
+
+
+# With more candidates per negative than this, scores of all pairs cost more time than gathering
+# those drawn (benchmarks/infonce.py; on two cores the two meet between 50 and 200).
+MATRIX_CANDIDATES_PER_NEGATIVE = 100
+# Negatives that are gathered at once.
+GATHERED_BYTES = 16_000_000
+
+
+def drawn_scores(
+    prediction: Float[Tensor, "pair channel"],
+    candidates: Float[Tensor, "candidate channel"],
+    drawn: Int64[Tensor, "pair negative"],
+) -> Float[Tensor, "pair negative"]:
+    """Scores of the drawn candidates, without all of them ever gathered in memory.
+
+    Few candidates: the matrix of all scores (its values are not kept for backward), from which
+    the drawn ones are picked. Many: the drawn ones are gathered some pairs at a time, and again
+    in backward.
+    """
+    if len(candidates) <= MATRIX_CANDIDATES_PER_NEGATIVE * drawn.shape[1]:
+        return (prediction @ candidates.T).gather(1, drawn)
+    scores: Tensor = _GatheredScores.apply(prediction, candidates, drawn)  # type: ignore[no-untyped-call]
+    return scores
+
+
+class _GatheredScores(torch.autograd.Function):
+    """Dot products of each prediction with its drawn candidates; see `drawn_scores`."""
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, candidates: Tensor, drawn: Tensor) -> Tensor:
+        ctx.save_for_backward(prediction, candidates, drawn)
+        parts = [
+            torch.bmm(candidates[drawn[pairs]], prediction[pairs].unsqueeze(2)).squeeze(2)
+            for pairs in _pieces(candidates, drawn)
+        ]
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (gradient,) = gradients
+        prediction, candidates, drawn = ctx.saved_tensors
+        to_prediction = torch.empty_like(prediction)
+        to_candidates = torch.zeros_like(candidates)
+        for pairs in _pieces(candidates, drawn):
+            gathered = candidates[drawn[pairs]]
+            to_prediction[pairs] = torch.bmm(gradient[pairs].unsqueeze(1), gathered).squeeze(1)
+            torch.mul(gradient[pairs].unsqueeze(2), prediction[pairs].unsqueeze(1), out=gathered)
+            to_candidates.index_add_(0, drawn[pairs].flatten(), gathered.flatten(0, 1))
+        return to_prediction, to_candidates, None
+
+
+def _pieces(candidates: Tensor, drawn: Tensor) -> list[slice]:
+    """Pairs whose negatives are gathered together."""
+    pair_bytes = drawn.shape[1] * candidates.shape[1] * candidates.element_size()
+    step = max(1, GATHERED_BYTES // pair_bytes)
+    return [slice(start, start + step) for start in range(0, len(drawn), step)]
 
 
 def check_rows(rows: int, *, prediction_steps: int, skip: int, key: str) -> None:

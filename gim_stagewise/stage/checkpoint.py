@@ -68,6 +68,11 @@ class TrainingRecord:
         Time spent in training, resumed parts included.
     numerics : dict
         What the bits of the weights depend on besides the recipe: device, torch, threads.
+    micro_batch : int
+        Patches that were in memory at a time.
+    projected_mem, measured_mem : int
+        Bytes that training was expected to take, and that it took, beyond what the process had
+        before; see `gim_stagewise.memory`.
     """
 
     epochs: int
@@ -76,6 +81,9 @@ class TrainingRecord:
     validation_loss: float
     seconds: float
     numerics: dict[str, Any]
+    micro_batch: int
+    projected_mem: int = 0
+    measured_mem: int = 0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ window and gets a true random order.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 from gim_stagewise.errors import ConfigError, DataError
 from gim_stagewise.seeds import derive_seed
 from gim_stagewise.sources import Request, Source
+from gim_stagewise.windows import Span
 
 
 def held_out(ids: Sequence[str], *, seed: int, fraction: float) -> tuple[list[str], list[str]]:
@@ -107,8 +110,61 @@ def check_loading(samples: int, *, batch: int, window: int, chunk_bytes: int, st
         )
 
 
+Fetch = Callable[[Span], list[NDArray[np.float32]]]
+
+
+class SampleBatch:
+    """Samples of a batch, handed out row by row, so that no whole batch is ever stacked.
+
+    Parameters
+    ----------
+    count : int
+        Samples.
+    fetch : callable
+        Gives a range of the batch's samples, [grid_row, grid_col, channel, height, width] each.
+    grid : tuple of int
+        Rows and columns of a sample's patches.
+    hold : bool
+        Fetch all samples now and keep them, rather than fetch them whenever rows are read.
+    """
+
+    def __init__(self, count: int, fetch: Fetch, grid: tuple[int, ...], *, hold: bool) -> None:
+        self._count = count
+        self._fetch = fetch
+        self._grid = grid
+        self._held = fetch(Span(0, count)) if hold else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self._count, *self._grid)
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape)
+
+    def read(self, rows: Span) -> Float[Tensor, "row channel height width"]:
+        """Patches ``rows``, counted by sample, grid row and column."""
+        each = math.prod(self._grid)
+        samples = Span(rows.start // each, -(-rows.stop // each))
+        fetched = self._fetch(samples) if self._held is None else self._held[samples.slice]
+        parts = []
+        for number, sample in enumerate(fetched, start=samples.start):
+            if sample.shape[:2] != self._grid or sample.shape[2:] != fetched[0].shape[2:]:
+                raise DataError(
+                    f"samples of one batch differ in shape: {sample.shape} and {fetched[0].shape}"
+                )
+            patches = sample.reshape(each, *sample.shape[2:])
+            start = max(rows.start - number * each, 0)
+            parts.append(patches[start : min(rows.stop - number * each, each)])
+        return torch.from_numpy(np.concatenate(parts))
+
+
 class Loader:
     """Batches of one split of a source.
+
+    At most ``window`` bytes of samples are held to be mixed. A batch that fits into the window is
+    read once and held as well; of a larger one the samples are read whenever they are asked for,
+    which a step in micro-batches does twice.
 
     Parameters
     ----------
@@ -137,12 +193,11 @@ class Loader:
             chunk_bytes=source.chunk_items * source.item_bytes if source.chunk_items > 1 else 0,
             stage=stage,
         )
-        chunk_bytes = source.chunk_items * source.item_bytes
         self._source = source
         self._ids = list(ids)
         self._batch = batch
-        # A chunk is held once for every view that is drawn from it.
-        self._window_chunks = max(1, window // (chunk_bytes * max(1, source.views or 1)))
+        self._window_chunks = window_chunks(source, window)
+        self._hold = batch * source.item_bytes <= window
         self._seed = seed
         self._stage = stage
         wanted = {item_id: index for index, item_id in enumerate(self._ids)}
@@ -157,52 +212,74 @@ class Loader:
         """Batches in an epoch; samples that do not fill a last one are left for other epochs."""
         return len(self._ids) // self._batch
 
-    def batches(
-        self, epoch: int, *, start: int = 0
-    ) -> Iterator[Float[Tensor, "sample row column channel height width"]]:
+    def batches(self, epoch: int, *, start: int = 0) -> Iterator[SampleBatch]:
         """The batches of an epoch, from number ``start`` on."""
-        skip = start * self._batch
-        samples: list[NDArray[np.float32]] = []
-        for window in self._windows(epoch):
-            if skip >= len(window):
-                skip -= len(window)
-                continue
-            for sample in self._read(window, epoch, skip):
-                samples.append(sample)
-                if len(samples) == self._batch:
-                    yield _to_tensor(samples)
-                    samples = []
-            skip = 0
-
-    def _windows(self, epoch: int) -> list[NDArray[np.int64]]:
-        return epoch_windows(
+        windows = epoch_windows(
             self._positions,
             chunk=self._source.chunk_items,
             window_chunks=self._window_chunks,
             seed=self._seed,
             epoch=epoch,
         )
+        grid = self._source.items()[0].extent
+        for number in range(start, self.steps):
+            first = number * self._batch
+            fetch = partial(self._samples, windows, epoch, first)
+            yield SampleBatch(self._batch, fetch, grid, hold=self._hold)
+
+    def _samples(
+        self, windows: list[NDArray[np.int64]], epoch: int, first: int, wanted: Span
+    ) -> list[NDArray[np.float32]]:
+        """Samples by their place after the ``first`` one in the order of an epoch."""
+        wanted = Span(first + wanted.start, first + wanted.stop)
+        samples: list[NDArray[np.float32]] = []
+        start = 0
+        for window in windows:
+            chosen = window[max(wanted.start - start, 0) : max(wanted.stop - start, 0)]
+            if len(chosen):
+                if len(samples):
+                    # Not views into the chunks of the last window, which are let go of.
+                    samples = [sample.copy() for sample in samples]
+                samples += self._read(window, chosen, epoch)
+            start += len(window)
+        return samples
 
     def _read(
-        self, window: NDArray[np.int64], epoch: int, skip: int
-    ) -> Iterator[NDArray[np.float32]]:
+        self, window: NDArray[np.int64], chosen: NDArray[np.int64], epoch: int
+    ) -> list[NDArray[np.float32]]:
         if self._source.chunk_items == 1:
-            for index in window[skip:]:
-                yield self._source.read([self._request(int(index), epoch)])[0]
-            return
+            return self._source.read([self._request(int(index), epoch) for index in chosen])
         in_storage_order = np.sort(window)
         requests = [self._request(int(index), epoch) for index in in_storage_order]
         if self._kept is None or self._kept[0] != requests:
             self._kept = None  # let go of the last window before the next is read
             self._kept = (requests, self._source.read(requests))
         samples = self._kept[1]
-        rank = np.searchsorted(in_storage_order, window[skip:])
-        for place in rank:
-            yield samples[place]
+        return [samples[place] for place in np.searchsorted(in_storage_order, chosen)]
 
     def _request(self, index: int, epoch: int) -> Request:
         item_id = self._ids[index]
         return Request(item_id, view_of(self._source, item_id, self._seed, self._stage, epoch))
+
+
+def window_chunks(source: Source, window: int) -> int:
+    """Chunks of a source that a window of so many bytes can mix; at least one."""
+    # A chunk is held once for every view that is drawn from it.
+    chunk_bytes = source.chunk_items * source.item_bytes * max(1, source.views or 1)
+    return max(1, window // chunk_bytes)
+
+
+def held_bytes(
+    *, samples: int, batch: int, window: int, item_bytes: int, chunk_items: int, views: int
+) -> int:
+    """The most bytes of samples that a `Loader` of such a source holds at once."""
+    held = batch * item_bytes if batch * item_bytes <= window else 0
+    if chunk_items == 1:
+        return held or item_bytes
+    chunk_bytes = chunk_items * item_bytes * max(1, views)
+    whole = -(-samples // chunk_items) * chunk_bytes
+    # Only a batch that straddles two windows is copied out of the first.
+    return min(max(1, window // chunk_bytes) * chunk_bytes, whole) + held
 
 
 def view_of(source: Source, item_id: str, seed: int, stage: int, epoch: int) -> int:
@@ -214,18 +291,16 @@ def view_of(source: Source, item_id: str, seed: int, stage: int, epoch: int) -> 
 
 
 def validation_batches(
-    source: Source, ids: Sequence[str], batch: int
-) -> Iterator[Float[Tensor, "sample row column channel height width"]]:
+    source: Source, ids: Sequence[str], *, batch: int, window: int
+) -> Iterator[SampleBatch]:
     """Held-out samples in storage order, always the same view; the last batch may be smaller."""
     view = 0 if source.views == 0 else 1
+    grid = source.items()[0].extent
     for start in range(0, len(ids), batch):
-        yield _to_tensor(source.read([Request(i, view) for i in ids[start : start + batch]]))
+        requests = [Request(i, view) for i in ids[start : start + batch]]
+        hold = len(requests) * source.item_bytes <= window
+        yield SampleBatch(len(requests), partial(_fetch, source, requests), grid, hold=hold)
 
 
-def _to_tensor(samples: list[NDArray[np.float32]]) -> Tensor:
-    try:
-        stacked = np.stack(samples)
-    except ValueError:
-        shapes = sorted({sample.shape for sample in samples})
-        raise DataError(f"samples of one batch differ in shape: {shapes}") from None
-    return torch.from_numpy(stacked)
+def _fetch(source: Source, requests: list[Request], wanted: Span) -> list[NDArray[np.float32]]:
+    return source.read(requests[wanted.slice])

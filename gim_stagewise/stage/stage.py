@@ -5,6 +5,7 @@ What is current is kept, what is stale is made again, and both are said with the
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cached_property
 
@@ -170,6 +171,16 @@ class Stage:
                 key="source" if self.index == 1 else "--input",
             )
 
+    @property
+    def batch_rows(self) -> int:
+        """Patches in a batch."""
+        return self._config.train.batch * math.prod(self.shape.grid)
+
+    def micro_batch(self) -> int:
+        """Patches in memory at a time, as the file says."""
+        asked = self._config.train.micro_batch
+        return self.batch_rows if asked is None or asked == "auto" else asked
+
     def _train(self) -> FrozenWeights:
         space, config = self.workspace, self._config
         builder = space.builder(self.index)
@@ -185,6 +196,7 @@ class Stage:
             ),
             source=self.source,
             config=config.train,
+            micro_batch=self.micro_batch(),
             seed=space.config.seed,
             device=space.device,
             checkpoint=space.checkpoint_path(self.index),

@@ -18,13 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from gim_stagewise.config import TrainConfig
 from gim_stagewise.errors import NonFiniteError
-from gim_stagewise.models import pool
 from gim_stagewise.objectives import InfoNCE
 from gim_stagewise.progress import Progress, Task
 from gim_stagewise.seeds import derive_seed
@@ -36,8 +33,15 @@ from gim_stagewise.stage.checkpoint import (
     save_checkpoint,
 )
 from gim_stagewise.stage.freeze import training_numerics
-from gim_stagewise.stage.loader import Loader, held_out, validation_batches
+from gim_stagewise.stage.loader import Loader, SampleBatch, held_out, validation_batches
 from gim_stagewise.stage.metrics import MetricsLog
+from gim_stagewise.stage.step import (
+    MicroBatches,
+    accumulate_gradients,
+    embed_batch,
+    in_place,
+    make_optimizer,
+)
 
 
 @dataclass
@@ -68,6 +72,8 @@ class TrainJob:
     source : Source
         The stage's input.
     config : TrainConfig
+    micro_batch : int
+        Patches in memory at a time.
     seed : int
         The pipeline's seed.
     device : torch.device
@@ -86,6 +92,7 @@ class TrainJob:
     objective: InfoNCE
     source: Source
     config: TrainConfig
+    micro_batch: int
     seed: int
     device: torch.device
     checkpoint: Path
@@ -118,9 +125,7 @@ class _Trainer:
         self.progress = progress
         self.module = job.module.to(job.device)
         self.objective = job.objective.to(job.device)
-        self.optimizer = torch.optim.Adam(
-            [*self.module.parameters(), *self.objective.parameters()], lr=job.config.lr
-        )
+        self.optimizer = make_optimizer(self.module, self.objective, job.config)
         ids = job.source.split("unlabeled")
         train_ids, self.validation_ids = held_out(
             ids, seed=job.seed, fraction=job.config.validation
@@ -160,6 +165,7 @@ class _Trainer:
             validation_loss=self.at.best_loss,
             seconds=self.at.seconds,
             numerics=training_numerics(self.job.device),
+            micro_batch=self.job.micro_batch,
         )
         return self.best, record
 
@@ -176,19 +182,21 @@ class _Trainer:
             at.step_in_epoch += 1
             done = self.steps_done
             self.log.write(done, at.epoch + 1, loss=loss)
-            task.advance(len(batch), loss=loss, epoch=at.epoch + 1)
+            task.advance(config.batch, loss=loss, epoch=at.epoch + 1)
             if done % config.checkpoint_every == 0:
                 self._save()
             if self.job.on_step is not None:
                 self.job.on_step(done)
 
-    def _step(self, batch: Tensor, step: int) -> float:
-        with torch.random.fork_rng(devices=_cuda_devices(self.job.device)):
-            # What the module itself draws (dropout) is a function of the step as well.
-            torch.manual_seed(derive_seed(self.job.seed, "forward", self.job.stage, step))
-            embeddings = self._embed(batch)
-        loss = self.objective(embeddings, generator=self._generator("negatives", step))
-        value = float(loss.detach())
+    def _step(self, batch: SampleBatch, step: int) -> float:
+        loss = accumulate_gradients(
+            self.module,
+            self.objective,
+            batch,
+            self._micro_batches("forward", step),
+            generator=self._generator("negatives", step),
+        )
+        value = float(loss)
         if not math.isfinite(value):
             raise NonFiniteError(
                 f"module {self.job.stage}: the loss became {value} at step {step} (epoch "
@@ -196,16 +204,19 @@ class _Trainer:
                 f"{self.job.checkpoint if self.job.checkpoint.exists() else 'none'}. "
                 f"Lower module.{self.job.stage}.train.lr"
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         self.optimizer.step()
+        # Now rather than before the next backward: nothing holds gradients during pass 1.
+        self.optimizer.zero_grad(set_to_none=True)
         return value
 
-    def _embed(self, batch: Tensor) -> Float[Tensor, "sample row column channel"]:
-        samples, rows, columns = batch.shape[:3]
-        patches = rearrange(batch, "s r c ch h w -> (s r c) ch h w").to(self.job.device)
-        pooled = pool(self.module, self.module(patches))
-        return rearrange(pooled, "(s r c) e -> s r c e", s=samples, r=rows, c=columns)
+    def _micro_batches(self, purpose: str, number: int) -> MicroBatches:
+        """Micro-batches in which what the module draws is a function of step and micro-batch."""
+        job = self.job
+        return MicroBatches(
+            job.micro_batch,
+            lambda index: derive_seed(job.seed, purpose, job.stage, number, index),
+            job.device,
+        )
 
     def _end_epoch(self, task: Task) -> None:
         at, config = self.at, self.job.config
@@ -235,17 +246,22 @@ class _Trainer:
         """Loss on the held-out samples; the same views and negatives in every epoch."""
         self.module.eval()
         total = 0.0
-        batches = validation_batches(self.job.source, self.validation_ids, self.job.config.batch)
+        config = self.job.config
+        batches = validation_batches(
+            self.job.source, self.validation_ids, batch=config.batch, window=config.shuffle_window
+        )
         for number, batch in enumerate(batches):
+            micro_batches = self._micro_batches("validation forward", number)
+            pooled = embed_batch(self.module, batch, micro_batches)
             generator = self._generator("validation negatives", number)
-            loss = float(self.objective(self._embed(batch), generator=generator))
+            loss = float(self.objective(in_place(pooled, batch), generator=generator))
             if not math.isfinite(loss):
                 raise NonFiniteError(
                     f"module {self.job.stage}: the validation loss became {loss} after epoch "
                     f"{self.at.epoch + 1} (lr {self.job.config.lr}); lower "
                     f"module.{self.job.stage}.train.lr"
                 )
-            total += loss * len(batch)
+            total += loss * batch.shape[0]
         return total / len(self.validation_ids)
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
@@ -283,7 +299,3 @@ class _Trainer:
             f"module {self.job.stage}: going on from epoch {self.at.epoch + 1}, "
             f"step {self.at.step_in_epoch} of {self.loader.steps}"
         )
-
-
-def _cuda_devices(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []
