@@ -25,31 +25,7 @@ from pydantic import (
 )
 
 from gim_stagewise.errors import ConfigError
-
-_UNITS = {"": 1, "B": 1}
-for _power, _letter in enumerate("kMGT", start=1):
-    _UNITS |= {f"{_letter}B": 1000**_power, f"{_letter}iB": 1024**_power}
-
-
-def parse_bytes(value: object) -> int:
-    """A number of bytes from ``2_000_000``, ``"2.5GB"`` (10^9) or ``"2GiB"`` (2^30).
-
-    Raises
-    ------
-    ValueError
-        If it is not a positive size.
-    """
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    if isinstance(value, str):
-        found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)
-        units = {unit.lower(): factor for unit, factor in _UNITS.items()}
-        if found and found[2].lower() in units:
-            size = float(found[1]) * units[found[2].lower()]
-            if 1 <= size < 2**63:
-                return int(size)
-    raise ValueError('expected a size above 0, such as 500_000_000, "2.5GB" or "2GiB"')
-
+from gim_stagewise.units import parse_bytes
 
 ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -173,6 +149,7 @@ class PipelineConfig(_Table):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: Annotated[int, Field(ge=0)] = 0
+    keep: Literal["all", "last-two", "last"] = "all"
     source: SourceConfig
     augment: AugmentConfig = AugmentConfig()
     patches: PatchesConfig

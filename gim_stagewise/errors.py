@@ -69,6 +69,12 @@ class WorkersLostError(GimStageError, RuntimeError):
     exit_code = 4
 
 
+class OverBudgetError(GimStageError, MemoryError):
+    """What is asked for needs more memory or disk than is allowed."""
+
+    exit_code = 3
+
+
 class NonFiniteError(GimStageError, ArithmeticError):
     """NaN or infinity turned up in training or in activations."""
 

@@ -10,21 +10,24 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from gim_stagewise.cache import Cache, discard_cache, read_manifest
+from gim_stagewise.cache import Cache, CacheLayout, discard_cache, read_manifest
 from gim_stagewise.config import PipelineConfig, load_pipeline, parse_pipeline
 from gim_stagewise.errors import ConfigError, StaleCacheError
 from gim_stagewise.lock import exclusive
+from gim_stagewise.memory import Budget
 from gim_stagewise.progress import Progress, Silent
 from gim_stagewise.sources import PatchSource
 from gim_stagewise.stage.checkpoint import FrozenWeights, TrainingRecord
 from gim_stagewise.stage.code import code_staleness
+from gim_stagewise.stage.fit import plan_training
 from gim_stagewise.stage.freeze import resolve_device
-from gim_stagewise.stage.identity import cache_recipe
-from gim_stagewise.stage.loader import check_loading, held_out_count
+from gim_stagewise.stage.identity import cache_recipe, recipe_differences
+from gim_stagewise.stage.loader import check_loading, held_out_count, loader_bytes
 from gim_stagewise.stage.parallel import Workers
 from gim_stagewise.stage.probe import probe_chain
+from gim_stagewise.stage.project import StepSpec, step_spec
 from gim_stagewise.stage.shape import Shape, check_shape
-from gim_stagewise.stage.stage import Stage
+from gim_stagewise.stage.stage import Stage, cache_layout
 from gim_stagewise.stage.workspace import Workspace, open_patches
 
 StepListener = Callable[[int, int], None]
@@ -80,6 +83,7 @@ class Pipeline:
         device: str = "auto",
         progress: Progress | None = None,
         on_step: StepListener | None = None,
+        budget: Budget | None = None,
     ) -> Pipeline:
         """Read a pipeline file.
 
@@ -94,6 +98,8 @@ class Pipeline:
             Told what is going on; nobody by default.
         on_step : callable, optional
             Called after every training step with (module, steps done so far).
+        budget : Budget, optional
+            Memory and disk that may be used; by default what is free.
 
         Raises
         ------
@@ -110,6 +116,7 @@ class Pipeline:
                 resolve_device(device),
                 progress or Silent(),
                 on_step,
+                budget or Budget(),
             )
         )
 
@@ -121,6 +128,7 @@ class Pipeline:
         folder: str | Path | None = None,
         device: str = "auto",
         progress: Progress | None = None,
+        budget: Budget | None = None,
     ) -> Pipeline:
         """The pipeline whose text a cache carries; ``folder`` defaults to the cache's parent.
 
@@ -141,6 +149,7 @@ class Pipeline:
                 None,
                 resolve_device(device),
                 progress or Silent(),
+                budget=budget or Budget(),
             )
         )
 
@@ -181,7 +190,7 @@ class Pipeline:
                 f"is trained on those of module {index - 1}",
                 key="--input",
             )
-        changes = cache.manifest.recipe.differences(cache_recipe(self.config, index - 1))
+        changes = recipe_differences(cache.manifest.recipe, cache_recipe(self.config, index - 1))
         reason = "; ".join(changes) or self._foreign_content(cache)
         if reason:
             raise StaleCacheError(
@@ -244,6 +253,35 @@ class Pipeline:
             chunk_bytes = shapes[-1].chunk_bytes(module.cache.chunk, len(self.source.ids))
         return shapes
 
+    def training_needs(self, shapes: list[Shape]) -> list[tuple[StepSpec, int]]:
+        """For each module what decides the memory of its step, and bytes held by its loader."""
+        space, source = self.workspace, self.source
+        needs = []
+        below: CacheLayout | None = None
+        for index, shape in enumerate(shapes, start=1):
+            held = loader_bytes(
+                space.module_config(index).train,
+                samples=len(source.split("unlabeled")),
+                item_bytes=source.item_bytes if below is None else below.sample_bytes,
+                chunk_items=1 if below is None else below.chunk,
+                views=(source.views or 0) if below is None else below.views - 1,
+            )
+            needs.append((step_spec(space, index, shape), held))
+            below = cache_layout(space, index, shape, source)
+        return needs
+
+    def _check_memory(self, shapes: list[Shape]) -> None:
+        """Refuse a budget that a stage still to be trained does not fit, before any work."""
+        for spec, held in self.training_needs(shapes):
+            if not self.workspace.weights_path(spec.index).exists():
+                plan_training(
+                    spec,
+                    asked=self.workspace.module_config(spec.index).train.micro_batch,
+                    recorded=None,
+                    loader=held,
+                    budget=self.workspace.budget,
+                )
+
     def run(
         self, *, start: int | None = None, until: int | None = None, workers: Workers | None = None
     ) -> RunResult:
@@ -277,6 +315,7 @@ class Pipeline:
         if start is not None and start > last:
             raise ConfigError(f"is {start}, above --until {last}: nothing to make", key="--from")
         shapes = self.check()
+        self._check_memory(shapes[:last])
         with exclusive(self.workspace.folder):
             if start is not None:
                 self.stage(start)  # what the first forgotten module needs is there

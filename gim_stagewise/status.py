@@ -12,7 +12,7 @@ from gim_stagewise.cache import BuildFolder, read_manifest
 from gim_stagewise.errors import CorruptCacheError, GimStageError
 from gim_stagewise.pipeline import Pipeline, folder_bytes
 from gim_stagewise.stage.checkpoint import FrozenWeights, TrainingRecord, peek_checkpoint
-from gim_stagewise.stage.identity import cache_recipe, stage_recipe
+from gim_stagewise.stage.identity import cache_recipe, recipe_differences, stage_recipe
 from gim_stagewise.stage.stage import Stage
 
 State = Literal["missing", "training", "frozen", "partial", "sealed", "waiting", "stale", "corrupt"]
@@ -96,10 +96,10 @@ def _above_unfinished(pipeline: Pipeline, index: int, below: StageStatus, size: 
         if places[0].exists():
             weights = FrozenWeights.load(places[0])
             record = weights.record
-            changes = weights.recipe.differences(stage_recipe(pipeline.config, index))
+            changes = recipe_differences(weights.recipe, stage_recipe(pipeline.config, index))
         if places[1].exists() and not changes:
             recipe = read_manifest(places[1]).recipe
-            changes = recipe.differences(cache_recipe(pipeline.config, index))
+            changes = recipe_differences(recipe, cache_recipe(pipeline.config, index))
     except CorruptCacheError as error:
         return StageStatus(index, "corrupt", str(error), cache_bytes=size)
     if changes:

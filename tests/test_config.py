@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from gim_stagewise.config import PipelineConfig, load_pipeline, parse_bytes, parse_pipeline
+from gim_stagewise.config import PipelineConfig, load_pipeline, parse_pipeline
 from gim_stagewise.errors import ConfigError, GimStageError
+from gim_stagewise.units import parse_bytes
 
 HEAD = 'name = "tiny"\n'
 SOURCE = '[source]\nkind = "digits"\n'

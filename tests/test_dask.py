@@ -91,7 +91,7 @@ def test_work_that_takes_long_moves_to_a_cluster_by_itself(
 
     monkeypatch.setattr(parallel, "local_cluster", watched)
     monkeypatch.setattr(parallel, "WORTH_A_CLUSTER_SECONDS", 0.3)
-    monkeypatch.setattr(parallel, "usable_workers", lambda threads: 2)
+    monkeypatch.setattr(parallel, "usable_workers", lambda *_: 2)
     Pipeline.from_file(slow, folder=tmp_path / "out", device="cpu").run()
     assert started == [2]
     assert_same_run(tmp_path / "out", undisturbed)

@@ -86,6 +86,11 @@ class CacheLayout:
         return 4 * math.prod(self.grid) * math.prod(self.cell)
 
     @property
+    def embedding_bytes(self) -> int:
+        """Bytes of one sample's embeddings, uncompressed."""
+        return 4 * math.prod(self.grid) * self.embedding
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each array that blocks are written to."""
         lead = (self.views, self.samples, *self.grid)

@@ -76,8 +76,8 @@ def clean(pipeline_file: Path, folder: Path | None, yes: bool, as_json: bool) ->
       gim-stage clean pipelines/digits.toml
     """
     from gim_stagewise.lock import exclusive
-    from gim_stagewise.report.tables import format_bytes
     from gim_stagewise.status import removable, remove
+    from gim_stagewise.units import format_bytes
 
     pipeline = options.pipeline_from(pipeline_file, None, folder, device="cpu")
     place = pipeline.workspace.folder

@@ -7,12 +7,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
+    from gim_stagewise.memory import Budget
     from gim_stagewise.pipeline import Pipeline
     from gim_stagewise.progress import Progress
     from gim_stagewise.stage.parallel import Workers
@@ -73,6 +75,62 @@ scheduler_option = click.option(
     metavar="ADDRESS",
     help="Extract on a running Dask cluster, such as tcp://host:8786, that sees the same files.",
 )
+
+
+def _size_option(name: str, what: str) -> Callable[[Command], Command]:
+    return click.option(f"--{name}", metavar="SIZE", help=what)
+
+
+allowed_mem_option = _size_option(
+    "allowed-mem", "Most memory of the device, such as 2.5GB.  [default: what a GPU has free]"
+)
+allowed_host_mem_option = _size_option(
+    "allowed-host-mem",
+    "Most memory of this machine; on a CPU, all of it.  [default: what is free, or the "
+    "container's limit]",
+)
+allowed_disk_option = _size_option(
+    "allowed-disk", "Most disk space of all caches.  [default: no limit]"
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Budgets as they were typed."""
+
+    mem: str | None
+    host_mem: str | None
+    disk: str | None = None
+
+
+def limited(pipeline: Pipeline, sizes: Sizes, smallest: Callable[[], Budget]) -> Pipeline:
+    """A pipeline with the budgets that were typed.
+
+    Raises
+    ------
+    ConfigError
+        If one is no size; the message names the smallest that would do.
+    """
+    from dataclasses import replace
+
+    from gim_stagewise.errors import ConfigError
+    from gim_stagewise.memory import Budget
+    from gim_stagewise.pipeline import Pipeline
+    from gim_stagewise.units import parse_bytes
+
+    found: dict[str, int | None] = {}
+    places = {"mem": "device", "host_mem": "host", "disk": "disk"}
+    for option, field in places.items():
+        text = getattr(sizes, option)
+        try:
+            found[field] = None if text is None else parse_bytes(text)
+        except ValueError as error:
+            least = -(-(getattr(smallest(), field) or 1) // 1_000_000)
+            raise ConfigError(
+                f"is {text!r}: {error}; the smallest workable value here is {least}MB",
+                key=f"--allowed-{option.replace('_', '-')}",
+            ) from None
+    return Pipeline(replace(pipeline.workspace, budget=Budget(**found)))
 
 
 def workers_from(count: int | None, scheduler: str | None) -> Workers:

@@ -17,6 +17,9 @@ from gim_stagewise.cli import options
 @click.option("--until", type=int, help="Stop after this module.")
 @options.workers_option
 @options.scheduler_option
+@options.allowed_mem_option
+@options.allowed_host_mem_option
+@options.allowed_disk_option
 @options.device_option
 @options.quiet_option
 @options.verbose_option
@@ -28,6 +31,9 @@ def run(
     until: int | None,
     worker_count: int | None,
     scheduler: str | None,
+    allowed_mem: str | None,
+    allowed_host_mem: str | None,
+    allowed_disk: str | None,
     device: str,
     quiet: bool,
     verbose: bool,
@@ -42,8 +48,10 @@ def run(
     Examples:
       gim-stage run pipelines/digits.toml
       gim-stage run pipelines/digits.toml --from 2 --workers 2
+      gim-stage run pipelines/digits.toml --allowed-host-mem 2GB
     """
     from gim_stagewise.pipeline import Pipeline
+    from gim_stagewise.plan import plan_pipeline, smallest_budget
     from gim_stagewise.report.record import save_record
     from gim_stagewise.report.tables import results_table
 
@@ -51,9 +59,55 @@ def run(
     workers = options.workers_from(worker_count, scheduler)
     pipeline = Pipeline.from_file(pipeline_file, folder=folder, device=device, progress=progress)
     with options.naming(pipeline_file):
+        sizes = options.Sizes(allowed_mem, allowed_host_mem, allowed_disk)
+        pipeline = options.limited(pipeline, sizes, lambda: smallest_budget(pipeline))
+        if allowed_disk is not None:
+            plan_pipeline(pipeline)
         result = pipeline.run(start=start, until=until, workers=workers)
     record = save_record(pipeline, result)
     options.show(record if as_json else results_table(result))
+
+
+@click.command()
+@options.pipeline_argument
+@options.folder_option("cache/NAME, with the pipeline's name")
+@options.allowed_mem_option
+@options.allowed_host_mem_option
+@options.allowed_disk_option
+@options.device_option
+@options.json_option
+def plan(
+    pipeline_file: Path,
+    folder: Path | None,
+    allowed_mem: str | None,
+    allowed_host_mem: str | None,
+    allowed_disk: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Say what a pipeline FILE will need of memory, disk and work, before anything runs.
+
+    Ends with exit code 3 if that is more than is allowed.
+
+    \b
+    Examples:
+      gim-stage plan pipelines/digits.toml
+      gim-stage plan pipelines/digits.toml --allowed-mem 500MB --allowed-disk 10GB
+    """
+    from gim_stagewise.pipeline import Pipeline
+    from gim_stagewise.plan import plan_pipeline, smallest_budget
+    from gim_stagewise.report.plans import plan_record, plan_report
+
+    pipeline = Pipeline.from_file(pipeline_file, folder=folder, device=device)
+    with options.naming(pipeline_file):
+        sizes = options.Sizes(allowed_mem, allowed_host_mem, allowed_disk)
+        pipeline = options.limited(pipeline, sizes, lambda: smallest_budget(pipeline))
+        planned = plan_pipeline(pipeline)
+    if as_json:
+        options.show(plan_record(planned))
+        return
+    for part in plan_report(planned):
+        options.show(part)
 
 
 @click.command()
@@ -61,6 +115,8 @@ def run(
 @options.input_option
 @options.pipeline_option
 @options.folder_option("the input's folder, else cache/NAME")
+@options.allowed_mem_option
+@options.allowed_host_mem_option
 @options.device_option
 @options.force_option
 @options.quiet_option
@@ -71,6 +127,8 @@ def train(
     input_path: Path | None,
     pipeline_file: Path | None,
     folder: Path | None,
+    allowed_mem: str | None,
+    allowed_host_mem: str | None,
     device: str,
     force: bool,
     quiet: bool,
@@ -87,6 +145,9 @@ def train(
     progress = options.progress_for(quiet=quiet, verbose=verbose)
     pipeline = options.pipeline_from(pipeline_file, input_path, folder, device, progress)
     with options.naming(pipeline_file):
+        sizes = options.Sizes(allowed_mem, allowed_host_mem)
+        least = pipeline.stage(index, input_path).smallest_budget
+        pipeline = options.limited(pipeline, sizes, least)
         weights, trained = pipeline.stage(index, input_path).train(force=force)
     path = pipeline.workspace.weights_path(index)
     record = weights.record
@@ -101,6 +162,9 @@ def train(
                 "train_loss": record.train_loss,
                 "validation_loss": record.validation_loss,
                 "seconds": record.seconds,
+                "micro_batch": record.micro_batch,
+                "projected_mem": record.projected_mem,
+                "measured_mem": record.measured_mem,
             }
         )
         return
@@ -118,6 +182,7 @@ def train(
 @options.folder_option("the input's folder, else cache/NAME")
 @options.workers_option
 @options.scheduler_option
+@options.allowed_host_mem_option
 @options.device_option
 @options.force_option
 @options.quiet_option
@@ -129,6 +194,7 @@ def extract(
     folder: Path | None,
     worker_count: int | None,
     scheduler: str | None,
+    allowed_host_mem: str | None,
     device: str,
     force: bool,
     quiet: bool,
@@ -142,12 +208,14 @@ def extract(
       gim-stage extract --module 2 --input cache/digits/m1.zarr --workers 2
     """
     from gim_stagewise.pipeline import folder_bytes
-    from gim_stagewise.report.tables import format_bytes
+    from gim_stagewise.units import format_bytes
 
     progress = options.progress_for(quiet=quiet, verbose=False)
     workers = options.workers_from(worker_count, scheduler)
     pipeline = options.pipeline_from(pipeline_file, input_path, folder, device, progress)
     with options.naming(pipeline_file):
+        least = pipeline.stage(index, input_path).smallest_budget
+        pipeline = options.limited(pipeline, options.Sizes(None, allowed_host_mem), least)
         stage = pipeline.stage(index, input_path)
         manifest, extracted = stage.extract(stage.load_weights(), force=force, workers=workers)
     path = pipeline.workspace.cache_path(index)

@@ -88,9 +88,9 @@ def trim_heap() -> None:
             trim(0)
 
 
-def warm_up() -> None:
+def warm_up(device: torch.device) -> None:
     """Load what a first training step loads, so that it is not taken for the step's own memory."""
-    layer = torch.nn.Conv2d(2, 2, 3, padding=1)
+    layer = torch.nn.Conv2d(2, 2, 3, padding=1).to(device)
     optimizer = torch.optim.Adam(layer.parameters(), fused=True)
-    layer(torch.zeros(2, 2, 4, 4)).sum().backward()
+    layer(torch.zeros(2, 2, 4, 4, device=device)).sum().backward()
     optimizer.step()

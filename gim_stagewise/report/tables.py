@@ -10,6 +10,7 @@ from rich.table import Table
 
 from gim_stagewise.pipeline import Pipeline, RunResult
 from gim_stagewise.status import StageStatus
+from gim_stagewise.units import format_bytes
 
 
 def results_table(result: RunResult) -> Table:
@@ -43,15 +44,6 @@ def results_table(result: RunResult) -> Table:
 def percent(fraction: float | None) -> str:
     """An accuracy in [0, 1] as percent."""
     return "" if fraction is None else f"{100 * fraction:.1f} %"
-
-
-def format_bytes(count: float) -> str:
-    """A size in decimal units, as disks are sold: "1.3 GB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def status_table(pipeline: Pipeline, stages: Sequence[StageStatus]) -> Table:

@@ -6,11 +6,12 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from gim_stagewise.processes import main_hidden
 
 
 @contextmanager
@@ -36,7 +37,7 @@ def local_cluster(count: int, scratch: Path) -> Iterator[Any]:
     quiet_allocator = {"distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": "1"}}
     before = set(multiprocessing.active_children())
     client = cluster = None
-    with _main_hidden(), dask.config.set(quiet_allocator), _loop_deaf_to_ctrl_c() as loop:
+    with main_hidden(), dask.config.set(quiet_allocator), _loop_deaf_to_ctrl_c() as loop:
         try:
             cluster = LocalCluster(
                 loop=loop,
@@ -86,22 +87,6 @@ def _loop_deaf_to_ctrl_c() -> Iterator[Any]:
     finally:
         with suppress(Exception):
             runner.stop(timeout=1)
-
-
-@contextmanager
-def _main_hidden() -> Iterator[None]:
-    """Keep workers from importing the user's script, which may have no ``__main__`` guard.
-
-    They need nothing of it, and without a guard it would start the whole run again in each.
-    """
-    main = sys.modules["__main__"]
-    kept: dict[str, Any] = {n: vars(main)[n] for n in ("__file__", "__spec__") if n in vars(main)}
-    vars(main).pop("__file__", None)
-    vars(main)["__spec__"] = None
-    try:
-        yield
-    finally:
-        vars(main).update(kept)
 
 
 def _kill(processes: Iterable[Any]) -> None:

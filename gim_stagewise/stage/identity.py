@@ -5,6 +5,7 @@ See `gim_stagewise.cache.digests` for what the two are for.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from gim_stagewise.cache import Digest, Manifest
@@ -78,6 +79,35 @@ def _without_places(table: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in table.items() if key not in _PLACES}
 
 
+def recipe_differences(recorded: Digest, wanted: Digest) -> list[str]:
+    """What the file says now that a recorded recipe does not.
+
+    Where the file leaves the micro-batch to the budget, whatever it came to will do.
+    """
+    automatic = [key for key, value in wanted.parts.items() if _is_automatic(key, value)]
+    return recorded.differences(wanted, ignore=automatic)
+
+
+def resolved(recipe: Digest, *recorded: Mapping[str, Any]) -> Digest:
+    """A recipe with what "auto" came to, from parts of recorded recipes."""
+    known = {key: value for parts in recorded for key, value in parts.items()}
+    return Digest(
+        {
+            key: known.get(key, value) if _is_automatic(key, value) else value
+            for key, value in recipe.parts.items()
+        }
+    )
+
+
+def micro_batch_key(index: int) -> str:
+    """The part of a recipe that says how many patches of module ``index`` were in memory."""
+    return f"module.{index}.train.micro_batch"
+
+
+def _is_automatic(key: str, value: Any) -> bool:
+    return value == "auto" and key.endswith(".train.micro_batch")
+
+
 def cache_content(
     weights: FrozenWeights,
     module: ModuleConfig,
@@ -112,6 +142,6 @@ def cache_differences(manifest: Manifest, recipe: Digest, content: Digest) -> li
     numerics = [
         key for key in {**manifest.content.parts, **content.parts} if key.startswith("numerics")
     ]
-    return manifest.recipe.differences(recipe) or manifest.content.differences(
+    return recipe_differences(manifest.recipe, recipe) or manifest.content.differences(
         content, ignore=[*numerics, "builder.source"]
     )

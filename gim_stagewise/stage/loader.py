@@ -19,6 +19,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gim_stagewise.config import TrainConfig
 from gim_stagewise.errors import ConfigError, DataError
 from gim_stagewise.seeds import derive_seed
 from gim_stagewise.sources import Request, Source
@@ -269,17 +270,18 @@ def window_chunks(source: Source, window: int) -> int:
     return max(1, window // chunk_bytes)
 
 
-def held_bytes(
-    *, samples: int, batch: int, window: int, item_bytes: int, chunk_items: int, views: int
+def loader_bytes(
+    config: TrainConfig, *, samples: int, item_bytes: int, chunk_items: int, views: int
 ) -> int:
     """The most bytes of samples that a `Loader` of such a source holds at once."""
-    held = batch * item_bytes if batch * item_bytes <= window else 0
+    batch = config.batch * item_bytes
+    held = batch if batch <= config.shuffle_window else 0
     if chunk_items == 1:
         return held or item_bytes
     chunk_bytes = chunk_items * item_bytes * max(1, views)
     whole = -(-samples // chunk_items) * chunk_bytes
     # Only a batch that straddles two windows is copied out of the first.
-    return min(max(1, window // chunk_bytes) * chunk_bytes, whole) + held
+    return min(max(1, config.shuffle_window // chunk_bytes) * chunk_bytes, whole) + held
 
 
 def view_of(source: Source, item_id: str, seed: int, stage: int, epoch: int) -> int:

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from gim_stagewise.cache import Block, StagedBlock
-from gim_stagewise.errors import ConfigError, GimStageError, WorkersLostError
-from gim_stagewise.memory import available_host_bytes
+from gim_stagewise.errors import ConfigError, GimStageError, OverBudgetError, WorkersLostError
 from gim_stagewise.sources import Source
 from gim_stagewise.stage.cluster import local_cluster
 from gim_stagewise.stage.extract import BlockJob, BlockWorker, Executor, InProcess
+from gim_stagewise.units import format_bytes
 
-# A worker process with torch, zarr and a module in it, measured.
-WORKER_BYTES = 600_000_000
+# A process of ours with torch, zarr and Dask imported, before it has a block, measured.
+BASE_BYTES = 600_000_000
 # Starting a cluster takes some seconds; work that is done sooner stays in this process.
 WORTH_A_CLUSTER_SECONDS = 20.0
 NO_WORKERS_SECONDS = 60.0
@@ -54,19 +54,41 @@ def usable_cores() -> int:
     return os.cpu_count() or 1  # macOS does not tell
 
 
-def usable_workers(threads: int) -> int:
-    """Worker processes that this machine's cores and free memory allow."""
+def usable_workers(threads: int, worker_bytes: int, host_bytes: int) -> int:
+    """Worker processes that this machine's cores and the memory budget allow."""
     cores = usable_cores() // threads
-    return min(cores, available_host_bytes() // WORKER_BYTES)
+    return min(cores, max(0, host_bytes - BASE_BYTES) // worker_bytes)
 
 
-def choose_executor(workers: Workers, *, threads: int, on_gpu: bool) -> Executor:
+def extraction_workers(*, threads: int, on_gpu: bool, worker_bytes: int, host_bytes: int) -> int:
+    """Worker processes that extraction starts where nothing was said; 0 for none."""
+    usable = usable_workers(threads, worker_bytes, host_bytes)
+    # One process keeps a GPU busy; several would share it and its memory.
+    return 0 if on_gpu or usable < 2 else usable
+
+
+def choose_executor(
+    workers: Workers, *, threads: int, on_gpu: bool, worker_bytes: int, host_bytes: int
+) -> Executor:
     """The executor for what was asked.
+
+    Parameters
+    ----------
+    workers : Workers
+    threads : int
+        Within an operation.
+    on_gpu : bool
+    worker_bytes : int
+        Of one worker process at work.
+    host_bytes : int
+        That all processes together may use.
 
     Raises
     ------
     ConfigError
         If more workers are asked for than there are cores for.
+    OverBudgetError
+        If they would need more memory than is allowed.
     """
     if workers.scheduler is not None:
         return DaskCluster(workers.scheduler)
@@ -79,10 +101,26 @@ def choose_executor(workers: Workers, *, threads: int, on_gpu: bool) -> Executor
                 f"use {cores // threads} or less",
                 key="--workers",
             )
+        _check_memory(workers.count, worker_bytes, host_bytes)
         return LocalWorkers(workers.count) if workers.count else InProcess()
-    usable = usable_workers(threads)
-    # One process keeps a GPU busy; several would share it and its memory.
-    return InProcess() if on_gpu or usable < 2 else Adaptive(usable)
+    count = extraction_workers(
+        threads=threads, on_gpu=on_gpu, worker_bytes=worker_bytes, host_bytes=host_bytes
+    )
+    return Adaptive(count) if count else InProcess()
+
+
+def _check_memory(count: int, worker_bytes: int, host_bytes: int) -> None:
+    # Beside the workers there is this process, which computes nothing then.
+    needed = BASE_BYTES + count * worker_bytes if count else worker_bytes
+    if needed <= host_bytes:
+        return
+    fitting = max(0, (host_bytes - BASE_BYTES) // worker_bytes)
+    remedy = f"use {fitting} or less" if count and fitting < count else "lower module.N.cache.chunk"
+    raise OverBudgetError(
+        f"--workers {count} projects {format_bytes(needed)} for extraction "
+        f"({format_bytes(worker_bytes)} each), allowed {format_bytes(host_bytes)}: {remedy}, "
+        f"or allow --allowed-host-mem {-(-needed // 1_000_000)}MB"
+    )
 
 
 class Adaptive:

@@ -9,6 +9,7 @@ from typing import Literal
 from gim_stagewise.cache import auto_chunk
 from gim_stagewise.models import output_shape
 from gim_stagewise.objectives import check_rows
+from gim_stagewise.stage.step import check_micro_batch
 from gim_stagewise.stage.workspace import Workspace
 
 Cell = tuple[int, int, int]
@@ -48,7 +49,16 @@ def check_shape(workspace: Workspace, index: int, grid: tuple[int, int], cell: C
     ConfigError, ModuleRefusedError
         If the module or its objective does not fit.
     """
-    objective = workspace.module_config(index).objective
+    train, objective = (
+        workspace.module_config(index).train,
+        workspace.module_config(index).objective,
+    )
+    if isinstance(train.micro_batch, int):
+        check_micro_batch(
+            train.micro_batch,
+            train.batch * math.prod(grid),
+            key=f"module.{index}.train.micro_batch",
+        )
     check_rows(
         grid[0],
         prediction_steps=objective.prediction_steps,

@@ -5,7 +5,6 @@ What is current is kept, what is stale is made again, and both are said with the
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import cached_property
 
@@ -29,19 +28,23 @@ from gim_stagewise.errors import (
     StaleCacheError,
 )
 from gim_stagewise.lock import exclusive
+from gim_stagewise.memory import Budget, PeakMeter, use_lean_allocator, warm_up
 from gim_stagewise.objectives import build_objective
 from gim_stagewise.sources import Source
 from gim_stagewise.stage import identity
-from gim_stagewise.stage.checkpoint import FrozenWeights, module_tensors
+from gim_stagewise.stage.checkpoint import FrozenWeights, module_tensors, peek_checkpoint
 from gim_stagewise.stage.code import code_staleness
 from gim_stagewise.stage.extract import BlockJob, extract
+from gim_stagewise.stage.fit import TrainingPlan, plan_training, smallest_training
 from gim_stagewise.stage.freeze import (
     FrozenModule,
     behaviour_digest,
     numerics,
     training_digest,
 )
-from gim_stagewise.stage.parallel import Workers, choose_executor
+from gim_stagewise.stage.loader import loader_bytes
+from gim_stagewise.stage.parallel import BASE_BYTES, Workers, choose_executor
+from gim_stagewise.stage.project import StepSpec, block_bytes, project_forward, step_spec
 from gim_stagewise.stage.shape import Cell, Shape, check_shape
 from gim_stagewise.stage.train import TrainJob, train_module
 from gim_stagewise.stage.workspace import Workspace, with_absolute_places
@@ -156,7 +159,7 @@ class Stage:
 
     def _staleness(self, weights: FrozenWeights) -> str:
         """Why frozen weights do not belong to this file, data or code; empty if they do."""
-        changes = weights.recipe.differences(self.recipe)
+        changes = identity.recipe_differences(weights.recipe, self.recipe)
         if changes:
             return "; ".join(changes)
         if weights.input_content != self.input_content:
@@ -172,48 +175,57 @@ class Stage:
             )
 
     @property
-    def batch_rows(self) -> int:
-        """Patches in a batch."""
-        return self._config.train.batch * math.prod(self.shape.grid)
+    def spec(self) -> StepSpec:
+        """What decides the memory of a training step."""
+        return step_spec(self.workspace, self.index, self.shape)
 
-    def micro_batch(self) -> int:
-        """Patches in memory at a time, as the file says."""
-        asked = self._config.train.micro_batch
-        return self.batch_rows if asked is None or asked == "auto" else asked
+    @property
+    def loader_bytes(self) -> int:
+        """Bytes of samples that are held while the module trains."""
+        return loader_bytes(
+            self._config.train,
+            samples=len(self.source.split("unlabeled")),
+            item_bytes=self.source.item_bytes,
+            chunk_items=self.source.chunk_items,
+            views=self.source.views or 0,
+        )
+
+    def smallest_budget(self) -> Budget:
+        """The smallest budgets that training works with."""
+        device, host = smallest_training(self.spec, loader=self.loader_bytes)
+        return Budget(device, host)
+
+    def plan_training(self) -> TrainingPlan:
+        """What training will take, within the budget (see `gim_stagewise.stage.fit`)."""
+        begun = peek_checkpoint(self.workspace.checkpoint_path(self.index), run=self.run_digest)
+        return plan_training(
+            self.spec,
+            asked=self._config.train.micro_batch,
+            recorded=None if begun is None else begun["micro_batch"],
+            loader=self.loader_bytes,
+            budget=self.workspace.budget,
+        )
 
     def _train(self) -> FrozenWeights:
-        space, config = self.workspace, self._config
-        builder = space.builder(self.index)
-        step_listener = space.on_step
-        job = TrainJob(
-            stage=self.index,
-            module=space.build(self.index, self._cell[0]),
-            objective=build_objective(
-                config.objective,
-                channels=self.shape.embedding,
-                seed=space.config.seed,
-                index=self.index,
-            ),
-            source=self.source,
-            config=config.train,
-            micro_batch=self.micro_batch(),
-            seed=space.config.seed,
-            device=space.device,
-            checkpoint=space.checkpoint_path(self.index),
-            logs=space.logs_path(self.index),
-            run=self.run_digest,
-            on_step=None if step_listener is None else lambda n: step_listener(self.index, n),
-        )
-        tensors, record = train_module(job, space.progress)
-        # Objective, optimizer and gradients go before the module is built again to be frozen.
-        del job
+        space = self.workspace
+        plan = self.plan_training()
+        if space.budget.lean:
+            use_lean_allocator()
+        warm_up(space.device)
+        with PeakMeter(space.device) as meter:
+            tensors, record = train_module(self._train_job(plan), space.progress)
+        record = replace(record, projected_mem=plan.projected, measured_mem=meter.peak)
         module = space.build(self.index, self._cell[0])
         module.load_state_dict(tensors)
         weights = FrozenWeights(
             module=self.index,
-            recipe=self.recipe,
+            recipe=identity.resolved(
+                self.recipe,
+                self.source.manifest.recipe.parts if isinstance(self.source, Cache) else {},
+                {identity.micro_batch_key(self.index): plan.micro_batch},
+            ),
             input_content=self.input_content,
-            builder_source=builder.source_digest,
+            builder_source=space.builder(self.index).source_digest,
             behaviour=behaviour_digest(FrozenModule(module, torch.device("cpu")), self._cell),
             training=training_digest(space.build(self.index, self._cell[0]), self._cell),
             in_shape=self._cell,
@@ -224,6 +236,29 @@ class Stage:
         )
         weights.save(space.weights_path(self.index))
         return weights
+
+    def _train_job(self, plan: TrainingPlan) -> TrainJob:
+        space, config = self.workspace, self._config
+        step_listener = space.on_step
+        return TrainJob(
+            stage=self.index,
+            module=space.build(self.index, self._cell[0]),
+            objective=build_objective(
+                config.objective,
+                channels=self.shape.embedding,
+                seed=space.config.seed,
+                index=self.index,
+            ),
+            source=self.source,
+            config=config.train,
+            micro_batch=plan.micro_batch,
+            seed=space.config.seed,
+            device=space.device,
+            checkpoint=space.checkpoint_path(self.index),
+            logs=space.logs_path(self.index),
+            run=self.run_digest,
+            on_step=None if step_listener is None else lambda n: step_listener(self.index, n),
+        )
 
     # Cache
 
@@ -252,8 +287,15 @@ class Stage:
         space, source = self.workspace, self.source
         # Before anything is replaced: these weights fit the module as it is built now.
         self._frozen(weights, torch.device("cpu"))
+        on_gpu = space.device.type == "cuda"
+        forward = project_forward(self.spec, measure=False)
+        block = block_bytes(source.item_bytes, manifest.layout)
         executor = choose_executor(
-            workers, threads=space.config.extract.threads, on_gpu=space.device.type == "cuda"
+            workers,
+            threads=space.config.extract.threads,
+            on_gpu=on_gpu,
+            worker_bytes=BASE_BYTES + block + (0 if on_gpu else forward),
+            host_bytes=space.budget.host_bytes(),
         )
         writer = CacheWriter(space.cache_path(self.index).absolute(), manifest, source)
         job = BlockJob(
@@ -313,43 +355,56 @@ class Stage:
     def manifest(self, weights: FrozenWeights) -> Manifest:
         """What a cache of these weights' outputs would say about itself, unsealed."""
         space, cache = self.workspace, self._config.cache
-        augment = space.config.augment
-        views = 1 + (augment.views if augment.random else 0)
+        layout = cache_layout(space, self.index, self.shape, self.source)
         record = numerics(space.device, space.config.extract, cache)
         content = identity.cache_content(
             weights,
             self._config,
             input_content=self.input_content,
             in_shape=self._cell,
-            views=views,
+            views=layout.views,
             numerics=record,
         )
         return Manifest(
             pipeline=space.config.name,
             module=self.index,
             pipeline_text=space.text,
-            recipe=identity.cache_recipe(space.config, self.index),
+            recipe=identity.resolved(
+                identity.cache_recipe(space.config, self.index), weights.recipe.parts
+            ),
             content=content,
             numerics=record,
             precision={"name": cache.precision, "decode": None},
             stored_operation=None,
             encoding="patch",
-            layout=self._layout(views),
+            layout=layout,
         )
-
-    def _layout(self, views: int) -> CacheLayout:
-        cache = self._config.cache
-        layout = CacheLayout(
-            samples=len(self.source.ids),
-            views=views,
-            grid=self.shape.grid,
-            cell=self.shape.cell_out,
-            embedding=self.shape.embedding,
-            chunk=1,
-            codec=cache.codec,
-        )
-        chunk = auto_chunk(layout.sample_bytes) if cache.chunk == "auto" else cache.chunk
-        return replace(layout, chunk=min(chunk, layout.samples))
 
     def _note(self, text: str) -> None:
         self.workspace.progress.note(f"module {self.index}: {text}")
+
+
+def cache_layout(workspace: Workspace, index: int, shape: Shape, source: Source) -> CacheLayout:
+    """How the cache of module ``index`` is laid out, whether it is there or not.
+
+    Parameters
+    ----------
+    workspace : Workspace
+    index : int
+    shape : Shape
+        Of the module.
+    source : Source
+        Anything with the dataset's samples.
+    """
+    cache, augment = workspace.module_config(index).cache, workspace.config.augment
+    layout = CacheLayout(
+        samples=len(source.ids),
+        views=1 + (augment.views if augment.random else 0),
+        grid=shape.grid,
+        cell=shape.cell_out,
+        embedding=shape.embedding,
+        chunk=1,
+        codec=cache.codec,
+    )
+    chunk = auto_chunk(layout.sample_bytes) if cache.chunk == "auto" else cache.chunk
+    return replace(layout, chunk=min(chunk, layout.samples))

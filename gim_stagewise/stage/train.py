@@ -56,6 +56,7 @@ class _Counters:
     best_train_loss: float = math.inf
     seconds: float = 0.0
     finished: bool = False
+    micro_batch: int = 0
 
 
 @dataclass
@@ -138,7 +139,7 @@ class _Trainer:
             seed=job.seed,
             stage=job.stage,
         )
-        self.at = _Counters()
+        self.at = _Counters(micro_batch=job.micro_batch)
         self.best = module_tensors(self.module)
         self.log = MetricsLog(job.logs)
 

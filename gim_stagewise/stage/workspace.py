@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gim_stagewise.config import ModuleConfig, PipelineConfig
+from gim_stagewise.memory import Budget
 from gim_stagewise.models import Builder, build_module, resolve_builder
 from gim_stagewise.progress import Progress, Silent
 from gim_stagewise.sources import PatchSource, open_source
@@ -60,6 +61,8 @@ class Workspace:
     progress : Progress
     on_step : callable, optional
         Called after every training step with (module, steps done so far).
+    budget : Budget
+        What may be used of memory and disk.
     """
 
     config: PipelineConfig
@@ -69,6 +72,7 @@ class Workspace:
     device: torch.device
     progress: Progress = field(default_factory=Silent)
     on_step: Callable[[int, int], None] | None = None
+    budget: Budget = field(default_factory=Budget)
 
     def weights_path(self, index: int) -> Path:
         return self.folder / f"m{index}.safetensors"

@@ -1,0 +1,36 @@
+"""Processes of our own that never import the user's script."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@contextmanager
+def main_hidden() -> Iterator[None]:
+    """Keep new processes from importing the user's script, which may have no ``__main__`` guard.
+
+    They need nothing of it, and without a guard it would start the whole run again in each.
+    """
+    main = sys.modules["__main__"]
+    kept: dict[str, Any] = {n: vars(main)[n] for n in ("__file__", "__spec__") if n in vars(main)}
+    vars(main).pop("__file__", None)
+    vars(main)["__spec__"] = None
+    try:
+        yield
+    finally:
+        vars(main).update(kept)
+
+
+def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function in a process that has done nothing before; its errors come back here."""
+    context = multiprocessing.get_context("spawn")
+    with main_hidden(), ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args, **kwargs).result()

@@ -1,0 +1,206 @@
+"""Whether training a module fits the budget, and which micro-batch would."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from gim_stagewise.errors import OverBudgetError
+from gim_stagewise.memory import Budget, resident_bytes
+from gim_stagewise.stage.project import StepMemory, StepSpec, count_step, project_step
+from gim_stagewise.units import format_bytes
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What training a module will take.
+
+    Parameters
+    ----------
+    micro_batch : int
+        Patches in memory at a time.
+    step : StepMemory
+        On the device.
+    loader : int
+        Bytes of samples held on the host.
+    weights : int
+        Bytes of the best weights, held on the host while others are tried.
+    base : int
+        Bytes of the process before it begins.
+    on_gpu : bool
+    """
+
+    micro_batch: int
+    step: StepMemory
+    loader: int
+    weights: int
+    base: int
+    on_gpu: bool
+
+    @property
+    def host(self) -> int:
+        """Bytes on the host, the process included; on a CPU that is all there is."""
+        return self.base + self.loader + self.weights + (0 if self.on_gpu else self.step.total)
+
+    @property
+    def projected(self) -> int:
+        """What a measurement is compared with: a GPU's bytes, or all beyond the process itself."""
+        return self.step.total if self.on_gpu else self.host - self.base
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Bytes that a step may take, and where that comes from."""
+
+    bytes: int
+    beside: int
+    option: str
+
+    @property
+    def allowed(self) -> int:
+        return self.bytes + self.beside
+
+
+def plan_training(
+    spec: StepSpec,
+    *,
+    asked: int | Literal["auto"] | None,
+    recorded: int | None,
+    loader: int,
+    budget: Budget,
+) -> TrainingPlan:
+    """Choose the micro-batch, and check it against the budget.
+
+    Parameters
+    ----------
+    spec : StepSpec
+        Its micro-batch is replaced.
+    asked : int, "auto" or None
+        What the file says; None for a batch in one pass.
+    recorded : int or None
+        What "auto" came to when a training that is unfinished began; it is not changed.
+    loader : int
+        Bytes of samples that the loader holds.
+    budget : Budget
+
+    Raises
+    ------
+    OverBudgetError
+        If it does not fit; the message names both numbers and the micro-batch that would.
+    """
+    size = recorded or (asked if isinstance(asked, int) else spec.rows)
+    spec = replace(spec, micro_batch=size)
+    nothing, on_gpu = StepMemory({}, 0, ""), spec.device == "cuda"
+    plan = TrainingPlan(size, nothing, loader, _best_weights(spec), resident_bytes(), on_gpu)
+    room = _room(plan, budget)
+    step = project_step(spec, allowed=room.bytes)
+    if step.total > room.bytes:
+        fitting = largest_micro_batch(spec, room, plan)
+        if asked != "auto" or recorded is not None:
+            _refuse(spec, step, room, fitting, recorded=recorded is not None)
+        size, step = fitting
+    plan = replace(plan, micro_batch=size, step=step)
+    allowed_host = budget.host_bytes()
+    if plan.host > allowed_host:
+        raise OverBudgetError(
+            f"module {spec.index} projects {format_bytes(plan.host)} of host memory for training "
+            f"({format_bytes(plan.base)} the process, {format_bytes(loader)} samples to be mixed), "
+            f"allowed {format_bytes(allowed_host)}: lower module.{spec.index}.train.shuffle_window,"
+            f" or allow --allowed-host-mem {format_bytes(plan.host).replace(' ', '')}"
+        )
+    return plan
+
+
+def smallest_training(spec: StepSpec, *, loader: int) -> tuple[int, int]:
+    """The smallest budgets that a training works with, one patch at a time.
+
+    Returns
+    -------
+    (int, int)
+        Bytes of the device, and of the host with the process itself.
+    """
+    step = project_step(replace(spec, micro_batch=1))
+    plan = TrainingPlan(
+        1, step, loader, _best_weights(spec), resident_bytes(), spec.device == "cuda"
+    )
+    return step.total, plan.host
+
+
+def _best_weights(spec: StepSpec) -> int:
+    """Bytes of the best weights so far, and of those that are about to replace them."""
+    return 2 * sum(p.nbytes for p in spec.module().parameters())
+
+
+def _room(plan: TrainingPlan, budget: Budget) -> _Room:
+    device = budget.device_bytes(torch.device("cuda" if plan.on_gpu else "cpu"))
+    by_device = None if device is None else _Room(device, 0, "--allowed-mem")
+    if plan.on_gpu and by_device is not None:
+        return by_device
+    by_host = _Room(budget.host_bytes() - plan.host, plan.host, "--allowed-host-mem")
+    if by_device is None or by_host.bytes < by_device.bytes:
+        return by_host
+    return by_device
+
+
+def largest_micro_batch(spec: StepSpec, room: _Room, plan: TrainingPlan) -> tuple[int, StepMemory]:
+    """The largest micro-batch that fits, below the one given.
+
+    Raises
+    ------
+    OverBudgetError
+        If not even a micro-batch of one patch fits.
+    """
+    one = project_step(replace(spec, micro_batch=1))
+    if one.total > room.bytes:
+        needed = one.total + room.beside
+        fixed = sum(one.counted.get(k, 0) for k in ("parameters", "gradients", "optimizer"))
+        raise OverBudgetError(
+            f"module {spec.index} needs {format_bytes(needed)} for training even with "
+            f"micro_batch = 1 ({format_bytes(room.beside)} beside the step, {format_bytes(fixed)} "
+            f"parameters, gradients and optimizer), allowed {format_bytes(room.allowed)}: the "
+            f"smallest workable value is {room.option} {_round_up(needed)}"
+        )
+    # Bytes grow evenly with the micro-batch, so that two counts say where the room ends.
+    top = count_step(spec).count
+    slope = max(1.0, (top - one.count) / max(1, spec.micro_batch - 1))
+    size = min(spec.micro_batch - 1, 1 + int((room.bytes - one.total) / slope))
+    memory = one
+    while size > 1:
+        memory = project_step(replace(spec, micro_batch=size), allowed=room.bytes)
+        if memory.total <= room.bytes:
+            return size, memory
+        size = min(size - 1, int(size * 0.9))
+    return 1, one
+
+
+def _refuse(
+    spec: StepSpec,
+    step: StepMemory,
+    room: _Room,
+    fitting: tuple[int, StepMemory],
+    *,
+    recorded: bool,
+) -> None:
+    size, _ = fitting
+    total = step.total + room.beside
+    if recorded:
+        remedy = (
+            f"its training was begun with micro_batch = {spec.micro_batch}, which is not changed; "
+            f"allow {room.option} {_round_up(total)}, or begin again with --from {spec.index}"
+        )
+    else:
+        remedy = (
+            f"set module.{spec.index}.train.micro_batch to {size} or less, "
+            f"or allow {room.option} {_round_up(total)}"
+        )
+    raise OverBudgetError(
+        f"module {spec.index} projects {format_bytes(total)} for training, "
+        f"allowed {format_bytes(room.allowed)}: {remedy}"
+    )
+
+
+def _round_up(count: int) -> str:
+    """A size for a command line, not below the number."""
+    return f"{-(-count // 1_000_000)}MB"

@@ -1,0 +1,367 @@
+"""What a stage will take: the real step on fake tensors, and one real micro-batch.
+
+The count follows every tensor of two training steps (the second has the optimizer's state) without
+allocating any. What it cannot see, scratch memory inside operations and what the allocator keeps,
+is measured on real micro-batches in a fresh process and added as *workspace*.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from gim_stagewise.cache import CacheLayout
+from gim_stagewise.config import PipelineConfig
+from gim_stagewise.memory import (
+    PeakMeter,
+    StorageCounter,
+    make_fake,
+    use_lean_allocator,
+    warm_up,
+)
+from gim_stagewise.objectives import InfoNCE, build_objective
+from gim_stagewise.processes import in_fresh_process
+from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
+from gim_stagewise.stage.shape import Shape
+from gim_stagewise.stage.step import MicroBatches, accumulate_gradients, make_optimizer
+from gim_stagewise.stage.workspace import Workspace
+from gim_stagewise.windows import Span
+
+# A step that counts less than this gets this much workspace without a measurement, unless that
+# decides whether it fits: a process that measures takes seconds, and what is small has little.
+SMALL_BYTES = 64_000_000
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """Everything that decides the memory of a module's training step, for any process.
+
+    Parameters
+    ----------
+    config : PipelineConfig
+    code_folder : Path or None
+    index : int
+        The module's number.
+    cell : tuple of int
+        One patch of its input: (channel, height, width).
+    shape : tuple of int
+        Samples of a batch, and rows and columns of a sample's patches.
+    embedding : int
+        Channels of an embedding.
+    micro_batch : int
+        Patches in memory at a time.
+    device : str
+        "cpu" or "cuda".
+    threads : int
+        Within an operation, in training.
+    lean : bool
+        Whether the CPU's allocator keeps nothing back.
+    """
+
+    config: PipelineConfig
+    code_folder: Path | None
+    index: int
+    cell: tuple[int, ...]
+    shape: tuple[int, ...]
+    embedding: int
+    micro_batch: int
+    device: str
+    threads: int
+    lean: bool
+
+    @property
+    def rows(self) -> int:
+        """Patches in a batch."""
+        return math.prod(self.shape)
+
+    def module(self) -> nn.Module:
+        space = Workspace(self.config, "", Path(), self.code_folder, torch.device(self.device))
+        return space.build(self.index, self.cell[0])
+
+    def objective(self) -> InfoNCE:
+        return build_objective(
+            self.config.stage(self.index).objective,
+            channels=self.embedding,
+            seed=self.config.seed,
+            index=self.index,
+        )
+
+
+def step_spec(workspace: Workspace, index: int, shape: Shape) -> StepSpec:
+    """The training step of module ``index``, with a whole batch in one pass."""
+    batch = (workspace.module_config(index).train.batch, *shape.grid)
+    return StepSpec(
+        config=workspace.config,
+        code_folder=workspace.code_folder,
+        index=index,
+        cell=shape.cell_in,
+        shape=batch,
+        embedding=shape.embedding,
+        micro_batch=math.prod(batch),
+        device=workspace.device.type,
+        threads=torch.get_num_threads(),
+        lean=workspace.budget.lean,
+    )
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that training steps take beyond the process itself, at the worst moment.
+
+    Parameters
+    ----------
+    counted : dict
+        By category: parameters, gradients, optimizer, input, activations (all others).
+    workspace : int
+        Measured on real micro-batches, beyond the count.
+    basis : str
+        How the numbers were found, for people.
+    forward_flops, backward_flops : int
+        Floating-point operations for one patch; 0 where they could not be counted.
+    """
+
+    counted: dict[str, int]
+    workspace: int
+    basis: str
+    forward_flops: int = 0
+    backward_flops: int = 0
+
+    @property
+    def count(self) -> int:
+        return sum(self.counted.values())
+
+    @property
+    def total(self) -> int:
+        return self.count + self.workspace
+
+
+@dataclass
+class _AnyBatch:
+    """A batch of numbers that do not matter."""
+
+    shape: tuple[int, ...]
+    cell: tuple[int, ...]
+    on_read: Callable[[Tensor], None] = lambda _: None
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape)
+
+    def read(self, rows: Span) -> Tensor:
+        values = torch.randn(len(rows), *self.cell)
+        self.on_read(values)
+        return values
+
+
+# What was projected before in this process; a plan and the run after it ask for the same.
+_known: dict[tuple[Any, ...], StepMemory] = {}
+
+
+def project_step(spec: StepSpec, *, allowed: int | None = None) -> StepMemory:
+    """What training with this micro-batch will take.
+
+    Parameters
+    ----------
+    spec : StepSpec
+    allowed : int, optional
+        The budget; nothing real is run where the count alone is over it.
+    """
+    key = (spec.config.model_dump_json(), *(v for k, v in vars(spec).items() if k != "config"))
+    if key not in _known:
+        memory = _project_step(spec, allowed)
+        if allowed is not None and memory.total > allowed:
+            return memory  # possibly without a measurement
+        _known[key] = memory
+    return _known[key]
+
+
+def _project_step(spec: StepSpec, allowed: int | None) -> StepMemory:
+    try:
+        counted = count_step(spec)
+    except Exception as error:
+        # Fake tensors carry no values: a module that looks at them, with .item() say, has to run.
+        measured, _ = in_fresh_process(measure_step, spec, steps=2)
+        reason = (str(error).splitlines() or [""])[0][:80]
+        basis = f"measured only: cannot be counted ({type(error).__name__}: {reason})"
+        return StepMemory({}, measured, basis)
+    if allowed is not None and counted.count > allowed:
+        return counted
+    small = counted.count <= SMALL_BYTES
+    if small and (allowed is None or counted.count + SMALL_BYTES <= allowed):
+        return replace(
+            counted, workspace=SMALL_BYTES, basis="counted; workspace not worth measuring"
+        )
+    measured, counted_too = in_fresh_process(measure_step, spec, steps=1)
+    return replace(
+        counted,
+        workspace=max(0, measured - counted_too),
+        basis="counted, with the workspace of real micro-batches",
+    )
+
+
+def count_step(spec: StepSpec, *, steps: int = 2, few: bool = False) -> StepMemory:
+    """Count the tensors of training steps without allocating them.
+
+    Parameters
+    ----------
+    spec : StepSpec
+    steps : int
+        The last one counts.
+    few : bool
+        Count just the micro-batches that `measure_step` runs.
+    """
+    # Fake tensors on CUDA need a GPU in backward, and take as many bytes there as here.
+    module, objective = spec.module(), spec.objective()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    make_fake(module, mode)
+    make_fake(objective, mode)
+    module.train()
+    counter = StorageCounter()
+    with mode, counter:
+        parameters = [*module.parameters(), *objective.parameters()]
+        counter.label("parameters", parameters)
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda p: counter.label("gradients", [p.grad])
+            )
+        optimizer = make_optimizer(module, objective, spec.config.stage(spec.index).train)
+        batch = _AnyBatch(spec.shape, spec.cell, lambda t: counter.label("input", [t]))
+        for _ in range(steps):
+            counter.restart()
+            _step(spec, module, objective, optimizer, batch, few=few)
+            for state in optimizer.state.values():
+                counter.label("optimizer", (v for v in state.values() if isinstance(v, Tensor)))
+        at_peak = {name: size for name, size in counter.at_peak.items() if size}
+    forward, backward = (0, 0) if few else _flops(spec, module, mode)
+    return StepMemory(at_peak, 0, "counted", forward, backward)
+
+
+def _step(
+    spec: StepSpec,
+    module: nn.Module,
+    objective: InfoNCE,
+    optimizer: torch.optim.Optimizer,
+    batch: _AnyBatch,
+    *,
+    few: bool,
+) -> None:
+    micro_batches = MicroBatches(spec.micro_batch, lambda number: number, torch.device("cpu"))
+    if spec.device == "cuda" and not _is_fake(module):
+        micro_batches = replace(micro_batches, device=torch.device("cuda"))
+    count = len(micro_batches.of(batch))
+    # All micro-batches but the last are alike, and gradients are there from the second on.
+    numbers = range(min(3, count)) if few else sorted({0, min(1, count - 1), count - 1})
+    accumulate_gradients(
+        module,
+        objective,
+        batch,
+        micro_batches,
+        generator=torch.Generator().manual_seed(0),
+        only=numbers,
+    )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _is_fake(module: nn.Module) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return any(isinstance(parameter.data, FakeTensor) for parameter in module.parameters())
+
+
+def _flops(spec: StepSpec, module: nn.Module, mode: FakeTensorMode) -> tuple[int, int]:
+    """Floating-point operations of one patch, forward and backward."""
+    from gim_stagewise.models import pool
+
+    with mode, FlopCounterMode(display=False) as counter:
+        pooled = pool(module, module(torch.randn(1, *spec.cell)))
+        forward = counter.get_total_flops()
+        pooled.sum().backward()  # type: ignore[no-untyped-call]
+        backward = counter.get_total_flops() - forward
+    return forward, backward
+
+
+def measure_step(spec: StepSpec, *, steps: int) -> tuple[int, int]:
+    """Run real micro-batches; for a fresh process.
+
+    Returns
+    -------
+    (int, int)
+        The most bytes they took beyond what the process had before, and what counting the same
+        gives (0 where it cannot be counted).
+    """
+    device = torch.device(spec.device)
+    torch.set_num_threads(spec.threads)
+    if spec.lean:
+        use_lean_allocator()
+    warm_up(device)
+    with PeakMeter(device) as meter:
+        module, objective = spec.module().to(device), spec.objective().to(device)
+        module.train()
+        optimizer = make_optimizer(module, objective, spec.config.stage(spec.index).train)
+        batch = _AnyBatch(spec.shape, spec.cell)
+        for _ in range(steps):
+            _step(spec, module, objective, optimizer, batch, few=True)
+    del module, objective, optimizer
+    try:
+        counted = count_step(spec, steps=steps, few=True).count
+    except Exception:
+        counted = 0
+    return meter.peak, counted
+
+
+def project_forward(spec: StepSpec, *, measure: bool = True) -> int:
+    """Bytes that the frozen module's forward takes for one piece (see `frozen_forward`).
+
+    Without ``measure``, an estimate of the workspace stands for its measurement.
+    """
+    piece = spec.config.extract.batch
+    try:
+        module = spec.module()
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        make_fake(module, mode)
+        counter = StorageCounter()
+        with mode, counter:
+            counter.label("parameters", module.parameters())
+            frozen = FrozenModule(module, torch.device("cpu"))
+            counter.restart()
+            frozen(torch.randn(piece, *spec.cell))
+        counted = counter.peak
+    except Exception:
+        return in_fresh_process(measure_forward, spec)
+    if counted <= SMALL_BYTES or not measure:
+        return counted + SMALL_BYTES
+    return max(counted, in_fresh_process(measure_forward, spec))
+
+
+def measure_forward(spec: StepSpec) -> int:
+    """Bytes that the forward of pieces really takes; for a fresh process."""
+    device = torch.device(spec.device)
+    if spec.lean:
+        use_lean_allocator()
+    warm_up(device)
+    rows = torch.randn(spec.config.extract.batch, *spec.cell)
+    with PeakMeter(device) as meter:
+        frozen = FrozenModule(spec.module(), device)
+        for _ in range(2):
+            frozen_forward(frozen, rows, spec.config.extract)
+    return meter.peak
+
+
+def block_bytes(item_bytes: int, layout: CacheLayout) -> int:
+    """Bytes that one block of samples takes on its way from the input into chunk files.
+
+    Its samples as read and as stacked, the outputs, and one chunk's copy while it is encoded, with
+    the encoded bytes with and without checksum.
+    """
+    samples = layout.chunk
+    outputs = samples * (layout.sample_bytes + layout.embedding_bytes)
+    return 2 * samples * item_bytes + 4 * outputs
