@@ -210,10 +210,11 @@ def counts() -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     for module in (1, 2, 3):
         by_size = {
-            size: count_step(spec_of(module, size, device="cpu")).count for size in (14, 28, *SIZES)
+            size: count_step(spec_of(module, size, device="cpu")).count
+            for size in (7, 14, 28, *SIZES)
         }
         found.append({"module": module, "counted": by_size, "goal": GOALS[module - 1]})
-    worst = max(row["counted"][14] for row in found)
+    worst = max(row["counted"][7] for row in found)
     together = count_all_at_once()
     return {"modules": found, "all_at_once": together, "worst": worst, "ratio": together / worst}
 
@@ -259,11 +260,11 @@ def markdown(result: dict[str, Any], about: dict[str, str]) -> str:
         "",
         "## Counted, tensor by tensor, on fake tensors",
         "",
-        "| module | one pass (784) | 98 | 49 | 28 | 14 | goal | reached |",
-        "|---|---|---|---|---|---|---|---|",
+        "| module | one pass (784) | 98 | 49 | 28 | 14 | 7 | goal | reached |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in counted["modules"]:
-        sizes = [f"{row['counted'][size] / 1e6:.0f} MB" for size in (784, 98, 49, 28, 14)]
+        sizes = [f"{row['counted'][size] / 1e6:.0f} MB" for size in (784, 98, 49, 28, 14, 7)]
         reached = "yes" if row["counted"][28] <= row["goal"] else "no"
         lines.append(
             f"| {row['module']} | {' | '.join(sizes)} | {row['goal'] / 1e6:.0f} MB | {reached} |"
@@ -271,7 +272,7 @@ def markdown(result: dict[str, Any], about: dict[str, str]) -> str:
     lines += [
         "",
         f"All modules in one step: {counted['all_at_once'] / 1e6:.0f} MB (the reference "
-        f"implementation: {ALL_AT_ONCE / 1e6:.0f}). The worst module in micro-batches of 14, "
+        f"implementation: {ALL_AT_ONCE / 1e6:.0f}). The worst module in micro-batches of 7, "
         f"{counted['worst'] / 1e6:.0f} MB, is {counted['ratio']:.1f} times below (the reference's "
         f"count: {ALL_AT_ONCE / counted['worst']:.1f}; goal 12; the paper's Table 2: 2.8).",
         "",

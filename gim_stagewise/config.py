@@ -113,11 +113,16 @@ class TrainConfig(_Table):
 
 
 class CacheConfig(_Table):
-    """How a module's outputs are stored. ``chunk`` counts samples; "auto" aims at 4 MB or more."""
+    """How a module's outputs are stored.
+
+    ``chunk`` counts samples; "auto" aims at 4 MB or more. With ``materialize = "never"`` embeddings
+    alone are stored, and the next module's input is computed whenever it is read.
+    """
 
     precision: Literal["float32"] = "float32"
     codec: Literal["lz4", "zstd", "none"] = "lz4"
     chunk: PositiveInt | Literal["auto"] = "auto"
+    materialize: Literal["always", "never"] = "always"
 
 
 class ExtractConfig(_Table):

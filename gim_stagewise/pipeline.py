@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from gim_stagewise.cache import Cache, CacheLayout, discard_cache, read_manifest
+from gim_stagewise.cache import Cache, discard_cache, drop_activations, read_manifest
 from gim_stagewise.config import PipelineConfig, load_pipeline, parse_pipeline
 from gim_stagewise.errors import ConfigError, StaleCacheError
 from gim_stagewise.lock import exclusive
@@ -19,7 +19,7 @@ from gim_stagewise.progress import Progress, Silent
 from gim_stagewise.sources import PatchSource
 from gim_stagewise.stage.checkpoint import FrozenWeights, TrainingRecord
 from gim_stagewise.stage.code import code_staleness
-from gim_stagewise.stage.fit import plan_training
+from gim_stagewise.stage.fit import TrainingPlan, plan_forward, plan_training
 from gim_stagewise.stage.freeze import resolve_device
 from gim_stagewise.stage.identity import cache_recipe, recipe_differences
 from gim_stagewise.stage.loader import check_loading, held_out_count, loader_bytes
@@ -27,8 +27,9 @@ from gim_stagewise.stage.parallel import Workers
 from gim_stagewise.stage.probe import probe_chain
 from gim_stagewise.stage.project import StepSpec, step_spec
 from gim_stagewise.stage.shape import Shape, check_shape
-from gim_stagewise.stage.stage import Stage, cache_layout
+from gim_stagewise.stage.stage import Stage, cache_layout, virtual_bytes
 from gim_stagewise.stage.workspace import Workspace, open_patches
+from gim_stagewise.units import format_bytes
 
 StepListener = Callable[[int, int], None]
 
@@ -62,16 +63,37 @@ class RunResult:
     seconds: float
 
 
+@dataclass(frozen=True)
+class TrainingNeeds:
+    """What decides the memory of a module's training.
+
+    Parameters
+    ----------
+    spec : StepSpec
+    loader : int
+        Bytes of samples that its loader holds.
+    chain : int
+        Bytes of the modules below, where their outputs are not stored.
+    """
+
+    spec: StepSpec
+    loader: int
+    chain: int
+
+
 class Pipeline:
     """A chain of stages over one dataset.
 
     Parameters
     ----------
     workspace : Workspace
+    source : PatchSource, optional
+        The dataset, if it is not the one that the pipeline file names.
     """
 
-    def __init__(self, workspace: Workspace) -> None:
+    def __init__(self, workspace: Workspace, source: PatchSource | None = None) -> None:
         self.workspace = workspace
+        self._source = source
         self.config: PipelineConfig = workspace.config
 
     @classmethod
@@ -156,7 +178,7 @@ class Pipeline:
     @cached_property
     def source(self) -> PatchSource:
         """The dataset as patches: what module 1 is trained on."""
-        return open_patches(self.config)
+        return open_patches(self.config) if self._source is None else self._source
 
     def stage(self, index: int, input_path: str | Path | None = None) -> Stage:
         """Stage ``index`` on the dataset, or on the cache of the module below.
@@ -196,8 +218,15 @@ class Pipeline:
             raise StaleCacheError(
                 f"{cache.path} is stale: {reason}; build it again with `gim-stage run`"
             )
+        if not cache.materialized:
+            cache = self._below(cache).virtual_cache()
         layout = cache.manifest.layout
         return Stage(self.workspace, index, cache, layout.grid, layout.cell)
+
+    def _below(self, cache: Cache) -> Stage:
+        """The stage that made a cache, in the cache's own folder."""
+        space = replace(self.workspace, folder=cache.path.absolute().parent)
+        return Pipeline(space, self._source).stage(cache.manifest.module)
 
     def _foreign_content(self, cache: Cache) -> str:
         """Why an input cache does not belong to what lies beside it; empty if nothing says so.
@@ -253,34 +282,49 @@ class Pipeline:
             chunk_bytes = shapes[-1].chunk_bytes(module.cache.chunk, len(self.source.ids))
         return shapes
 
-    def training_needs(self, shapes: list[Shape]) -> list[tuple[StepSpec, int]]:
-        """For each module what decides the memory of its step, and bytes held by its loader."""
+    def training_needs(self, shapes: list[Shape]) -> list[TrainingNeeds]:
+        """What decides the memory of each module's training, before anything is there."""
         space, source = self.workspace, self.source
-        needs = []
-        below: CacheLayout | None = None
+        needs: list[TrainingNeeds] = []
+        item_bytes, chunk_items, views = source.item_bytes, 1, source.views or 0
+        chain = 0
         for index, shape in enumerate(shapes, start=1):
+            config = space.module_config(index)
             held = loader_bytes(
-                space.module_config(index).train,
+                config.train,
                 samples=len(source.split("unlabeled")),
-                item_bytes=source.item_bytes if below is None else below.sample_bytes,
-                chunk_items=1 if below is None else below.chunk,
-                views=(source.views or 0) if below is None else below.views - 1,
+                item_bytes=item_bytes,
+                chunk_items=chunk_items,
+                views=views,
             )
-            needs.append((step_spec(space, index, shape), held))
-            below = cache_layout(space, index, shape, source)
+            needs.append(TrainingNeeds(step_spec(space, index, shape), held, chain))
+            layout = cache_layout(space, index, shape, source)
+            if layout.materialized:
+                chain = 0
+            else:
+                module = space.build(index, shape.cell_in[0])
+                chain += virtual_bytes(module, shape.cell_in, self.config, item_bytes, layout)
+            item_bytes, chunk_items, views = layout.sample_bytes, layout.chunk, layout.views - 1
         return needs
 
     def _check_memory(self, shapes: list[Shape]) -> None:
         """Refuse a budget that a stage still to be trained does not fit, before any work."""
-        for spec, held in self.training_needs(shapes):
-            if not self.workspace.weights_path(spec.index).exists():
-                plan_training(
-                    spec,
-                    asked=self.workspace.module_config(spec.index).train.micro_batch,
-                    recorded=None,
-                    loader=held,
-                    budget=self.workspace.budget,
-                )
+        for needs in self.training_needs(shapes):
+            if not self.workspace.weights_path(needs.spec.index).exists():
+                self.plan_training(needs)
+            if not self.workspace.cache_path(needs.spec.index).exists():
+                plan_forward(needs.spec, self.workspace.budget)
+
+    def plan_training(self, needs: TrainingNeeds) -> TrainingPlan:
+        """What training a module will take, within the budget."""
+        return plan_training(
+            needs.spec,
+            asked=self.workspace.module_config(needs.spec.index).train.micro_batch,
+            recorded=None,
+            loader=needs.loader,
+            chain=needs.chain,
+            budget=self.workspace.budget,
+        )
 
     def run(
         self, *, start: int | None = None, until: int | None = None, workers: Workers | None = None
@@ -338,11 +382,24 @@ class Pipeline:
     def _run_stage(self, index: int, workers: Workers) -> StageResult:
         stage = self.stage(index)
         weights, trained = stage.train()
+        if self.config.keep != "all":
+            self._drop(index - 2)
         _, extracted = stage.extract(weights, workers=workers)
+        if self.config.keep == "last":
+            self._drop(index - 1)
         path = self.workspace.cache_path(index)
         if not trained and not extracted:
             self.workspace.progress.note(f"module {index}: nothing to do, weights and cache match")
         return StageResult(index, weights.record, trained, extracted, path, folder_bytes(path))
+
+    def _drop(self, index: int) -> None:
+        """Remove activations that no stage needs any more, so that there is room for others."""
+        path = self.workspace.cache_path(index)
+        if index >= 1 and path.exists() and Cache(path).materialized:
+            before = folder_bytes(path)
+            drop_activations(path, Cache(path))
+            freed = format_bytes(before - folder_bytes(path))
+            self.workspace.progress.note(f"module {index}: activations removed, {freed} free")
 
     def forget(self, index: int) -> None:
         """Remove a module's cache, weights, checkpoint and logs."""

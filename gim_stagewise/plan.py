@@ -18,10 +18,10 @@ from gim_stagewise.errors import GimStageError, OverBudgetError
 from gim_stagewise.memory import Budget
 from gim_stagewise.pipeline import Pipeline, folder_bytes
 from gim_stagewise.sources import PatchSource, Request, read_stacked
-from gim_stagewise.stage.fit import TrainingPlan, plan_training, smallest_training
+from gim_stagewise.stage.fit import TrainingPlan, plan_forward, smallest_training
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
 from gim_stagewise.stage.parallel import BASE_BYTES, extraction_workers
-from gim_stagewise.stage.project import block_bytes, project_forward
+from gim_stagewise.stage.project import block_bytes
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.stage import cache_layout
 from gim_stagewise.units import format_bytes
@@ -91,7 +91,7 @@ class StagePlan:
     @property
     def device_mem(self) -> int:
         """Bytes on the device at the worst moment."""
-        return max(self.training.step.total, self.extraction.forward)
+        return max(self.training.device, self.extraction.forward)
 
     @property
     def host_mem(self) -> int:
@@ -141,18 +141,13 @@ def plan_pipeline(pipeline: Pipeline) -> PipelinePlan:
     sizes = _cache_sizes(pipeline, shapes)
     stages = []
     item_bytes = source.item_bytes
-    for (spec, held), shape in zip(pipeline.training_needs(shapes), shapes, strict=True):
+    for needs, shape in zip(pipeline.training_needs(shapes), shapes, strict=True):
+        spec = needs.spec
         index = spec.index
         layout = cache_layout(space, index, shape, source)
-        training = plan_training(
-            spec,
-            asked=space.module_config(index).train.micro_batch,
-            recorded=None,
-            loader=held,
-            budget=space.budget,
-        )
+        training = pipeline.plan_training(needs)
         on_gpu = space.device.type == "cuda"
-        forward = project_forward(spec)
+        forward = plan_forward(spec, space.budget)
         block = block_bytes(item_bytes, layout)
         workers = extraction_workers(
             threads=space.config.extract.threads,
@@ -181,12 +176,17 @@ def plan_pipeline(pipeline: Pipeline) -> PipelinePlan:
 def smallest_budget(pipeline: Pipeline) -> Budget:
     """The smallest budgets that all stages of a pipeline work with."""
     shapes = pipeline.check()
-    needs = [smallest_training(s, loader=held) for s, held in pipeline.training_needs(shapes)]
-    unlimited = Pipeline(replace(pipeline.workspace, budget=Budget()))
+    needs = [
+        smallest_training(n.spec, loader=n.loader, chain=n.chain)
+        for n in pipeline.training_needs(shapes)
+    ]
+    # A budget as large as can be, so that all is measured and nothing is refused.
+    unlimited = Budget(device=2**62, host=2**62)
+    plan = plan_pipeline(Pipeline(replace(pipeline.workspace, budget=unlimited)))
     return Budget(
-        device=max(device for device, _ in needs),
+        device=max(*(device for device, _ in needs), *(s.extraction.forward for s in plan.stages)),
         host=max(host for _, host in needs),
-        disk=plan_pipeline(unlimited).disk("last"),
+        disk=plan.disk("last"),
     )
 
 
@@ -219,6 +219,9 @@ def _cache_sizes(pipeline: Pipeline, shapes: list[Shape]) -> list[tuple[int, str
             continue
         layout = cache_layout(space, index, shape, source)
         stored = _stored_samples(source, layout)
+        if not layout.materialized:
+            sizes.append((stored * layout.embedding_bytes, "embeddings alone"))
+            continue
         many = "sample" if seen == 1 else "samples"
         sizes.append(
             (

@@ -31,6 +31,12 @@ def main_hidden() -> Iterator[None]:
 
 def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call a function in a process that has done nothing before; its errors come back here."""
-    context = multiprocessing.get_context("spawn")
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        # A server imports what is needed once, and every process is a fresh copy of it.
+        context: Any = multiprocessing.get_context("forkserver")
+        # (the first optimizer of a process loads this as well)
+        context.set_forkserver_preload([function.__module__, "torch._dynamo"])
+    else:
+        context = multiprocessing.get_context("spawn")
     with main_hidden(), ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *args, **kwargs).result()

@@ -6,7 +6,13 @@ from gim_stagewise.cache.digests import Digest, flatten
 from gim_stagewise.cache.layout import Block, CacheLayout, auto_chunk
 from gim_stagewise.cache.manifest import BuildFolder, Manifest, read_manifest
 from gim_stagewise.cache.reader import Cache, metadata_problem, open_cache
-from gim_stagewise.cache.writer import CacheWriter, StagedBlock, discard_cache, stage_block
+from gim_stagewise.cache.writer import (
+    CacheWriter,
+    StagedBlock,
+    discard_cache,
+    drop_activations,
+    stage_block,
+)
 
 __all__ = [
     "Block",
@@ -19,6 +25,7 @@ __all__ = [
     "StagedBlock",
     "auto_chunk",
     "discard_cache",
+    "drop_activations",
     "flatten",
     "metadata_problem",
     "open_cache",

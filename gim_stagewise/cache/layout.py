@@ -70,6 +70,8 @@ class CacheLayout:
         Samples in a chunk.
     codec : str
         "lz4", "zstd" or "none".
+    materialized : bool
+        Whether activations are stored; embeddings always are.
     """
 
     samples: int
@@ -79,6 +81,7 @@ class CacheLayout:
     embedding: int
     chunk: int
     codec: str
+    materialized: bool = True
 
     @property
     def sample_bytes(self) -> int:
@@ -94,7 +97,8 @@ class CacheLayout:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each array that blocks are written to."""
         lead = (self.views, self.samples, *self.grid)
-        return {"activations": (*lead, *self.cell), "pooled": (*lead, self.embedding)}
+        shapes = {"activations": (*lead, *self.cell), "pooled": (*lead, self.embedding)}
+        return shapes if self.materialized else {"pooled": shapes["pooled"]}
 
     @property
     def chunks(self) -> dict[str, tuple[int, ...]]:
@@ -103,10 +107,10 @@ class CacheLayout:
         if self.sample_bytes > MAX_CHUNK_BYTES:
             # Even one sample is too much for a chunk: cut it between grid rows.
             rows = max(1, rows * MAX_CHUNK_BYTES // self.sample_bytes)
-        return {
-            "activations": (1, self.chunk, rows, self.grid[1], *self.cell),
-            "pooled": (1, self.chunk, *self.grid, self.embedding),
-        }
+        pooled = (1, self.chunk, *self.grid, self.embedding)
+        if not self.materialized:
+            return {"pooled": pooled}
+        return {"activations": (1, self.chunk, rows, self.grid[1], *self.cell), "pooled": pooled}
 
     def blocks(self, source: Source) -> list[Block]:
         """All blocks, in storage order; a block is there if one of its samples needs that view."""
@@ -142,14 +146,14 @@ def create_arrays(path: Path, layout: CacheLayout) -> None:
     """Create the group at ``path`` with the empty arrays that blocks are written to."""
     group = zarr.open_group(str(path), mode="w-", zarr_format=3)
     names = {"activations": ACTIVATION_AXES, "pooled": POOLED_AXES}
-    for name, axes in names.items():
+    for name in layout.shapes:
         group.create_array(
             name,
             shape=layout.shapes[name],
             chunks=layout.chunks[name],
             dtype="float32",
             compressors=_codecs(layout.codec),
-            dimension_names=axes,
+            dimension_names=names[name],
             # A chunk that is not stored (yet) reads as NaN, which nobody takes for activations.
             fill_value=float("nan"),
             # All chunk files of an array in one folder: one folder to flush after a rename.

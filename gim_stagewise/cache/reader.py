@@ -104,8 +104,21 @@ class Cache:
             )
         return self._small_array(f"labels/{name}")
 
+    @property
+    def materialized(self) -> bool:
+        """Whether activations are stored, and not embeddings alone."""
+        return self.manifest.layout.materialized
+
     def read(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
+        self._require_activations()
         return self._read("activations", requests)
+
+    def _require_activations(self) -> None:
+        if not self.materialized:
+            raise DataError(
+                f'{self.path} stores embeddings alone (cache.materialize = "never", or keep); '
+                "`gim-stage run` of its pipeline computes activations where they are needed"
+            )
 
     def read_pooled(self, ids: Sequence[str]) -> NDArray[np.float32]:
         """Embeddings of view 0: [sample, grid_row, grid_col, channel]."""
@@ -114,18 +127,22 @@ class Cache:
     @property
     def activations(self) -> Any:
         """The stored activations as a lazy Zarr array; slicing it reads and decodes."""
+        self._require_activations()
         return self._group["activations"]
 
     def dataset(self, split: Split, *, view: int = 0) -> CacheDataset:
         """Samples and labels of a split for a ``torch.utils.data.DataLoader``."""
         from gim_stagewise.cache.views import CacheDataset
 
+        self._require_activations()
         return CacheDataset(self, split, view)
 
     def dask(self, name: str = "activations") -> Any:
         """An array of the cache as a lazy ``dask.array.Array``."""
         from gim_stagewise.cache.views import dask_array
 
+        if name == "activations":
+            self._require_activations()
         return dask_array(self, name)
 
     def content_digest(self) -> str:
@@ -200,7 +217,7 @@ class Cache:
 def metadata_problem(path: Path, manifest: Manifest) -> str:
     """What is wrong with the array metadata of a cache; empty if nothing is."""
     layout = manifest.layout
-    for name in ("activations", "pooled", "ids", "splits"):
+    for name in (*layout.shapes, "ids", "splits"):
         try:
             array = zarr.open_array(str(path / name), mode="r")
         except (ValueError, KeyError, TypeError, OSError) as error:

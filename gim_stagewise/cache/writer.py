@@ -53,7 +53,8 @@ def stage_block(
     manifest : Manifest
     block : Block
     arrays : mapping
-        "activations" and "pooled", each [sample, ...] for the block's samples, float32.
+        "activations" and "pooled", each [sample, ...] for the block's samples, float32; what the
+        layout does not store is left out.
 
     Raises
     ------
@@ -67,7 +68,8 @@ def stage_block(
     with storage_errors(f"writing block {block.index} of {cache}"):
         try:
             folder.mkdir()  # not its parent: if that is gone, another run has taken over
-            for name, values in arrays.items():
+            for name in manifest.layout.shapes:
+                values = arrays[name]
                 (folder / name).mkdir()
                 shutil.copyfile(cache / name / "zarr.json", folder / name / "zarr.json")
                 stored = zarr.open_array(str(folder / name), mode="r+")
@@ -121,7 +123,8 @@ class CacheWriter:
             found = read_manifest(self.path)
         except (CacheNotFoundError, CorruptCacheError):
             return False
-        return not found.sealed and found.content.value == self.manifest.content.value
+        same = found.content.value == self.manifest.content.value
+        return not found.sealed and same and found.layout == self.manifest.layout
 
     def _intact(self, block: Block, sha256: str) -> bool:
         """Whether a recorded block's files are still those that were recorded."""
@@ -182,25 +185,54 @@ class CacheWriter:
         if self.pending:
             raise RuntimeError(f"{len(self.pending)} blocks of {self.path} are not written yet")
         with storage_errors(f"sealing {self.path}"):
-            checksums = np.frombuffer(
-                b"".join(bytes.fromhex(self._done[block.index]) for block in self._blocks), np.uint8
-            )
-            final = self.path / "checksums"
-            shutil.rmtree(final, ignore_errors=True)
-            aside = self.staging / "seal"
-            _put(
-                zarr.open_group(str(aside), mode="w", zarr_format=3),
-                "checksums",
-                checksums.reshape(-1, 32),
-                ("block", "byte"),
-            )
-            _flush_tree(aside)
-            (aside / "checksums").replace(final)
-            fsync_directory(self.path)
+            checksums = [self._done[block.index] for block in self._blocks]
+            _write_checksums(self.path, checksums, self.staging / "seal")
             sealed = replace(self.manifest, sealed=True)
             write_manifest(self.path, sealed)
         self._build.remove()
         return sealed
+
+
+def _write_checksums(path: Path, checksums: list[str], aside: Path) -> None:
+    """Put the blocks' hashes in place of those that are there."""
+    values = np.frombuffer(b"".join(map(bytes.fromhex, checksums)), np.uint8).reshape(-1, 32)
+    group = zarr.open_group(str(aside), mode="w", zarr_format=3)
+    _put(group, "checksums", values, ("block", "byte"))
+    _flush_tree(aside)
+    final = path / "checksums"
+    shutil.rmtree(final, ignore_errors=True)
+    (aside / "checksums").replace(final)
+    fsync_directory(path)
+
+
+def drop_activations(path: Path, source: Source) -> Manifest:
+    """Remove the activations of a sealed cache; embeddings and all else stay.
+
+    Parameters
+    ----------
+    path : Path
+    source : Source
+        With the cache's samples, such as the cache itself.
+    """
+    manifest = read_manifest(path)
+    layout = replace(manifest.layout, materialized=False)
+    left = replace(manifest, layout=layout)
+    aside = path.with_name(f".{path.name}.trash-{uuid.uuid4().hex[:8]}")
+    with storage_errors(f"removing the activations of {path}"):
+        checksums = []
+        for block in layout.blocks(source):
+            digest = hashlib.sha256()
+            for file in layout.chunk_files(block):
+                digest.update((path / file).read_bytes())
+            checksums.append(digest.hexdigest())
+        aside.mkdir()
+        # The manifest first: whatever is interrupted here, nobody takes half an array for a whole.
+        write_manifest(path, left)
+        _write_checksums(path, checksums, aside / "seal")
+        if (path / "activations").exists():
+            (path / "activations").replace(aside / "activations")
+        shutil.rmtree(aside, ignore_errors=True)
+    return left
 
 
 def discard_cache(path: Path) -> None:

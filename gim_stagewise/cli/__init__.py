@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from gim_stagewise.cli.care import clean, inspect, plot, status
-from gim_stagewise.cli.work import extract, plan, probe, run, train
+from gim_stagewise.cli.work import extract, plan, probe, prove, run, train
 from gim_stagewise.errors import GimStageError
 
 EXIT_CODES = """
@@ -76,5 +76,5 @@ def main() -> None:
     """
 
 
-for _command in (run, plan, train, extract, probe, status, inspect, clean, plot):
+for _command in (run, plan, prove, train, extract, probe, status, inspect, clean, plot):
     main.add_command(_command)

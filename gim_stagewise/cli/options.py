@@ -125,7 +125,8 @@ def limited(pipeline: Pipeline, sizes: Sizes, smallest: Callable[[], Budget]) ->
         try:
             found[field] = None if text is None else parse_bytes(text)
         except ValueError as error:
-            least = -(-(getattr(smallest(), field) or 1) // 1_000_000)
+            # Rounded up, and measurements differ a little.
+            least = 8 + -(-(getattr(smallest(), field) or 1) // 1_000_000)
             raise ConfigError(
                 f"is {text!r}: {error}; the smallest workable value here is {least}MB",
                 key=f"--allowed-{option.replace('_', '-')}",

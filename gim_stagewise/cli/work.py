@@ -111,6 +111,39 @@ def plan(
 
 
 @click.command()
+@options.pipeline_argument
+@options.folder_option("cache/NAME, with the pipeline's name")
+@options.device_option
+@options.quiet_option
+@options.json_option
+def prove(
+    pipeline_file: Path, folder: Path | None, device: str, quiet: bool, as_json: bool
+) -> None:
+    """Show on a slice of the data that stored and computed inputs give the same weights.
+
+    Trains each module of a pipeline FILE for a few steps twice: from stored activations, and from
+    activations computed when they are read (cache.materialize = "never"). Ends with exit code 1
+    if a single bit differs.
+
+    \b
+    Example:
+      gim-stage prove pipelines/digits.toml
+    """
+    from gim_stagewise.pipeline import Pipeline
+    from gim_stagewise.prove import prove as prove_pipeline
+    from gim_stagewise.report.plans import proof_record, proof_table
+
+    progress = options.progress_for(quiet=quiet, verbose=False)
+    pipeline = Pipeline.from_file(pipeline_file, folder=folder, device=device, progress=progress)
+    with options.naming(pipeline_file):
+        proofs = prove_pipeline(pipeline)
+    options.show(proof_record(proofs) if as_json else proof_table(proofs))
+    if not all(proof.equal for proof in proofs):
+        click.echo("error: the two ways differ: this is a defect of gim-stage", err=True)
+        raise SystemExit(1)
+
+
+@click.command()
 @options.module_option
 @options.input_option
 @options.pipeline_option

@@ -106,6 +106,8 @@ def _count_chunks(found: dict[str, Any], manifest: Manifest, problems: list[str]
 
 
 def _channel_statistics(path: Path, problems: list[str]) -> list[dict[str, float]]:
+    if not (path / "activations").is_dir():
+        return []
     try:
         array: Any = zarr.open_array(str(path / "activations"), mode="r")
     except (ValueError, KeyError, TypeError, OSError):

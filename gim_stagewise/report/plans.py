@@ -1,13 +1,15 @@
-"""A plan as a table and as JSON."""
+"""A plan, and a proof, as tables and as JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
 from gim_stagewise.plan import PipelinePlan, StagePlan
+from gim_stagewise.prove import Proof
 from gim_stagewise.units import format_bytes
 
 KEEPS = ("all", "last-two", "last")
@@ -36,6 +38,7 @@ def _stage_record(stage: StagePlan) -> dict[str, Any]:
             "workspace": training.step.workspace,
             "basis": training.step.basis,
             "loader": training.loader,
+            "chain": training.chain,
             "best_weights": training.weights,
             "process": training.base,
         },
@@ -71,7 +74,7 @@ def plan_report(plan: PipelinePlan) -> Iterator[Table | str]:
 
 def _table(plan: PipelinePlan) -> Table:
     table = Table(title=f"{plan.pipeline} on {plan.device}", title_justify="left")
-    names = ("module", "micro-batch", "device", "host", "workers", "cache", "forward", "backward")
+    names = ("module", "micro-batch", "device", "host", "workers", "cache", "work")
     for name in names:
         table.add_column(name, justify="right")
     for stage in plan.stages:
@@ -83,13 +86,38 @@ def _table(plan: PipelinePlan) -> Table:
             format_bytes(stage.host_mem),
             str(stage.extraction.workers),
             format_bytes(stage.cache_bytes),
-            _flops(stage.patches * step.forward_flops),
-            _flops(stage.patches * step.backward_flops),
+            _work(stage.patches * step.forward_flops, stage.patches * step.backward_flops),
         )
     return table
 
 
-def _flops(count: int) -> str:
-    if not count:
+def _work(forward: int, backward: int) -> str:
+    """Operations for one sample, forward and backward."""
+    if not forward:
         return "?"
-    return f"{count / 1e9:.2f} GFLOP" if count >= 1e7 else f"{count / 1e6:.2f} MFLOP"
+    unit, name = (1e9, "G") if forward >= 1e8 else (1e6, "M")
+    return f"{forward / unit:.1f} + {backward / unit:.1f} {name}FLOP"
+
+
+def proof_record(proofs: Sequence[Proof]) -> dict[str, Any]:
+    """Proofs as plain JSON; digests of weights, and seconds."""
+    modules = [asdict(proof) | {"equal": proof.equal} for proof in proofs]
+    return {"equal": all(proof.equal for proof in proofs), "modules": modules}
+
+
+def proof_table(proofs: Sequence[Proof]) -> Table:
+    """Weights trained both ways, one row a module."""
+    table = Table(
+        title="the same slice, from stored and from computed inputs", title_justify="left"
+    )
+    for name in ("module", "weights, stored", "weights, computed", "equal", "seconds"):
+        table.add_column(name)
+    for proof in proofs:
+        table.add_row(
+            str(proof.module),
+            f"{proof.stored[:16]}…",
+            f"{proof.computed[:16]}…",
+            "to the last bit" if proof.equal else "[red]no[/]",
+            f"{proof.stored_seconds:.1f} and {proof.computed_seconds:.1f}",
+        )
+    return table

@@ -34,6 +34,9 @@ def run_record(result: RunResult) -> dict[str, Any]:
             "random_probe_accuracy": stage.random_probe_accuracy,
             "cache": str(stage.cache),
             "cache_bytes": stage.cache_bytes,
+            "micro_batch": stage.record.micro_batch,
+            "projected_mem": stage.record.projected_mem,
+            "measured_mem": stage.record.measured_mem,
         }
         for stage in result.stages
     ]

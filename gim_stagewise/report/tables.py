@@ -18,7 +18,15 @@ def results_table(result: RunResult) -> Table:
     labelled = result.raw_probe_accuracy is not None
     title = f"{result.pipeline}: Greedy InfoMax, one module at a time"
     table = Table(title=title, title_justify="left")
-    for name in ("module", "epochs", "train loss", "validation loss", "cache"):
+    for name in (
+        "module",
+        "epochs",
+        "train loss",
+        "validation loss",
+        "projected",
+        "measured",
+        "cache",
+    ):
         table.add_column(name, justify="right")
     if labelled:
         # The paper's words, tables 1 and 3.
@@ -30,6 +38,8 @@ def results_table(result: RunResult) -> Table:
             str(stage.record.epochs),
             f"{stage.record.train_loss:.3f}",
             f"{stage.record.validation_loss:.3f}",
+            format_bytes(stage.record.projected_mem),
+            format_bytes(stage.record.measured_mem),
             format_bytes(stage.cache_bytes),
         ]
         if labelled:
@@ -37,7 +47,7 @@ def results_table(result: RunResult) -> Table:
         table.add_row(*row)
     if labelled:
         table.add_section()
-        table.add_row("raw pixels", "", "", "", "", percent(result.raw_probe_accuracy), "")
+        table.add_row("raw pixels", "", "", "", "", "", "", percent(result.raw_probe_accuracy), "")
     return table
 
 

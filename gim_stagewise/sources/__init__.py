@@ -16,6 +16,7 @@ from gim_stagewise.sources.base import (
     read_stacked,
 )
 from gim_stagewise.sources.patches import PatchSource
+from gim_stagewise.sources.subset import Subset
 
 __all__ = [
     "MISSING_LABEL",
@@ -26,6 +27,7 @@ __all__ = [
     "Request",
     "Source",
     "Split",
+    "Subset",
     "UniformItems",
     "open_source",
     "read_stacked",

@@ -8,11 +8,11 @@ coordinator alone commits what they staged.
 from __future__ import annotations
 
 import platform
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -44,8 +44,9 @@ class BlockJob:
     config : PipelineConfig
     code_folder : Path or None
         From where the user's own builders are imported.
-    input_path : Path or None
-        The input's cache; None for the dataset itself.
+    input : Path, BlockJob or None
+        The input's cache, what computes its blocks if they are not stored; None for the dataset
+        itself.
     in_channels : int
     device : str
         "cpu" or "cuda".
@@ -60,7 +61,7 @@ class BlockJob:
 
     config: PipelineConfig
     code_folder: Path | None
-    input_path: Path | None
+    input: Path | BlockJob | None
     in_channels: int
     device: str
     weights: dict[str, Tensor]
@@ -93,13 +94,18 @@ class BlockJob:
         module = space.build(self.manifest.module, self.in_channels)
         module.load_state_dict(self.weights)
         if source is None:
-            source = Cache(self.input_path) if self.input_path else open_patches(self.config)
+            source = self._open_input()
             if source.content_digest() != self.input_content:
                 raise StaleCacheError(
                     f"the worker on {platform.node()} finds other data at the input's place; "
                     "all workers need the same files under the same paths"
                 )
         return BlockWorker(self, FrozenModule(module, device), source)
+
+    def _open_input(self) -> Source:
+        if isinstance(self.input, BlockJob):
+            return VirtualCache(self.input.open())
+        return Cache(self.input) if self.input else open_patches(self.config)
 
 
 @dataclass(frozen=True)
@@ -110,10 +116,48 @@ class BlockWorker:
     frozen: FrozenModule
     source: Source
 
+    def compute(self, ids: list[str], view: int) -> dict[str, NDArray[np.float32]]:
+        """Activations and embeddings of the samples of a block."""
+        return compute_block(self.frozen, self.source, ids, view, self.job.config.extract)
+
     def __call__(self, block: Block) -> StagedBlock:
         ids = list(self.source.ids[block.samples.slice])
-        arrays = compute_block(self.frozen, self.source, ids, block.view, self.job.config.extract)
+        arrays = self.compute(ids, block.view)
         return stage_block(self.job.cache, self.job.staging, self.job.manifest, block, arrays)
+
+
+class VirtualCache(Cache):
+    """A cache whose activations are computed when they are read.
+
+    A whole block is computed at a time, by the same forward, in the same pieces and on the same
+    chunk grid as in extraction, so that a stored cache and a virtual one give the same bits.
+
+    Parameters
+    ----------
+    worker : BlockWorker
+        With the frozen module and its input; ``worker.job.cache`` is a sealed cache that stores
+        embeddings, ids, splits and labels.
+    """
+
+    def __init__(self, worker: BlockWorker) -> None:
+        super().__init__(worker.job.cache)
+        self.worker = worker
+        self._last: tuple[tuple[int, int], NDArray[Any]] | None = None
+
+    def read(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
+        return self._read("activations", requests)
+
+    def _read_chunk(self, name: str, view: int, number: int) -> NDArray[Any]:
+        if name != "activations":
+            return super()._read_chunk(name, view, number)
+        # The last one is kept: batches in storage order end within a chunk.
+        if self._last is None or self._last[0] != (view, number):
+            self._last = None
+            layout = self.manifest.layout
+            start = number * layout.chunk
+            ids = list(self.ids[start : min(start + layout.chunk, layout.samples)])
+            self._last = ((view, number), self.worker.compute(ids, view)["activations"])
+        return self._last[1]
 
 
 class Executor(Protocol):

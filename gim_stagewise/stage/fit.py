@@ -9,8 +9,18 @@ import torch
 
 from gim_stagewise.errors import OverBudgetError
 from gim_stagewise.memory import Budget, resident_bytes
-from gim_stagewise.stage.project import StepMemory, StepSpec, count_step, project_step
+from gim_stagewise.stage.project import (
+    NOISE_BYTES,
+    StepMemory,
+    StepSpec,
+    count_step,
+    project_forward,
+    project_step,
+)
 from gim_stagewise.units import format_bytes
+
+# Measurements that the search for a micro-batch may take.
+MOST_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,8 @@ class TrainingPlan:
         On the device.
     loader : int
         Bytes of samples held on the host.
+    chain : int
+        Bytes that modules below take to compute inputs that are not stored, on the device.
     weights : int
         Bytes of the best weights, held on the host while others are tried.
     base : int
@@ -35,19 +47,25 @@ class TrainingPlan:
     micro_batch: int
     step: StepMemory
     loader: int
+    chain: int
     weights: int
     base: int
     on_gpu: bool
 
     @property
+    def device(self) -> int:
+        """Bytes on the device."""
+        return self.step.total + self.chain
+
+    @property
     def host(self) -> int:
         """Bytes on the host, the process included; on a CPU that is all there is."""
-        return self.base + self.loader + self.weights + (0 if self.on_gpu else self.step.total)
+        return self.base + self.loader + self.weights + (0 if self.on_gpu else self.device)
 
     @property
     def projected(self) -> int:
         """What a measurement is compared with: a GPU's bytes, or all beyond the process itself."""
-        return self.step.total if self.on_gpu else self.host - self.base
+        return self.device if self.on_gpu else self.host - self.base
 
 
 @dataclass(frozen=True)
@@ -69,6 +87,7 @@ def plan_training(
     asked: int | Literal["auto"] | None,
     recorded: int | None,
     loader: int,
+    chain: int,
     budget: Budget,
 ) -> TrainingPlan:
     """Choose the micro-batch, and check it against the budget.
@@ -83,6 +102,8 @@ def plan_training(
         What "auto" came to when a training that is unfinished began; it is not changed.
     loader : int
         Bytes of samples that the loader holds.
+    chain : int
+        Bytes of modules below, where inputs are not stored; see `TrainingPlan`.
     budget : Budget
 
     Raises
@@ -93,7 +114,7 @@ def plan_training(
     size = recorded or (asked if isinstance(asked, int) else spec.rows)
     spec = replace(spec, micro_batch=size)
     nothing, on_gpu = StepMemory({}, 0, ""), spec.device == "cuda"
-    plan = TrainingPlan(size, nothing, loader, _best_weights(spec), resident_bytes(), on_gpu)
+    plan = TrainingPlan(size, nothing, loader, chain, _best_weights(spec), resident_bytes(), on_gpu)
     room = _room(plan, budget)
     step = project_step(spec, allowed=room.bytes)
     if step.total > room.bytes:
@@ -113,7 +134,7 @@ def plan_training(
     return plan
 
 
-def smallest_training(spec: StepSpec, *, loader: int) -> tuple[int, int]:
+def smallest_training(spec: StepSpec, *, loader: int, chain: int) -> tuple[int, int]:
     """The smallest budgets that a training works with, one patch at a time.
 
     Returns
@@ -121,11 +142,11 @@ def smallest_training(spec: StepSpec, *, loader: int) -> tuple[int, int]:
     (int, int)
         Bytes of the device, and of the host with the process itself.
     """
-    step = project_step(replace(spec, micro_batch=1))
+    step = project_step(replace(spec, micro_batch=1), exact=True)
     plan = TrainingPlan(
-        1, step, loader, _best_weights(spec), resident_bytes(), spec.device == "cuda"
+        1, step, loader, chain, _best_weights(spec), resident_bytes(), spec.device == "cuda"
     )
-    return step.total, plan.host
+    return plan.device, plan.host
 
 
 def _best_weights(spec: StepSpec) -> int:
@@ -135,7 +156,9 @@ def _best_weights(spec: StepSpec) -> int:
 
 def _room(plan: TrainingPlan, budget: Budget) -> _Room:
     device = budget.device_bytes(torch.device("cuda" if plan.on_gpu else "cpu"))
-    by_device = None if device is None else _Room(device, 0, "--allowed-mem")
+    by_device = None
+    if device is not None:
+        by_device = _Room(device - plan.chain, plan.chain, "--allowed-mem")
     if plan.on_gpu and by_device is not None:
         return by_device
     by_host = _Room(budget.host_bytes() - plan.host, plan.host, "--allowed-host-mem")
@@ -152,7 +175,7 @@ def largest_micro_batch(spec: StepSpec, room: _Room, plan: TrainingPlan) -> tupl
     OverBudgetError
         If not even a micro-batch of one patch fits.
     """
-    one = project_step(replace(spec, micro_batch=1))
+    one = project_step(replace(spec, micro_batch=1), exact=True)
     if one.total > room.bytes:
         needed = one.total + room.beside
         fixed = sum(one.counted.get(k, 0) for k in ("parameters", "gradients", "optimizer"))
@@ -166,13 +189,33 @@ def largest_micro_batch(spec: StepSpec, room: _Room, plan: TrainingPlan) -> tupl
     top = count_step(spec).count
     slope = max(1.0, (top - one.count) / max(1, spec.micro_batch - 1))
     size = min(spec.micro_batch - 1, 1 + int((room.bytes - one.total) / slope))
-    memory = one
-    while size > 1:
-        memory = project_step(replace(spec, micro_batch=size), allowed=room.bytes)
+    for _ in range(MOST_TRIES):
+        if size <= 1:
+            break
+        memory = project_step(replace(spec, micro_batch=size), allowed=room.bytes, exact=True)
         if memory.total <= room.bytes:
             return size, memory
-        size = min(size - 1, int(size * 0.9))
+        size -= 1 + int((memory.total - room.bytes) / slope)
     return 1, one
+
+
+def plan_forward(spec: StepSpec, budget: Budget) -> int:
+    """Bytes that the frozen module takes on the device while it extracts.
+
+    Raises
+    ------
+    OverBudgetError
+        If that is more than is allowed there.
+    """
+    forward = project_forward(spec, measure=budget.lean)
+    allowed = budget.device_bytes(torch.device(spec.device))
+    if allowed is not None and forward > allowed:
+        raise OverBudgetError(
+            f"module {spec.index} projects {format_bytes(forward)} for extraction, allowed "
+            f"{format_bytes(allowed)}: lower extract.batch from {spec.config.extract.batch}, "
+            f"or allow --allowed-mem {_round_up(forward)}"
+        )
+    return forward
 
 
 def _refuse(
@@ -202,5 +245,5 @@ def _refuse(
 
 
 def _round_up(count: int) -> str:
-    """A size for a command line, not below the number."""
-    return f"{-(-count // 1_000_000)}MB"
+    """A size for a command line that is enough, also if it is measured again."""
+    return f"{-(-(count + 2 * NOISE_BYTES) // 1_000_000)}MB"

@@ -38,6 +38,8 @@ from gim_stagewise.windows import Span
 # A step that counts less than this gets this much workspace without a measurement, unless that
 # decides whether it fits: a process that measures takes seconds, and what is small has little.
 SMALL_BYTES = 64_000_000
+# By so much measurements of the same step differ between processes.
+NOISE_BYTES = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class _AnyBatch:
 _known: dict[tuple[Any, ...], StepMemory] = {}
 
 
-def project_step(spec: StepSpec, *, allowed: int | None = None) -> StepMemory:
+def project_step(spec: StepSpec, *, allowed: int | None = None, exact: bool = False) -> StepMemory:
     """What training with this micro-batch will take.
 
     Parameters
@@ -173,36 +175,42 @@ def project_step(spec: StepSpec, *, allowed: int | None = None) -> StepMemory:
     spec : StepSpec
     allowed : int, optional
         The budget; nothing real is run where the count alone is over it.
+    exact : bool
+        Measure the workspace also where it hardly matters.
     """
-    key = (spec.config.model_dump_json(), *(v for k, v in vars(spec).items() if k != "config"))
+    own = (v for k, v in vars(spec).items() if k != "config")
+    key = (spec.config.model_dump_json(), exact, *own)
     if key not in _known:
-        memory = _project_step(spec, allowed)
+        memory = _project_step(spec, allowed, exact=exact)
         if allowed is not None and memory.total > allowed:
             return memory  # possibly without a measurement
         _known[key] = memory
     return _known[key]
 
 
-def _project_step(spec: StepSpec, allowed: int | None) -> StepMemory:
+def _project_step(spec: StepSpec, allowed: int | None, *, exact: bool) -> StepMemory:
     try:
         counted = count_step(spec)
     except Exception as error:
         # Fake tensors carry no values: a module that looks at them, with .item() say, has to run.
-        measured, _ = in_fresh_process(measure_step, spec, steps=2)
+        measured = in_fresh_process(measure_step, spec, steps=2)
         reason = (str(error).splitlines() or [""])[0][:80]
         basis = f"measured only: cannot be counted ({type(error).__name__}: {reason})"
         return StepMemory({}, measured, basis)
     if allowed is not None and counted.count > allowed:
         return counted
-    small = counted.count <= SMALL_BYTES
+    small = counted.count <= SMALL_BYTES and not exact
     if small and (allowed is None or counted.count + SMALL_BYTES <= allowed):
         return replace(
             counted, workspace=SMALL_BYTES, basis="counted; workspace not worth measuring"
         )
-    measured, counted_too = in_fresh_process(measure_step, spec, steps=1)
+    # What the default allocator keeps back grows over the first steps.
+    steps = 1 if spec.lean else 3
+    measured = in_fresh_process(measure_step, spec, steps=steps)
+    same = count_step(spec, steps=steps, few=True).count
     return replace(
         counted,
-        workspace=max(0, measured - counted_too),
+        workspace=max(0, measured - same) + NOISE_BYTES,
         basis="counted, with the workspace of real micro-batches",
     )
 
@@ -289,14 +297,13 @@ def _flops(spec: StepSpec, module: nn.Module, mode: FakeTensorMode) -> tuple[int
     return forward, backward
 
 
-def measure_step(spec: StepSpec, *, steps: int) -> tuple[int, int]:
+def measure_step(spec: StepSpec, *, steps: int) -> int:
     """Run real micro-batches; for a fresh process.
 
     Returns
     -------
-    (int, int)
-        The most bytes they took beyond what the process had before, and what counting the same
-        gives (0 where it cannot be counted).
+    int
+        The most bytes they took beyond what the process had before.
     """
     device = torch.device(spec.device)
     torch.set_num_threads(spec.threads)
@@ -310,12 +317,7 @@ def measure_step(spec: StepSpec, *, steps: int) -> tuple[int, int]:
         batch = _AnyBatch(spec.shape, spec.cell)
         for _ in range(steps):
             _step(spec, module, objective, optimizer, batch, few=True)
-    del module, objective, optimizer
-    try:
-        counted = count_step(spec, steps=steps, few=True).count
-    except Exception:
-        counted = 0
-    return meter.peak, counted
+    return meter.peak
 
 
 def project_forward(spec: StepSpec, *, measure: bool = True) -> int:
@@ -323,23 +325,26 @@ def project_forward(spec: StepSpec, *, measure: bool = True) -> int:
 
     Without ``measure``, an estimate of the workspace stands for its measurement.
     """
-    piece = spec.config.extract.batch
     try:
-        module = spec.module()
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        make_fake(module, mode)
-        counter = StorageCounter()
-        with mode, counter:
-            counter.label("parameters", module.parameters())
-            frozen = FrozenModule(module, torch.device("cpu"))
-            counter.restart()
-            frozen(torch.randn(piece, *spec.cell))
-        counted = counter.peak
+        counted = forward_bytes(spec.module(), spec.cell, spec.config.extract.batch)
     except Exception:
         return in_fresh_process(measure_forward, spec)
-    if counted <= SMALL_BYTES or not measure:
+    if not measure:
         return counted + SMALL_BYTES
-    return max(counted, in_fresh_process(measure_forward, spec))
+    return max(counted, in_fresh_process(measure_forward, spec)) + NOISE_BYTES
+
+
+def forward_bytes(module: nn.Module, cell: tuple[int, ...], piece: int) -> int:
+    """Count the tensors of a frozen module's forward on one piece; uses the module up."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    make_fake(module, mode)
+    counter = StorageCounter()
+    with mode, counter:
+        counter.label("parameters", module.parameters())
+        frozen = FrozenModule(module, torch.device("cpu"))
+        counter.restart()
+        frozen(torch.randn(piece, *cell))
+    return counter.peak
 
 
 def measure_forward(spec: StepSpec) -> int:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from gim_stagewise.cache import (
     Cache,
@@ -21,6 +23,7 @@ from gim_stagewise.cache import (
     metadata_problem,
     read_manifest,
 )
+from gim_stagewise.config import PipelineConfig
 from gim_stagewise.errors import (
     CacheNotFoundError,
     ConfigError,
@@ -34,8 +37,8 @@ from gim_stagewise.sources import Source
 from gim_stagewise.stage import identity
 from gim_stagewise.stage.checkpoint import FrozenWeights, module_tensors, peek_checkpoint
 from gim_stagewise.stage.code import code_staleness
-from gim_stagewise.stage.extract import BlockJob, extract
-from gim_stagewise.stage.fit import TrainingPlan, plan_training, smallest_training
+from gim_stagewise.stage.extract import BlockJob, VirtualCache, extract
+from gim_stagewise.stage.fit import TrainingPlan, plan_forward, plan_training, smallest_training
 from gim_stagewise.stage.freeze import (
     FrozenModule,
     behaviour_digest,
@@ -44,7 +47,12 @@ from gim_stagewise.stage.freeze import (
 )
 from gim_stagewise.stage.loader import loader_bytes
 from gim_stagewise.stage.parallel import BASE_BYTES, Workers, choose_executor
-from gim_stagewise.stage.project import StepSpec, block_bytes, project_forward, step_spec
+from gim_stagewise.stage.project import (
+    StepSpec,
+    block_bytes,
+    forward_bytes,
+    step_spec,
+)
 from gim_stagewise.stage.shape import Cell, Shape, check_shape
 from gim_stagewise.stage.train import TrainJob, train_module
 from gim_stagewise.stage.workspace import Workspace, with_absolute_places
@@ -190,9 +198,16 @@ class Stage:
             views=self.source.views or 0,
         )
 
+    @property
+    def chain_bytes(self) -> int:
+        """Bytes that modules below take to compute an input that is not stored."""
+        return chain_bytes(self.source)
+
     def smallest_budget(self) -> Budget:
         """The smallest budgets that training works with."""
-        device, host = smallest_training(self.spec, loader=self.loader_bytes)
+        device, host = smallest_training(
+            self.spec, loader=self.loader_bytes, chain=self.chain_bytes
+        )
         return Budget(device, host)
 
     def plan_training(self) -> TrainingPlan:
@@ -203,6 +218,7 @@ class Stage:
             asked=self._config.train.micro_batch,
             recorded=None if begun is None else begun["micro_batch"],
             loader=self.loader_bytes,
+            chain=self.chain_bytes,
             budget=self.workspace.budget,
         )
 
@@ -288,7 +304,7 @@ class Stage:
         # Before anything is replaced: these weights fit the module as it is built now.
         self._frozen(weights, torch.device("cpu"))
         on_gpu = space.device.type == "cuda"
-        forward = project_forward(self.spec, measure=False)
+        forward = plan_forward(self.spec, space.budget)
         block = block_bytes(source.item_bytes, manifest.layout)
         executor = choose_executor(
             workers,
@@ -298,20 +314,41 @@ class Stage:
             host_bytes=space.budget.host_bytes(),
         )
         writer = CacheWriter(space.cache_path(self.index).absolute(), manifest, source)
-        job = BlockJob(
+        job = self._block_job(weights, manifest, writer.staging)
+        return extract(job, writer, source, executor, space.progress)
+
+    def _block_job(self, weights: FrozenWeights, manifest: Manifest, staging: Path) -> BlockJob:
+        space, source = self.workspace, self.source
+        below: Path | BlockJob | None = None
+        if isinstance(source, VirtualCache):
+            below = source.worker.job
+        elif isinstance(source, Cache):
+            below = source.path.absolute()
+        return BlockJob(
             config=with_absolute_places(space.config),
             code_folder=space.code_folder,
-            input_path=source.path.absolute() if isinstance(source, Cache) else None,
+            input=below,
             in_channels=self._cell[0],
             device=space.device.type,
             weights=weights.tensors,
             builder_source=space.builder(self.index).source_digest,
             input_content=self.input_content,
-            cache=writer.path,
-            staging=writer.staging,
+            cache=space.cache_path(self.index).absolute(),
+            staging=staging,
             manifest=manifest,
         )
-        return extract(job, writer, source, executor, space.progress)
+
+    def virtual_cache(self) -> VirtualCache:
+        """The module's outputs, computed when they are read.
+
+        Raises
+        ------
+        CacheNotFoundError, StaleCacheError
+            If there are no current weights, or no cache of their embeddings.
+        """
+        weights = self.load_weights()
+        job = self._block_job(weights, self.manifest(weights), Path())
+        return VirtualCache(job.open(self.source))
 
     def current_cache(self, wanted: Manifest) -> tuple[Manifest | None, str]:
         """A cache that can be kept, or gone on with; else None and the reason, if there is one."""
@@ -324,6 +361,10 @@ class Stage:
         changes = identity.cache_differences(found, wanted.recipe, wanted.content)
         if changes:
             return None, "; ".join(changes)
+        # Where old activations may go, those that are gone are computed if they are needed again.
+        may_go = self.workspace.config.keep != "all"
+        if wanted.layout.materialized and not found.layout.materialized and not may_go:
+            return None, "its activations are not stored"
         return (None, damage) if found.sealed and (damage := self._damage(found)) else (found, "")
 
     def _damage(self, manifest: Manifest) -> str:
@@ -384,6 +425,39 @@ class Stage:
         self.workspace.progress.note(f"module {self.index}: {text}")
 
 
+def chain_bytes(source: Source) -> int:
+    """Bytes of the modules, and of their blocks, that compute what a source does not store."""
+    total = 0
+    while isinstance(source, VirtualCache):
+        job, below = source.worker.job, source.worker.source
+        space = Workspace(job.config, "", Path(), job.code_folder, torch.device("cpu"))
+        module = space.build(job.manifest.module, job.in_channels)
+        size = job.config.patches.size
+        cell = (
+            below.manifest.layout.cell
+            if isinstance(below, Cache)
+            else (job.in_channels, size, size)
+        )
+        total += virtual_bytes(module, cell, job.config, below.item_bytes, source.manifest.layout)
+        source = below
+    return total
+
+
+def virtual_bytes(
+    module: nn.Module,
+    cell: tuple[int, ...],
+    config: PipelineConfig,
+    item_bytes: int,
+    layout: CacheLayout,
+) -> int:
+    """Bytes that one frozen module takes to compute blocks on demand; uses the module up."""
+    try:
+        forward = forward_bytes(module, cell, config.extract.batch)
+    except Exception:  # a module that has to run to be counted
+        forward = sum(parameter.nbytes for parameter in module.parameters())
+    return forward + block_bytes(item_bytes, layout)
+
+
 def cache_layout(workspace: Workspace, index: int, shape: Shape, source: Source) -> CacheLayout:
     """How the cache of module ``index`` is laid out, whether it is there or not.
 
@@ -405,6 +479,7 @@ def cache_layout(workspace: Workspace, index: int, shape: Shape, source: Source)
         embedding=shape.embedding,
         chunk=1,
         codec=cache.codec,
+        materialized=cache.materialize == "always",
     )
     chunk = auto_chunk(layout.sample_bytes) if cache.chunk == "auto" else cache.chunk
     return replace(layout, chunk=min(chunk, layout.samples))

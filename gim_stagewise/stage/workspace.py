@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from gim_stagewise.config import ModuleConfig, PipelineConfig
 from gim_stagewise.memory import Budget
 from gim_stagewise.models import Builder, build_module, resolve_builder
 from gim_stagewise.progress import Progress, Silent
-from gim_stagewise.sources import PatchSource, open_source
+from gim_stagewise.sources import PatchSource, Subset, open_source
 from gim_stagewise.windows import PatchGrid
 
 
@@ -33,11 +33,12 @@ def with_absolute_places(config: PipelineConfig) -> PipelineConfig:
     return config.model_copy(update={"source": source.model_copy(update=update)})
 
 
-def open_patches(config: PipelineConfig) -> PatchSource:
-    """The dataset of a pipeline as patches: what module 1 is trained on."""
+def open_patches(config: PipelineConfig, *, only: Collection[str] | None = None) -> PatchSource:
+    """The dataset of a pipeline as patches: what module 1 is trained on; ``only`` some samples."""
     patches = config.patches
+    images = open_source(config.source)
     return PatchSource(
-        open_source(config.source),
+        images if only is None else Subset(images, only),
         config.augment,
         PatchGrid(patches.size, patches.stride),
         seed=config.seed,
