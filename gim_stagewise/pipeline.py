@@ -307,12 +307,14 @@ class Pipeline:
             item_bytes, chunk_items, views = layout.sample_bytes, layout.chunk, layout.views - 1
         return needs
 
-    def _check_memory(self, shapes: list[Shape]) -> None:
-        """Refuse a budget that a stage still to be trained does not fit, before any work."""
+    def _check_memory(self, shapes: list[Shape], start: int | None) -> None:
+        """Refuse a budget that a stage still to be made does not fit, before any work."""
         for needs in self.training_needs(shapes):
-            if not self.workspace.weights_path(needs.spec.index).exists():
+            index = needs.spec.index
+            anew = start is not None and index >= start
+            if anew or not self.workspace.weights_path(index).exists():
                 self.plan_training(needs)
-            if not self.workspace.cache_path(needs.spec.index).exists():
+            if anew or not self.workspace.cache_path(index).exists():
                 plan_forward(needs.spec, self.workspace.budget)
 
     def plan_training(self, needs: TrainingNeeds) -> TrainingPlan:
@@ -359,7 +361,7 @@ class Pipeline:
         if start is not None and start > last:
             raise ConfigError(f"is {start}, above --until {last}: nothing to make", key="--from")
         shapes = self.check()
-        self._check_memory(shapes[:last])
+        self._check_memory(shapes[:last], start)
         with exclusive(self.workspace.folder):
             if start is not None:
                 self.stage(start)  # what the first forgotten module needs is there

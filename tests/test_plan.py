@@ -118,6 +118,23 @@ def test_a_module_that_cannot_be_counted_is_measured_and_said_so(
     assert done.returncode == 0, done.stderr
 
 
+def test_one_that_cannot_be_counted_is_refused_over_budget_too(tmp_path: Path, tiny: Path) -> None:
+    file = user_pipeline(tmp_path, tiny, LOOKS_AT_VALUES)
+    error = one_error(gim_stage("plan", file, "--device", "cpu", "--allowed-mem", "10kB"), 3)
+    assert "module 1 needs" in error
+
+
+def test_from_forgets_nothing_where_the_budget_is_too_small(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    Pipeline.from_file(tiny, folder=folder, device="cpu").run(until=2)
+    before = weights_of(folder)
+    small = Pipeline.from_file(tiny, folder=folder, device="cpu", budget=Budget(device=10_000))
+    with pytest.raises(OverBudgetError):
+        small.run(start=1, until=2)
+    assert weights_of(folder).keys() == before.keys()
+    assert Cache(folder / "m2.zarr").materialized
+
+
 def test_plan_says_what_it_knows(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = gim_stage("plan", tiny, "--dir", out, "--device", "cpu", "--json")
@@ -294,4 +311,4 @@ def test_extraction_holds_one_frozen_module(tiny: Path, tmp_path: Path) -> None:
     pipeline.run(until=2)
     source: Any = pipeline.stage(3).source
     assert isinstance(source.worker.frozen, FrozenModule)
-    assert isinstance(source.worker.source.worker.frozen, FrozenModule)
+    assert isinstance(source.source.worker.frozen, FrozenModule)

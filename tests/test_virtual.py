@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from helpers import edit, weights_of
 from test_cli import gim_stage, one_error
 
-from gim_stagewise.cache import Cache
+from gim_stagewise.cache import Cache, Digest, read_manifest
+from gim_stagewise.cache.manifest import write_manifest
 from gim_stagewise.errors import DataError, StaleCacheError
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.sources import Request
@@ -179,3 +181,16 @@ def test_prove_tells_when_the_two_ways_differ(
 def test_an_unknown_choice_is_refused(tiny: Path) -> None:
     edit(tiny, "[cache]\n", '[cache]\nmaterialize = "sometimes"\n')
     assert "cache.materialize" in one_error(gim_stage("plan", tiny), 2)
+
+
+def test_other_numerics_than_those_sealed_are_refused_when_read(tiny: Path, tmp_path: Path) -> None:
+    file, folder = never(tiny), tmp_path / "out"
+    run(file, folder, until=1)
+    path = folder / "m1.zarr"
+    manifest = read_manifest(path)
+    parts = {**manifest.content.parts, "numerics.torch": "1.0"}
+    numerics = {**manifest.numerics, "torch": "1.0"}
+    write_manifest(path, replace(manifest, numerics=numerics, content=Digest(parts)))
+    stage = Pipeline.from_file(file, folder=folder, device="cpu").stage(2)
+    with pytest.raises(StaleCacheError, match=r"torch 1\.0"):
+        stage.source.read([Request(stage.source.ids[0])])

@@ -10,7 +10,8 @@ from __future__ import annotations
 import platform
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,7 +105,7 @@ class BlockJob:
 
     def _open_input(self) -> Source:
         if isinstance(self.input, BlockJob):
-            return VirtualCache(self.input.open())
+            return VirtualCache(self.input, self.input._open_input())
         return Cache(self.input) if self.input else open_patches(self.config)
 
 
@@ -134,15 +135,29 @@ class VirtualCache(Cache):
 
     Parameters
     ----------
-    worker : BlockWorker
-        With the frozen module and its input; ``worker.job.cache`` is a sealed cache that stores
-        embeddings, ids, splits and labels.
+    job : BlockJob
+        Of the frozen module, with the sealed cache of its embeddings, ids, splits and labels.
+    source : Source
+        The frozen module's input.
     """
 
-    def __init__(self, worker: BlockWorker) -> None:
-        super().__init__(worker.job.cache)
-        self.worker = worker
+    def __init__(self, job: BlockJob, source: Source) -> None:
+        super().__init__(job.cache)
+        # Bits of other numerics than those recorded would not be what the digest says.
+        self.job = replace(job, manifest=self.manifest)
+        self.source = source
         self._last: tuple[tuple[int, int], NDArray[Any]] | None = None
+
+    @cached_property
+    def worker(self) -> BlockWorker:
+        """The frozen module, opened at the first read.
+
+        Raises
+        ------
+        StaleCacheError
+            If this process would compute other bits than were sealed.
+        """
+        return self.job.open(self.source)
 
     def read(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
         return self._read("activations", requests)

@@ -13,7 +13,6 @@ from gim_stagewise.stage.project import (
     NOISE_BYTES,
     StepMemory,
     StepSpec,
-    count_step,
     project_forward,
     project_step,
 )
@@ -118,7 +117,7 @@ def plan_training(
     room = _room(plan, budget)
     step = project_step(spec, allowed=room.bytes)
     if step.total > room.bytes:
-        fitting = largest_micro_batch(spec, room, plan)
+        fitting = _largest_micro_batch(spec, step, room)
         if asked != "auto" or recorded is not None:
             _refuse(spec, step, room, fitting, recorded=recorded is not None)
         size, step = fitting
@@ -167,8 +166,8 @@ def _room(plan: TrainingPlan, budget: Budget) -> _Room:
     return by_device
 
 
-def largest_micro_batch(spec: StepSpec, room: _Room, plan: TrainingPlan) -> tuple[int, StepMemory]:
-    """The largest micro-batch that fits, below the one given.
+def _largest_micro_batch(spec: StepSpec, step: StepMemory, room: _Room) -> tuple[int, StepMemory]:
+    """The largest micro-batch that fits, below the one whose step does not.
 
     Raises
     ------
@@ -185,9 +184,8 @@ def largest_micro_batch(spec: StepSpec, room: _Room, plan: TrainingPlan) -> tupl
             f"parameters, gradients and optimizer), allowed {format_bytes(room.allowed)}: the "
             f"smallest workable value is {room.option} {_round_up(needed)}"
         )
-    # Bytes grow evenly with the micro-batch, so that two counts say where the room ends.
-    top = count_step(spec).count
-    slope = max(1.0, (top - one.count) / max(1, spec.micro_batch - 1))
+    # Bytes grow evenly with the micro-batch, so that two of them say where the room ends.
+    slope = max(1.0, (step.total - one.total) / max(1, spec.micro_batch - 1))
     size = min(spec.micro_batch - 1, 1 + int((room.bytes - one.total) / slope))
     for _ in range(MOST_TRIES):
         if size <= 1:

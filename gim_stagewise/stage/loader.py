@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -160,6 +161,16 @@ class SampleBatch:
         return torch.from_numpy(np.concatenate(parts))
 
 
+@dataclass(frozen=True)
+class _Window:
+    """Samples that are held to be mixed, in storage order."""
+
+    place: tuple[int, int]
+    order: NDArray[np.int64]
+    requests: list[Request]
+    samples: list[NDArray[np.float32]]
+
+
 class Loader:
     """Batches of one split of a source.
 
@@ -206,7 +217,7 @@ class Loader:
         for position, item_id in enumerate(source.ids):
             if item_id in wanted:
                 self._positions[wanted[item_id]] = position
-        self._kept: tuple[list[Request], list[NDArray[np.float32]]] | None = None
+        self._kept: _Window | None = None
 
     @property
     def steps(self) -> int:
@@ -235,28 +246,33 @@ class Loader:
         wanted = Span(first + wanted.start, first + wanted.stop)
         samples: list[NDArray[np.float32]] = []
         start = 0
-        for window in windows:
+        for number, window in enumerate(windows):
             chosen = window[max(wanted.start - start, 0) : max(wanted.stop - start, 0)]
             if len(chosen):
                 if len(samples):
                     # Not views into the chunks of the last window, which are let go of.
                     samples = [sample.copy() for sample in samples]
-                samples += self._read(window, chosen, epoch)
+                samples += self._read((epoch, number), window, chosen)
             start += len(window)
         return samples
 
     def _read(
-        self, window: NDArray[np.int64], chosen: NDArray[np.int64], epoch: int
+        self, place: tuple[int, int], window: NDArray[np.int64], chosen: NDArray[np.int64]
     ) -> list[NDArray[np.float32]]:
+        """Samples of a window, which is read whole; ``place`` is its epoch and number."""
+        epoch, _ = place
         if self._source.chunk_items == 1:
             return self._source.read([self._request(int(index), epoch) for index in chosen])
-        in_storage_order = np.sort(window)
-        requests = [self._request(int(index), epoch) for index in in_storage_order]
-        if self._kept is None or self._kept[0] != requests:
-            self._kept = None  # let go of the last window before the next is read
-            self._kept = (requests, self._source.read(requests))
-        samples = self._kept[1]
-        return [samples[place] for place in np.searchsorted(in_storage_order, chosen)]
+        if self._kept is None or self._kept.place != place:
+            order = np.sort(window)
+            requests = [self._request(int(index), epoch) for index in order]
+            if self._kept is not None and self._kept.requests == requests:
+                self._kept = replace(self._kept, place=place)
+            else:
+                self._kept = None  # let go of the last window before the next is read
+                self._kept = _Window(place, order, requests, self._source.read(requests))
+        kept = self._kept
+        return [kept.samples[index] for index in np.searchsorted(kept.order, chosen)]
 
     def _request(self, index: int, epoch: int) -> Request:
         item_id = self._ids[index]

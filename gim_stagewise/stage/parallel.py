@@ -115,7 +115,11 @@ def _check_memory(count: int, worker_bytes: int, host_bytes: int) -> None:
     if needed <= host_bytes:
         return
     fitting = max(0, (host_bytes - BASE_BYTES) // worker_bytes)
-    remedy = f"use {fitting} or less" if count and fitting < count else "lower module.N.cache.chunk"
+    remedy = (
+        f"use {fitting} or less"
+        if count and fitting < count
+        else "store fewer samples a chunk (cache.chunk)"
+    )
     raise OverBudgetError(
         f"--workers {count} projects {format_bytes(needed)} for extraction "
         f"({format_bytes(worker_bytes)} each), allowed {format_bytes(host_bytes)}: {remedy}, "

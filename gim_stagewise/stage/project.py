@@ -27,6 +27,7 @@ from gim_stagewise.memory import (
     use_lean_allocator,
     warm_up,
 )
+from gim_stagewise.models import pool
 from gim_stagewise.objectives import InfoNCE, build_objective
 from gim_stagewise.processes import in_fresh_process
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
@@ -244,7 +245,7 @@ def count_step(spec: StepSpec, *, steps: int = 2, few: bool = False) -> StepMemo
         batch = _AnyBatch(spec.shape, spec.cell, lambda t: counter.label("input", [t]))
         for _ in range(steps):
             counter.restart()
-            _step(spec, module, objective, optimizer, batch, few=few)
+            _step(spec, module, objective, optimizer, batch, torch.device("cpu"), few=few)
             for state in optimizer.state.values():
                 counter.label("optimizer", (v for v in state.values() if isinstance(v, Tensor)))
         at_peak = {name: size for name, size in counter.at_peak.items() if size}
@@ -258,12 +259,11 @@ def _step(
     objective: InfoNCE,
     optimizer: torch.optim.Optimizer,
     batch: _AnyBatch,
+    device: torch.device,
     *,
     few: bool,
 ) -> None:
-    micro_batches = MicroBatches(spec.micro_batch, lambda number: number, torch.device("cpu"))
-    if spec.device == "cuda" and not _is_fake(module):
-        micro_batches = replace(micro_batches, device=torch.device("cuda"))
+    micro_batches = MicroBatches(spec.micro_batch, lambda number: number, device)
     count = len(micro_batches.of(batch))
     # All micro-batches but the last are alike, and gradients are there from the second on.
     numbers = range(min(3, count)) if few else sorted({0, min(1, count - 1), count - 1})
@@ -279,16 +279,8 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
 
 
-def _is_fake(module: nn.Module) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return any(isinstance(parameter.data, FakeTensor) for parameter in module.parameters())
-
-
 def _flops(spec: StepSpec, module: nn.Module, mode: FakeTensorMode) -> tuple[int, int]:
     """Floating-point operations of one patch, forward and backward."""
-    from gim_stagewise.models import pool
-
     with mode, FlopCounterMode(display=False) as counter:
         pooled = pool(module, module(torch.randn(1, *spec.cell)))
         forward = counter.get_total_flops()
@@ -316,7 +308,7 @@ def measure_step(spec: StepSpec, *, steps: int) -> int:
         optimizer = make_optimizer(module, objective, spec.config.stage(spec.index).train)
         batch = _AnyBatch(spec.shape, spec.cell)
         for _ in range(steps):
-            _step(spec, module, objective, optimizer, batch, few=True)
+            _step(spec, module, objective, optimizer, batch, device, few=True)
     return meter.peak
 
 

@@ -321,7 +321,7 @@ class Stage:
         space, source = self.workspace, self.source
         below: Path | BlockJob | None = None
         if isinstance(source, VirtualCache):
-            below = source.worker.job
+            below = source.job
         elif isinstance(source, Cache):
             below = source.path.absolute()
         return BlockJob(
@@ -348,7 +348,7 @@ class Stage:
         """
         weights = self.load_weights()
         job = self._block_job(weights, self.manifest(weights), Path())
-        return VirtualCache(job.open(self.source))
+        return VirtualCache(job, self.source)
 
     def current_cache(self, wanted: Manifest) -> tuple[Manifest | None, str]:
         """A cache that can be kept, or gone on with; else None and the reason, if there is one."""
@@ -429,7 +429,7 @@ def chain_bytes(source: Source) -> int:
     """Bytes of the modules, and of their blocks, that compute what a source does not store."""
     total = 0
     while isinstance(source, VirtualCache):
-        job, below = source.worker.job, source.worker.source
+        job, below = source.job, source.source
         space = Workspace(job.config, "", Path(), job.code_folder, torch.device("cpu"))
         module = space.build(job.manifest.module, job.in_channels)
         size = job.config.patches.size
