@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -330,6 +331,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     arguments = parser.parse_args()
     started = time.monotonic()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     steps = (

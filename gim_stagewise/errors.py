@@ -70,9 +70,16 @@ class WorkersLostError(GimStageError, RuntimeError):
 
 
 class OverBudgetError(GimStageError, MemoryError):
-    """What is asked for needs more memory or disk than is allowed."""
+    """What is asked for needs more memory or disk than is allowed.
+
+    ``needed`` is the smallest budget in bytes that would do, where no setting but the budget helps.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, *, needed: int = 0) -> None:
+        self.needed = needed
+        super().__init__(message)
 
 
 class NonFiniteError(GimStageError, ArithmeticError):

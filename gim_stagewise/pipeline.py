@@ -12,22 +12,22 @@ from pathlib import Path
 
 from gim_stagewise.cache import Cache, discard_cache, drop_activations, read_manifest
 from gim_stagewise.config import PipelineConfig, load_pipeline, parse_pipeline
-from gim_stagewise.errors import ConfigError, StaleCacheError
+from gim_stagewise.errors import ConfigError, OverBudgetError, StaleCacheError
 from gim_stagewise.lock import exclusive
 from gim_stagewise.memory import Budget
 from gim_stagewise.progress import Progress, Silent
 from gim_stagewise.sources import PatchSource
-from gim_stagewise.stage.checkpoint import FrozenWeights, TrainingRecord
-from gim_stagewise.stage.code import code_staleness
-from gim_stagewise.stage.fit import TrainingPlan, plan_forward, plan_training
+from gim_stagewise.stage.checkpoint import TrainingRecord
+from gim_stagewise.stage.fit import plan_forward, plan_training
 from gim_stagewise.stage.freeze import resolve_device
 from gim_stagewise.stage.identity import cache_recipe, recipe_differences
-from gim_stagewise.stage.loader import check_loading, held_out_count, loader_bytes
+from gim_stagewise.stage.lineage import foreign_content
+from gim_stagewise.stage.loader import check_loading, held_out_count
+from gim_stagewise.stage.needs import chain_needs
 from gim_stagewise.stage.parallel import Workers
 from gim_stagewise.stage.probe import probe_chain
-from gim_stagewise.stage.project import StepSpec, step_spec
 from gim_stagewise.stage.shape import Shape, check_shape
-from gim_stagewise.stage.stage import Stage, cache_layout, virtual_bytes
+from gim_stagewise.stage.stage import Stage
 from gim_stagewise.stage.workspace import Workspace, open_patches
 from gim_stagewise.units import format_bytes
 
@@ -61,24 +61,6 @@ class RunResult:
     stages: list[StageResult]
     raw_probe_accuracy: float | None
     seconds: float
-
-
-@dataclass(frozen=True)
-class TrainingNeeds:
-    """What decides the memory of a module's training.
-
-    Parameters
-    ----------
-    spec : StepSpec
-    loader : int
-        Bytes of samples that its loader holds.
-    chain : int
-        Bytes of the modules below, where their outputs are not stored.
-    """
-
-    spec: StepSpec
-    loader: int
-    chain: int
 
 
 class Pipeline:
@@ -213,7 +195,7 @@ class Pipeline:
                 key="--input",
             )
         changes = recipe_differences(cache.manifest.recipe, cache_recipe(self.config, index - 1))
-        reason = "; ".join(changes) or self._foreign_content(cache)
+        reason = "; ".join(changes) or foreign_content(self.workspace, lambda: self.source, cache)
         if reason:
             raise StaleCacheError(
                 f"{cache.path} is stale: {reason}; build it again with `gim-stage run`"
@@ -227,35 +209,6 @@ class Pipeline:
         """The stage that made a cache, in the cache's own folder."""
         space = replace(self.workspace, folder=cache.path.absolute().parent)
         return Pipeline(space, self._source).stage(cache.manifest.module)
-
-    def _foreign_content(self, cache: Cache) -> str:
-        """Why an input cache does not belong to what lies beside it; empty if nothing says so.
-
-        The weights, the cache below and, with a pipeline file, data and code are compared where
-        they are at hand; a cache that was moved away alone is believed.
-        """
-        index = cache.manifest.module
-        parts = cache.manifest.content.parts
-        beside = cache.path.absolute().parent
-        weights_path = beside / f"m{index}.safetensors"
-        below_path = beside / f"m{index - 1}.zarr"
-        if index == 1 and self.workspace.code_folder is not None:
-            if parts["input"] != self.source.content_digest():
-                return "the data of its source changed"
-        elif index > 1 and below_path.exists():
-            below = Cache(below_path)
-            if parts["input"] != below.content_digest():
-                return f"it was made from another {below_path.name} than the one beside it"
-            if reason := self._foreign_content(below):
-                return f"{below_path.name} below it: {reason}"
-        if not weights_path.exists():
-            return ""
-        weights = FrozenWeights.load(weights_path)
-        if weights.digest != parts["weights"]:
-            return f"it was made with other weights than {weights_path.name} beside it"
-        if self.workspace.code_folder is None:
-            return ""
-        return code_staleness(self.workspace, weights)
 
     def check(self) -> list[Shape]:
         """Check data, geometry and modules before anything runs, one module in memory at a time.
@@ -282,51 +235,35 @@ class Pipeline:
             chunk_bytes = shapes[-1].chunk_bytes(module.cache.chunk, len(self.source.ids))
         return shapes
 
-    def training_needs(self, shapes: list[Shape]) -> list[TrainingNeeds]:
-        """What decides the memory of each module's training, before anything is there."""
-        space, source = self.workspace, self.source
-        needs: list[TrainingNeeds] = []
-        item_bytes, chunk_items, views = source.item_bytes, 1, source.views or 0
-        chain = 0
-        for index, shape in enumerate(shapes, start=1):
-            config = space.module_config(index)
-            held = loader_bytes(
-                config.train,
-                samples=len(source.split("unlabeled")),
-                item_bytes=item_bytes,
-                chunk_items=chunk_items,
-                views=views,
-            )
-            needs.append(TrainingNeeds(step_spec(space, index, shape), held, chain))
-            layout = cache_layout(space, index, shape, source)
-            if layout.materialized:
-                chain = 0
-            else:
-                module = space.build(index, shape.cell_in[0])
-                chain += virtual_bytes(module, shape.cell_in, self.config, item_bytes, layout)
-            item_bytes, chunk_items, views = layout.sample_bytes, layout.chunk, layout.views - 1
-        return needs
+    def check_budget(self, shapes: list[Shape], *, start: int | None = None) -> None:
+        """Refuse a budget that a stage still to be made does not fit, before any work.
 
-    def _check_memory(self, shapes: list[Shape], start: int | None) -> None:
-        """Refuse a budget that a stage still to be made does not fit, before any work."""
-        for needs in self.training_needs(shapes):
+        Parameters
+        ----------
+        shapes : list of Shape
+            Of the modules that are asked for.
+        start : int, optional
+            Modules from this one on will be made again.
+
+        Raises
+        ------
+        OverBudgetError
+            Of several stages, for the one that needs most.
+        """
+        errors = []
+        budget = self.workspace.budget
+        for needs in chain_needs(self.workspace, self.source, shapes):
             index = needs.spec.index
             anew = start is not None and index >= start
-            if anew or not self.workspace.weights_path(index).exists():
-                self.plan_training(needs)
-            if anew or not self.workspace.cache_path(index).exists():
-                plan_forward(needs.spec, self.workspace.budget)
-
-    def plan_training(self, needs: TrainingNeeds) -> TrainingPlan:
-        """What training a module will take, within the budget."""
-        return plan_training(
-            needs.spec,
-            asked=self.workspace.module_config(needs.spec.index).train.micro_batch,
-            recorded=None,
-            loader=needs.loader,
-            chain=needs.chain,
-            budget=self.workspace.budget,
-        )
+            try:
+                if anew or not self.workspace.weights_path(index).exists():
+                    plan_training(needs, recorded=None, budget=budget)
+                if anew or not self.workspace.cache_path(index).exists():
+                    plan_forward(needs.spec, budget)
+            except OverBudgetError as error:
+                errors.append(error)
+        if errors:
+            raise max(errors, key=lambda error: error.needed)
 
     def run(
         self, *, start: int | None = None, until: int | None = None, workers: Workers | None = None
@@ -361,7 +298,7 @@ class Pipeline:
         if start is not None and start > last:
             raise ConfigError(f"is {start}, above --until {last}: nothing to make", key="--from")
         shapes = self.check()
-        self._check_memory(shapes[:last], start)
+        self.check_budget(shapes[:last], start=start)
         with exclusive(self.workspace.folder):
             if start is not None:
                 self.stage(start)  # what the first forgotten module needs is there

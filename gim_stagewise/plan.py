@@ -18,12 +18,17 @@ from gim_stagewise.errors import GimStageError, OverBudgetError
 from gim_stagewise.memory import Budget
 from gim_stagewise.pipeline import Pipeline, folder_bytes
 from gim_stagewise.sources import PatchSource, Request, read_stacked
-from gim_stagewise.stage.fit import TrainingPlan, plan_forward, smallest_training
+from gim_stagewise.stage.fit import (
+    TrainingPlan,
+    plan_forward,
+    plan_training,
+    smallest_training,
+)
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
+from gim_stagewise.stage.needs import cache_layout, chain_needs
 from gim_stagewise.stage.parallel import BASE_BYTES, extraction_workers
 from gim_stagewise.stage.project import block_bytes
 from gim_stagewise.stage.shape import Shape
-from gim_stagewise.stage.stage import cache_layout
 from gim_stagewise.units import format_bytes
 
 # Samples that an estimate of a cache's size looks at, within so many bytes.
@@ -138,14 +143,15 @@ def plan_pipeline(pipeline: Pipeline) -> PipelinePlan:
     """
     shapes = pipeline.check()
     space, source = pipeline.workspace, pipeline.source
+    pipeline.check_budget(shapes, start=1)
     sizes = _cache_sizes(pipeline, shapes)
     stages = []
     item_bytes = source.item_bytes
-    for needs, shape in zip(pipeline.training_needs(shapes), shapes, strict=True):
+    for needs, shape in zip(chain_needs(space, source, shapes), shapes, strict=True):
         spec = needs.spec
         index = spec.index
         layout = cache_layout(space, index, shape, source)
-        training = pipeline.plan_training(needs)
+        training = plan_training(needs, recorded=None, budget=space.budget)
         on_gpu = space.device.type == "cuda"
         forward = plan_forward(spec, space.budget)
         block = block_bytes(item_bytes, layout)
@@ -176,16 +182,17 @@ def plan_pipeline(pipeline: Pipeline) -> PipelinePlan:
 def smallest_budget(pipeline: Pipeline) -> Budget:
     """The smallest budgets that all stages of a pipeline work with."""
     shapes = pipeline.check()
-    needs = [
-        smallest_training(n.spec, loader=n.loader, chain=n.chain)
-        for n in pipeline.training_needs(shapes)
-    ]
+    needs = chain_needs(pipeline.workspace, pipeline.source, shapes)
+    least = [smallest_training(stage) for stage in needs]
     # A budget as large as can be, so that all is measured and nothing is refused.
     unlimited = Budget(device=2**62, host=2**62)
     plan = plan_pipeline(Pipeline(replace(pipeline.workspace, budget=unlimited)))
     return Budget(
-        device=max(*(device for device, _ in needs), *(s.extraction.forward for s in plan.stages)),
-        host=max(host for _, host in needs),
+        device=max(
+            *(budget.device or 0 for budget in least),
+            *(stage.extraction.forward for stage in plan.stages),
+        ),
+        host=max(budget.host or 0 for budget in least),
         disk=plan.disk("last"),
     )
 

@@ -129,7 +129,7 @@ def _without_weights(pipeline: Pipeline, stage: Stage, why: str, size: int) -> S
 
 def _with_weights(stage: Stage, weights: FrozenWeights, size: int) -> StageStatus:
     record = weights.record
-    cache, why = stage.current_cache(stage.manifest(weights))
+    cache, why = stage.outputs.current(stage.outputs.manifest(weights))
     if cache is None:
         if not why:
             return StageStatus(stage.index, "frozen", "its cache is not there yet", record=record)

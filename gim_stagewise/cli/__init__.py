@@ -5,6 +5,7 @@ Heavy imports happen inside commands, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import os
 import signal
 import traceback
 from types import FrameType
@@ -74,6 +75,9 @@ def main() -> None:
     Example:
       gim-stage run pipelines/digits.toml
     """
+    # Read by PyTorch when it is imported: large tensors in pages of 2 MB, where the system has
+    # them. Memory that comes and goes, as it does under a budget, is then cheap.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 for _command in (run, plan, prove, train, extract, probe, status, inspect, clean, plot):

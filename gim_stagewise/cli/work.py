@@ -175,12 +175,14 @@ def train(
       gim-stage train --module 1 --pipeline pipelines/digits.toml
       gim-stage train --module 2 --input cache/digits/m1.zarr
     """
+    from gim_stagewise.stage.fit import smallest_training
+
     progress = options.progress_for(quiet=quiet, verbose=verbose)
     pipeline = options.pipeline_from(pipeline_file, input_path, folder, device, progress)
     with options.naming(pipeline_file):
         sizes = options.Sizes(allowed_mem, allowed_host_mem)
-        least = pipeline.stage(index, input_path).smallest_budget
-        pipeline = options.limited(pipeline, sizes, least)
+        needs = pipeline.stage(index, input_path).needs
+        pipeline = options.limited(pipeline, sizes, lambda: smallest_training(needs))
         weights, trained = pipeline.stage(index, input_path).train(force=force)
     path = pipeline.workspace.weights_path(index)
     record = weights.record
@@ -241,14 +243,18 @@ def extract(
       gim-stage extract --module 2 --input cache/digits/m1.zarr --workers 2
     """
     from gim_stagewise.pipeline import folder_bytes
+    from gim_stagewise.stage.fit import smallest_training
     from gim_stagewise.units import format_bytes
 
     progress = options.progress_for(quiet=quiet, verbose=False)
     workers = options.workers_from(worker_count, scheduler)
     pipeline = options.pipeline_from(pipeline_file, input_path, folder, device, progress)
     with options.naming(pipeline_file):
-        least = pipeline.stage(index, input_path).smallest_budget
-        pipeline = options.limited(pipeline, options.Sizes(None, allowed_host_mem), least)
+        needs, sizes = (
+            pipeline.stage(index, input_path).needs,
+            options.Sizes(None, allowed_host_mem),
+        )
+        pipeline = options.limited(pipeline, sizes, lambda: smallest_training(needs))
         stage = pipeline.stage(index, input_path)
         manifest, extracted = stage.extract(stage.load_weights(), force=force, workers=workers)
     path = pipeline.workspace.cache_path(index)

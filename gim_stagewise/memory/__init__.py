@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from gim_stagewise.memory.budget import Budget, use_lean_allocator
+from gim_stagewise.memory.allocator import release_freed, use_lean_allocator
+from gim_stagewise.memory.budget import Budget
 from gim_stagewise.memory.count import StorageCounter, make_fake
 from gim_stagewise.memory.limits import available_host_bytes
 from gim_stagewise.memory.peak import PeakMeter, resident_bytes, warm_up
@@ -13,6 +14,7 @@ __all__ = [
     "StorageCounter",
     "available_host_bytes",
     "make_fake",
+    "release_freed",
     "resident_bytes",
     "use_lean_allocator",
     "warm_up",

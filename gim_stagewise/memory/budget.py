@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from dataclasses import dataclass
 
 import torch
 
 from gim_stagewise.memory.limits import available_host_bytes
 from gim_stagewise.memory.peak import resident_bytes
-
-# Buffers from this size on go back to the system as soon as they are free, in lean mode.
-_LEAN_BUFFER_BYTES = 1_000_000
-_M_MMAP_THRESHOLD = -3
 
 
 @dataclass(frozen=True)
@@ -48,16 +42,3 @@ class Budget:
 
     def host_bytes(self) -> int:
         return available_host_bytes() + resident_bytes() if self.host is None else self.host
-
-
-def use_lean_allocator() -> None:
-    """Make the C library return large buffers to the system as soon as they are free.
-
-    By default glibc keeps freed buffers of up to 32 MB, for speed; with tensors of that size coming
-    and going, a process then holds about twice what is in use (benchmarks/memory.py). For good in
-    this process; results do not change.
-    """
-    if sys.platform.startswith("linux"):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, _LEAN_BUFFER_BYTES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import resource
 import sys
@@ -10,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+
+from gim_stagewise.memory.allocator import trim_heap
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -78,14 +79,6 @@ def _reset_high_water_mark() -> None:
         _CLEAR_REFS.write_text("5")
     except OSError:  # not Linux, or not allowed: the mark is then that of the whole process
         return
-
-
-def trim_heap() -> None:
-    """Give freed memory back to the system, where the C library can."""
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def warm_up(device: torch.device) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
 from gim_stagewise.errors import OverBudgetError
 from gim_stagewise.memory import Budget, resident_bytes
+from gim_stagewise.stage.needs import TrainingNeeds
 from gim_stagewise.stage.project import (
     NOISE_BYTES,
     StepMemory,
@@ -80,29 +80,14 @@ class _Room:
         return self.bytes + self.beside
 
 
-def plan_training(
-    spec: StepSpec,
-    *,
-    asked: int | Literal["auto"] | None,
-    recorded: int | None,
-    loader: int,
-    chain: int,
-    budget: Budget,
-) -> TrainingPlan:
+def plan_training(needs: TrainingNeeds, *, recorded: int | None, budget: Budget) -> TrainingPlan:
     """Choose the micro-batch, and check it against the budget.
 
     Parameters
     ----------
-    spec : StepSpec
-        Its micro-batch is replaced.
-    asked : int, "auto" or None
-        What the file says; None for a batch in one pass.
+    needs : TrainingNeeds
     recorded : int or None
         What "auto" came to when a training that is unfinished began; it is not changed.
-    loader : int
-        Bytes of samples that the loader holds.
-    chain : int
-        Bytes of modules below, where inputs are not stored; see `TrainingPlan`.
     budget : Budget
 
     Raises
@@ -110,10 +95,11 @@ def plan_training(
     OverBudgetError
         If it does not fit; the message names both numbers and the micro-batch that would.
     """
+    spec = needs.spec
+    asked = spec.config.stage(spec.index).train.micro_batch
     size = recorded or (asked if isinstance(asked, int) else spec.rows)
     spec = replace(spec, micro_batch=size)
-    nothing, on_gpu = StepMemory({}, 0, ""), spec.device == "cuda"
-    plan = TrainingPlan(size, nothing, loader, chain, _best_weights(spec), resident_bytes(), on_gpu)
+    plan = _plan(needs, size, StepMemory({}, 0, ""))
     room = _room(plan, budget)
     step = project_step(spec, allowed=room.bytes)
     if step.total > room.bytes:
@@ -126,31 +112,26 @@ def plan_training(
     if plan.host > allowed_host:
         raise OverBudgetError(
             f"module {spec.index} projects {format_bytes(plan.host)} of host memory for training "
-            f"({format_bytes(plan.base)} the process, {format_bytes(loader)} samples to be mixed), "
-            f"allowed {format_bytes(allowed_host)}: lower module.{spec.index}.train.shuffle_window,"
-            f" or allow --allowed-host-mem {format_bytes(plan.host).replace(' ', '')}"
+            f"({format_bytes(plan.base)} the process, {format_bytes(plan.loader)} samples to be "
+            f"mixed), allowed {format_bytes(allowed_host)}: lower "
+            f"module.{spec.index}.train.shuffle_window, or allow --allowed-host-mem "
+            f"{_round_up(plan.host)}"
         )
     return plan
 
 
-def smallest_training(spec: StepSpec, *, loader: int, chain: int) -> tuple[int, int]:
-    """The smallest budgets that a training works with, one patch at a time.
-
-    Returns
-    -------
-    (int, int)
-        Bytes of the device, and of the host with the process itself.
-    """
-    step = project_step(replace(spec, micro_batch=1), exact=True)
-    plan = TrainingPlan(
-        1, step, loader, chain, _best_weights(spec), resident_bytes(), spec.device == "cuda"
-    )
-    return plan.device, plan.host
+def smallest_training(needs: TrainingNeeds) -> Budget:
+    """The smallest budgets that a training works with, one patch at a time."""
+    step = project_step(replace(needs.spec, micro_batch=1), exact=True)
+    plan = _plan(needs, 1, step)
+    return Budget(plan.device, plan.host)
 
 
-def _best_weights(spec: StepSpec) -> int:
-    """Bytes of the best weights so far, and of those that are about to replace them."""
-    return 2 * sum(p.nbytes for p in spec.module().parameters())
+def _plan(needs: TrainingNeeds, size: int, step: StepMemory) -> TrainingPlan:
+    # The best weights so far, and those that are about to replace them.
+    weights = 2 * sum(parameter.nbytes for parameter in needs.spec.module().parameters())
+    on_gpu = needs.spec.device == "cuda"
+    return TrainingPlan(size, step, needs.loader, needs.chain, weights, resident_bytes(), on_gpu)
 
 
 def _room(plan: TrainingPlan, budget: Budget) -> _Room:
@@ -182,7 +163,8 @@ def _largest_micro_batch(spec: StepSpec, step: StepMemory, room: _Room) -> tuple
             f"module {spec.index} needs {format_bytes(needed)} for training even with "
             f"micro_batch = 1 ({format_bytes(room.beside)} beside the step, {format_bytes(fixed)} "
             f"parameters, gradients and optimizer), allowed {format_bytes(room.allowed)}: the "
-            f"smallest workable value is {room.option} {_round_up(needed)}"
+            f"smallest workable value is {room.option} {_round_up(needed)}",
+            needed=needed,
         )
     # Bytes grow evenly with the micro-batch, so that two of them say where the room ends.
     slope = max(1.0, (step.total - one.total) / max(1, spec.micro_batch - 1))
@@ -211,7 +193,8 @@ def plan_forward(spec: StepSpec, budget: Budget) -> int:
         raise OverBudgetError(
             f"module {spec.index} projects {format_bytes(forward)} for extraction, allowed "
             f"{format_bytes(allowed)}: lower extract.batch from {spec.config.extract.batch}, "
-            f"or allow --allowed-mem {_round_up(forward)}"
+            f"or allow --allowed-mem {_round_up(forward)}",
+            needed=forward,
         )
     return forward
 

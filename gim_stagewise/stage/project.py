@@ -85,6 +85,12 @@ class StepSpec:
         """Patches in a batch."""
         return math.prod(self.shape)
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """All of it, hashable."""
+        own = (value for name, value in vars(self).items() if name != "config")
+        return (self.config.model_dump_json(), *own)
+
     def module(self) -> nn.Module:
         space = Workspace(self.config, "", Path(), self.code_folder, torch.device(self.device))
         return space.build(self.index, self.cell[0])
@@ -166,6 +172,7 @@ class _AnyBatch:
 
 # What was projected before in this process; a plan and the run after it ask for the same.
 _known: dict[tuple[Any, ...], StepMemory] = {}
+_known_forwards: dict[tuple[Any, ...], int] = {}
 
 
 def project_step(spec: StepSpec, *, allowed: int | None = None, exact: bool = False) -> StepMemory:
@@ -179,8 +186,7 @@ def project_step(spec: StepSpec, *, allowed: int | None = None, exact: bool = Fa
     exact : bool
         Measure the workspace also where it hardly matters.
     """
-    own = (v for k, v in vars(spec).items() if k != "config")
-    key = (spec.config.model_dump_json(), exact, *own)
+    key = (exact, *spec.key)
     if key not in _known:
         memory = _project_step(spec, allowed, exact=exact)
         if allowed is not None and memory.total > allowed:
@@ -317,6 +323,13 @@ def project_forward(spec: StepSpec, *, measure: bool = True) -> int:
 
     Without ``measure``, an estimate of the workspace stands for its measurement.
     """
+    key = (measure, *spec.key)
+    if key not in _known_forwards:
+        _known_forwards[key] = _project_forward(spec, measure=measure)
+    return _known_forwards[key]
+
+
+def _project_forward(spec: StepSpec, *, measure: bool) -> int:
     try:
         counted = forward_bytes(spec.module(), spec.cell, spec.config.extract.batch)
     except Exception:

@@ -7,23 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
-from torch import nn
 
-from gim_stagewise.cache import (
-    Cache,
-    CacheLayout,
-    CacheWriter,
-    Digest,
-    Manifest,
-    auto_chunk,
-    discard_cache,
-    metadata_problem,
-    read_manifest,
-)
-from gim_stagewise.config import PipelineConfig
+from gim_stagewise.cache import Cache, Digest, Manifest
 from gim_stagewise.errors import (
     CacheNotFoundError,
     ConfigError,
@@ -31,31 +18,21 @@ from gim_stagewise.errors import (
     StaleCacheError,
 )
 from gim_stagewise.lock import exclusive
-from gim_stagewise.memory import Budget, PeakMeter, use_lean_allocator, warm_up
+from gim_stagewise.memory import PeakMeter, use_lean_allocator, warm_up
 from gim_stagewise.objectives import build_objective
 from gim_stagewise.sources import Source
 from gim_stagewise.stage import identity
 from gim_stagewise.stage.checkpoint import FrozenWeights, module_tensors, peek_checkpoint
 from gim_stagewise.stage.code import code_staleness
-from gim_stagewise.stage.extract import BlockJob, VirtualCache, extract
-from gim_stagewise.stage.fit import TrainingPlan, plan_forward, plan_training, smallest_training
-from gim_stagewise.stage.freeze import (
-    FrozenModule,
-    behaviour_digest,
-    numerics,
-    training_digest,
-)
-from gim_stagewise.stage.loader import loader_bytes
-from gim_stagewise.stage.parallel import BASE_BYTES, Workers, choose_executor
-from gim_stagewise.stage.project import (
-    StepSpec,
-    block_bytes,
-    forward_bytes,
-    step_spec,
-)
+from gim_stagewise.stage.extract import VirtualCache
+from gim_stagewise.stage.fit import TrainingPlan, plan_training
+from gim_stagewise.stage.freeze import FrozenModule, behaviour_digest, training_digest
+from gim_stagewise.stage.needs import TrainingNeeds, stage_needs
+from gim_stagewise.stage.outputs import StageOutputs
+from gim_stagewise.stage.parallel import Workers
 from gim_stagewise.stage.shape import Cell, Shape, check_shape
 from gim_stagewise.stage.train import TrainJob, train_module
-from gim_stagewise.stage.workspace import Workspace, with_absolute_places
+from gim_stagewise.stage.workspace import Workspace
 
 IN_PROCESS = Workers(0)
 
@@ -183,44 +160,15 @@ class Stage:
             )
 
     @property
-    def spec(self) -> StepSpec:
-        """What decides the memory of a training step."""
-        return step_spec(self.workspace, self.index, self.shape)
-
-    @property
-    def loader_bytes(self) -> int:
-        """Bytes of samples that are held while the module trains."""
-        return loader_bytes(
-            self._config.train,
-            samples=len(self.source.split("unlabeled")),
-            item_bytes=self.source.item_bytes,
-            chunk_items=self.source.chunk_items,
-            views=self.source.views or 0,
-        )
-
-    @property
-    def chain_bytes(self) -> int:
-        """Bytes that modules below take to compute an input that is not stored."""
-        return chain_bytes(self.source)
-
-    def smallest_budget(self) -> Budget:
-        """The smallest budgets that training works with."""
-        device, host = smallest_training(
-            self.spec, loader=self.loader_bytes, chain=self.chain_bytes
-        )
-        return Budget(device, host)
+    def needs(self) -> TrainingNeeds:
+        """What decides the memory of training."""
+        return stage_needs(self.workspace, self.index, self.shape, self.source)
 
     def plan_training(self) -> TrainingPlan:
         """What training will take, within the budget (see `gim_stagewise.stage.fit`)."""
         begun = peek_checkpoint(self.workspace.checkpoint_path(self.index), run=self.run_digest)
-        return plan_training(
-            self.spec,
-            asked=self._config.train.micro_batch,
-            recorded=None if begun is None else begun["micro_batch"],
-            loader=self.loader_bytes,
-            chain=self.chain_bytes,
-            budget=self.workspace.budget,
-        )
+        recorded = None if begun is None else begun["micro_batch"]
+        return plan_training(self.needs, recorded=recorded, budget=self.workspace.budget)
 
     def _train(self) -> FrozenWeights:
         space = self.workspace
@@ -276,7 +224,11 @@ class Stage:
             on_step=None if step_listener is None else lambda n: step_listener(self.index, n),
         )
 
-    # Cache
+    # Outputs
+
+    @cached_property
+    def outputs(self) -> StageOutputs:
+        return StageOutputs(self.workspace, self.index, self.source, self.shape)
 
     def extract(
         self, weights: FrozenWeights, *, force: bool = False, workers: Workers = IN_PROCESS
@@ -288,55 +240,7 @@ class Stage:
         (Manifest, bool)
             The sealed cache's manifest, and whether work was done now.
         """
-        manifest = self.manifest(weights)
-        with exclusive(self.workspace.folder):
-            if force:
-                discard_cache(self.workspace.cache_path(self.index))
-            found, reason = self.current_cache(manifest)
-            if found is not None and found.sealed:
-                return found, False
-            if reason:
-                self._note(f"cache built again: {reason}")
-            return self._extract(weights, manifest, workers), True
-
-    def _extract(self, weights: FrozenWeights, manifest: Manifest, workers: Workers) -> Manifest:
-        space, source = self.workspace, self.source
-        # Before anything is replaced: these weights fit the module as it is built now.
-        self._frozen(weights, torch.device("cpu"))
-        on_gpu = space.device.type == "cuda"
-        forward = plan_forward(self.spec, space.budget)
-        block = block_bytes(source.item_bytes, manifest.layout)
-        executor = choose_executor(
-            workers,
-            threads=space.config.extract.threads,
-            on_gpu=on_gpu,
-            worker_bytes=BASE_BYTES + block + (0 if on_gpu else forward),
-            host_bytes=space.budget.host_bytes(),
-        )
-        writer = CacheWriter(space.cache_path(self.index).absolute(), manifest, source)
-        job = self._block_job(weights, manifest, writer.staging)
-        return extract(job, writer, source, executor, space.progress)
-
-    def _block_job(self, weights: FrozenWeights, manifest: Manifest, staging: Path) -> BlockJob:
-        space, source = self.workspace, self.source
-        below: Path | BlockJob | None = None
-        if isinstance(source, VirtualCache):
-            below = source.job
-        elif isinstance(source, Cache):
-            below = source.path.absolute()
-        return BlockJob(
-            config=with_absolute_places(space.config),
-            code_folder=space.code_folder,
-            input=below,
-            in_channels=self._cell[0],
-            device=space.device.type,
-            weights=weights.tensors,
-            builder_source=space.builder(self.index).source_digest,
-            input_content=self.input_content,
-            cache=space.cache_path(self.index).absolute(),
-            staging=staging,
-            manifest=manifest,
-        )
+        return self.outputs.extract(weights, force=force, workers=workers)
 
     def virtual_cache(self) -> VirtualCache:
         """The module's outputs, computed when they are read.
@@ -346,140 +250,7 @@ class Stage:
         CacheNotFoundError, StaleCacheError
             If there are no current weights, or no cache of their embeddings.
         """
-        weights = self.load_weights()
-        job = self._block_job(weights, self.manifest(weights), Path())
-        return VirtualCache(job, self.source)
-
-    def current_cache(self, wanted: Manifest) -> tuple[Manifest | None, str]:
-        """A cache that can be kept, or gone on with; else None and the reason, if there is one."""
-        try:
-            found = read_manifest(self.workspace.cache_path(self.index))
-        except CacheNotFoundError:
-            return None, ""
-        except CorruptCacheError as error:
-            return None, str(error)
-        changes = identity.cache_differences(found, wanted.recipe, wanted.content)
-        if changes:
-            return None, "; ".join(changes)
-        # Where old activations may go, those that are gone are computed if they are needed again.
-        may_go = self.workspace.config.keep != "all"
-        if wanted.layout.materialized and not found.layout.materialized and not may_go:
-            return None, "its activations are not stored"
-        return (None, damage) if found.sealed and (damage := self._damage(found)) else (found, "")
-
-    def _damage(self, manifest: Manifest) -> str:
-        """What is wrong with a sealed cache that can be seen without reading its chunks."""
-        path = self.workspace.cache_path(self.index)
-        if problem := metadata_problem(path, manifest):
-            return f"damaged: {problem}"
-        missing = self._missing_chunks(manifest)
-        return f"damaged: {missing} chunk files are missing" if missing else ""
-
-    def _missing_chunks(self, manifest: Manifest) -> int:
-        path = self.workspace.cache_path(self.index)
-        blocks = manifest.layout.blocks(self.source)
-        files = [file for block in blocks for file in manifest.layout.chunk_files(block)]
-        return sum(not (path / file).is_file() for file in files)
-
-    def _frozen(self, weights: FrozenWeights, device: torch.device) -> FrozenModule:
-        module = self.workspace.build(self.index, self._cell[0])
-        try:
-            module.load_state_dict(weights.tensors)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise StaleCacheError(
-                f"{self.workspace.weights_path(self.index)} does not fit the module that "
-                f"{self._config.build!r} builds now: {reason}; train module {self.index} again"
-            ) from None
-        return FrozenModule(module, device)
-
-    def manifest(self, weights: FrozenWeights) -> Manifest:
-        """What a cache of these weights' outputs would say about itself, unsealed."""
-        space, cache = self.workspace, self._config.cache
-        layout = cache_layout(space, self.index, self.shape, self.source)
-        record = numerics(space.device, space.config.extract, cache)
-        content = identity.cache_content(
-            weights,
-            self._config,
-            input_content=self.input_content,
-            in_shape=self._cell,
-            views=layout.views,
-            numerics=record,
-        )
-        return Manifest(
-            pipeline=space.config.name,
-            module=self.index,
-            pipeline_text=space.text,
-            recipe=identity.resolved(
-                identity.cache_recipe(space.config, self.index), weights.recipe.parts
-            ),
-            content=content,
-            numerics=record,
-            precision={"name": cache.precision, "decode": None},
-            stored_operation=None,
-            encoding="patch",
-            layout=layout,
-        )
+        return self.outputs.virtual(self.load_weights())
 
     def _note(self, text: str) -> None:
         self.workspace.progress.note(f"module {self.index}: {text}")
-
-
-def chain_bytes(source: Source) -> int:
-    """Bytes of the modules, and of their blocks, that compute what a source does not store."""
-    total = 0
-    while isinstance(source, VirtualCache):
-        job, below = source.job, source.source
-        space = Workspace(job.config, "", Path(), job.code_folder, torch.device("cpu"))
-        module = space.build(job.manifest.module, job.in_channels)
-        size = job.config.patches.size
-        cell = (
-            below.manifest.layout.cell
-            if isinstance(below, Cache)
-            else (job.in_channels, size, size)
-        )
-        total += virtual_bytes(module, cell, job.config, below.item_bytes, source.manifest.layout)
-        source = below
-    return total
-
-
-def virtual_bytes(
-    module: nn.Module,
-    cell: tuple[int, ...],
-    config: PipelineConfig,
-    item_bytes: int,
-    layout: CacheLayout,
-) -> int:
-    """Bytes that one frozen module takes to compute blocks on demand; uses the module up."""
-    try:
-        forward = forward_bytes(module, cell, config.extract.batch)
-    except Exception:  # a module that has to run to be counted
-        forward = sum(parameter.nbytes for parameter in module.parameters())
-    return forward + block_bytes(item_bytes, layout)
-
-
-def cache_layout(workspace: Workspace, index: int, shape: Shape, source: Source) -> CacheLayout:
-    """How the cache of module ``index`` is laid out, whether it is there or not.
-
-    Parameters
-    ----------
-    workspace : Workspace
-    index : int
-    shape : Shape
-        Of the module.
-    source : Source
-        Anything with the dataset's samples.
-    """
-    cache, augment = workspace.module_config(index).cache, workspace.config.augment
-    layout = CacheLayout(
-        samples=len(source.ids),
-        views=1 + (augment.views if augment.random else 0),
-        grid=shape.grid,
-        cell=shape.cell_out,
-        embedding=shape.embedding,
-        chunk=1,
-        codec=cache.codec,
-        materialized=cache.materialize == "always",
-    )
-    chunk = auto_chunk(layout.sample_bytes) if cache.chunk == "auto" else cache.chunk
-    return replace(layout, chunk=min(chunk, layout.samples))

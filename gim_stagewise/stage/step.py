@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gim_stagewise.config import TrainConfig
 from gim_stagewise.errors import ConfigError
+from gim_stagewise.memory import release_freed
 from gim_stagewise.models import pool
 from gim_stagewise.objectives import InfoNCE
 from gim_stagewise.windows import Span, even_ranges
@@ -63,6 +64,7 @@ class MicroBatches:
 
     def embed(self, module: nn.Module, batch: Batch, number: int) -> Tensor:
         """Embeddings [row, channel] of one micro-batch; activations are let go of."""
+        release_freed()
         rows = self.of(batch)[number]
         # On the CPU nothing but its generator draws; on a GPU, that of the GPU.
         devices = [self.device] if self.device.type == "cuda" else []

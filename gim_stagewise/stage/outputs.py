@@ -1,0 +1,189 @@
+"""The cache of one module's outputs: what it should be, whether it is, and making it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from gim_stagewise.cache import (
+    Cache,
+    CacheWriter,
+    Manifest,
+    discard_cache,
+    metadata_problem,
+    read_manifest,
+)
+from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError, StaleCacheError
+from gim_stagewise.lock import exclusive
+from gim_stagewise.sources import Source
+from gim_stagewise.stage import identity
+from gim_stagewise.stage.checkpoint import FrozenWeights
+from gim_stagewise.stage.extract import BlockJob, VirtualCache, extract
+from gim_stagewise.stage.fit import plan_forward
+from gim_stagewise.stage.freeze import FrozenModule, numerics
+from gim_stagewise.stage.needs import cache_layout
+from gim_stagewise.stage.parallel import BASE_BYTES, Workers, choose_executor
+from gim_stagewise.stage.project import block_bytes, step_spec
+from gim_stagewise.stage.shape import Shape
+from gim_stagewise.stage.workspace import Workspace, with_absolute_places
+
+
+class StageOutputs:
+    """The outputs of one frozen module for the whole dataset.
+
+    Parameters
+    ----------
+    workspace : Workspace
+    index : int
+        The module's number, from 1.
+    source : Source
+        The module's input.
+    shape : Shape
+        What goes into it and comes out.
+    """
+
+    def __init__(self, workspace: Workspace, index: int, source: Source, shape: Shape) -> None:
+        self.workspace = workspace
+        self.index = index
+        self.source = source
+        self.shape = shape
+        self._config = workspace.module_config(index)
+
+    def extract(
+        self, weights: FrozenWeights, *, force: bool = False, workers: Workers
+    ) -> tuple[Manifest, bool]:
+        """Build the module's cache, or go on building it, unless a valid one is there.
+
+        Returns
+        -------
+        (Manifest, bool)
+            The sealed cache's manifest, and whether work was done now.
+        """
+        manifest = self.manifest(weights)
+        with exclusive(self.workspace.folder):
+            if force:
+                discard_cache(self.workspace.cache_path(self.index))
+            found, reason = self.current(manifest)
+            if found is not None and found.sealed:
+                return found, False
+            if reason:
+                self._note(f"cache built again: {reason}")
+            return self._extract(weights, manifest, workers), True
+
+    def _extract(self, weights: FrozenWeights, manifest: Manifest, workers: Workers) -> Manifest:
+        space, source = self.workspace, self.source
+        # Before anything is replaced: these weights fit the module as it is built now.
+        self._frozen(weights, torch.device("cpu"))
+        on_gpu = space.device.type == "cuda"
+        forward = plan_forward(step_spec(space, self.index, self.shape), space.budget)
+        block = block_bytes(source.item_bytes, manifest.layout)
+        executor = choose_executor(
+            workers,
+            threads=space.config.extract.threads,
+            on_gpu=on_gpu,
+            worker_bytes=BASE_BYTES + block + (0 if on_gpu else forward),
+            host_bytes=space.budget.host_bytes(),
+        )
+        writer = CacheWriter(space.cache_path(self.index).absolute(), manifest, source)
+        job = self._block_job(weights, manifest, writer.staging)
+        return extract(job, writer, source, executor, space.progress)
+
+    def _block_job(self, weights: FrozenWeights, manifest: Manifest, staging: Path) -> BlockJob:
+        space, source = self.workspace, self.source
+        below: Path | BlockJob | None = None
+        if isinstance(source, VirtualCache):
+            below = source.job
+        elif isinstance(source, Cache):
+            below = source.path.absolute()
+        return BlockJob(
+            config=with_absolute_places(space.config),
+            code_folder=space.code_folder,
+            input=below,
+            in_channels=self.shape.cell_in[0],
+            device=space.device.type,
+            weights=weights.tensors,
+            builder_source=space.builder(self.index).source_digest,
+            input_content=self.source.content_digest(),
+            cache=space.cache_path(self.index).absolute(),
+            staging=staging,
+            manifest=manifest,
+        )
+
+    def virtual(self, weights: FrozenWeights) -> VirtualCache:
+        """The outputs, computed when they are read."""
+        return VirtualCache(self._block_job(weights, self.manifest(weights), Path()), self.source)
+
+    def current(self, wanted: Manifest) -> tuple[Manifest | None, str]:
+        """A cache that can be kept, or gone on with; else None and the reason, if there is one."""
+        try:
+            found = read_manifest(self.workspace.cache_path(self.index))
+        except CacheNotFoundError:
+            return None, ""
+        except CorruptCacheError as error:
+            return None, str(error)
+        changes = identity.cache_differences(found, wanted.recipe, wanted.content)
+        if changes:
+            return None, "; ".join(changes)
+        # Where old activations may go, those that are gone are computed if they are needed again.
+        may_go = self.workspace.config.keep != "all"
+        if wanted.layout.materialized and not found.layout.materialized and not may_go:
+            return None, "its activations are not stored"
+        return (None, damage) if found.sealed and (damage := self._damage(found)) else (found, "")
+
+    def _damage(self, manifest: Manifest) -> str:
+        """What is wrong with a sealed cache that can be seen without reading its chunks."""
+        path = self.workspace.cache_path(self.index)
+        if problem := metadata_problem(path, manifest):
+            return f"damaged: {problem}"
+        missing = self._missing_chunks(manifest)
+        return f"damaged: {missing} chunk files are missing" if missing else ""
+
+    def _missing_chunks(self, manifest: Manifest) -> int:
+        path = self.workspace.cache_path(self.index)
+        blocks = manifest.layout.blocks(self.source)
+        files = [file for block in blocks for file in manifest.layout.chunk_files(block)]
+        return sum(not (path / file).is_file() for file in files)
+
+    def _frozen(self, weights: FrozenWeights, device: torch.device) -> FrozenModule:
+        module = self.workspace.build(self.index, self.shape.cell_in[0])
+        try:
+            module.load_state_dict(weights.tensors)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise StaleCacheError(
+                f"{self.workspace.weights_path(self.index)} does not fit the module that "
+                f"{self._config.build!r} builds now: {reason}; train module {self.index} again"
+            ) from None
+        return FrozenModule(module, device)
+
+    def manifest(self, weights: FrozenWeights) -> Manifest:
+        """What a cache of these weights' outputs would say about itself, unsealed."""
+        space, cache = self.workspace, self._config.cache
+        layout = cache_layout(space, self.index, self.shape, self.source)
+        record = numerics(space.device, space.config.extract, cache)
+        content = identity.cache_content(
+            weights,
+            self._config,
+            input_content=self.source.content_digest(),
+            in_shape=self.shape.cell_in,
+            views=layout.views,
+            numerics=record,
+        )
+        return Manifest(
+            pipeline=space.config.name,
+            module=self.index,
+            pipeline_text=space.text,
+            recipe=identity.resolved(
+                identity.cache_recipe(space.config, self.index), weights.recipe.parts
+            ),
+            content=content,
+            numerics=record,
+            precision={"name": cache.precision, "decode": None},
+            stored_operation=None,
+            encoding="patch",
+            layout=layout,
+        )
+
+    def _note(self, text: str) -> None:
+        self.workspace.progress.note(f"module {self.index}: {text}")
