@@ -91,8 +91,8 @@ class RandomPatches:
     def rows(self) -> int:
         return self.shape[0] * self.shape[1] * self.shape[2]
 
-    def read(self, rows: Span) -> torch.Tensor:
-        return torch.rand(len(rows), *self.cell)
+    def read(self, rows: Span, device: torch.device) -> torch.Tensor:
+        return torch.rand(len(rows), *self.cell).to(device)
 
 
 def fresh(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:

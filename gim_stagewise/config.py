@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -28,6 +29,9 @@ from gim_stagewise.errors import ConfigError
 from gim_stagewise.units import parse_bytes
 
 ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
+# How activations can be stored; see `gim_stagewise.cache.precision`.
+PRECISIONS = ("float32", "float16", "bfloat16", "float8_e4m3", "uint8")
+BITROUND = r"bitround-([1-9]|1\d|2[0-2])"
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -112,14 +116,28 @@ class TrainConfig(_Table):
     checkpoint_every: PositiveInt = 100
 
 
+def _known_precision(name: str) -> str:
+    if name not in PRECISIONS and not re.fullmatch(BITROUND, name):
+        raise ValueError(
+            f"expected one of {', '.join(PRECISIONS)}, or bitround-N with N bits of mantissa, 1 to "
+            "22"
+        )
+    return name
+
+
 class CacheConfig(_Table):
     """How a module's outputs are stored.
 
-    ``chunk`` counts samples; "auto" aims at 4 MB or more. With ``materialize = "never"`` embeddings
-    alone are stored, and the next module's input is computed whenever it is read.
+    For ``precision`` see `gim_stagewise.cache.precision`; a cache whose relative L2 error is above
+    ``max_error`` is refused. ``stored_operation = "auto"`` stores activations after the
+    operation that the next module begins with. ``chunk`` counts samples; "auto" aims at 4 MB or
+    more. With ``materialize = "never"`` embeddings alone are stored, and the next module's input is
+    computed whenever it is read.
     """
 
-    precision: Literal["float32"] = "float32"
+    precision: Annotated[str, AfterValidator(_known_precision)] = "float32"
+    max_error: PositiveFloat | None = None
+    stored_operation: Literal["auto", "none"] = "auto"
     codec: Literal["lz4", "zstd", "none"] = "lz4"
     chunk: PositiveInt | Literal["auto"] = "auto"
     materialize: Literal["always", "never"] = "always"

@@ -82,6 +82,10 @@ class OverBudgetError(GimStageError, MemoryError):
         super().__init__(message)
 
 
+class PrecisionLossError(GimStageError, ValueError):
+    """Values cannot be stored in the precision asked for, or not as exactly as is asked for."""
+
+
 class NonFiniteError(GimStageError, ArithmeticError):
     """NaN or infinity turned up in training or in activations."""
 

@@ -232,7 +232,7 @@ class Pipeline:
                 stage=index,
             )
             cell = shapes[-1].cell_out
-            chunk_bytes = shapes[-1].chunk_bytes(module.cache.chunk, len(self.source.ids))
+            chunk_bytes = shapes[-1].chunk_bytes(module.cache, len(self.source.ids))
         return shapes
 
     def check_budget(self, shapes: list[Shape], *, start: int | None = None) -> None:

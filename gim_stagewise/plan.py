@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +14,10 @@ from einops import rearrange
 from numcodecs import blosc
 from numpy.typing import NDArray
 
-from gim_stagewise.cache import CacheLayout, read_manifest
+from gim_stagewise.cache import CacheLayout, Precision, read_manifest
 from gim_stagewise.errors import GimStageError, OverBudgetError
 from gim_stagewise.memory import Budget
+from gim_stagewise.models import INPUT_OPERATIONS
 from gim_stagewise.pipeline import Pipeline, folder_bytes
 from gim_stagewise.sources import PatchSource, Request, read_stacked
 from gim_stagewise.stage.fit import (
@@ -265,16 +267,21 @@ def _encoded_bytes(pipeline: Pipeline, shapes: list[Shape]) -> Iterator[tuple[fl
             update={"batch": min(space.config.extract.batch, len(rows))}
         )
         frozen = FrozenModule(space.build(index, shape.cell_in[0]), torch.device("cpu"))
+        cache = space.module_config(index).cache
         rows, _ = frozen_forward(frozen, rows, config)
-        codec = space.module_config(index).cache.codec
-        yield _encoded(rows.numpy(), codec) / count, count
+        op = shapes[index].input_op if index < len(shapes) else None
+        if op is not None and cache.stored_operation == "auto":
+            rows = INPUT_OPERATIONS[op](rows)
+        extremes = rows.transpose(0, 1).flatten(1).aminmax(dim=1)
+        stored, _ = Precision(cache.precision).calibrated(*extremes).encode(rows)
+        yield _encoded(stored.numpy(), cache.codec) / count, count
 
 
 def _sample_bytes(shape: Shape) -> int:
     return 4 * math.prod(shape.grid) * math.prod(shape.cell_out)
 
 
-def _encoded(values: NDArray[np.float32], codec: str) -> int:
+def _encoded(values: NDArray[Any], codec: str) -> int:
     if codec == "none":
         return values.nbytes
     level = {"lz4": 5, "zstd": 1}[codec]

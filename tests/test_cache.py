@@ -20,6 +20,7 @@ from gim_stagewise.cache import (
     CacheWriter,
     Digest,
     Manifest,
+    Precision,
     StagedBlock,
     discard_cache,
     read_manifest,
@@ -34,7 +35,7 @@ from gim_stagewise.errors import (
 )
 from gim_stagewise.sources import PatchSource, Request
 from gim_stagewise.sources.parts import ArrayPart, PartsSource
-from gim_stagewise.stage.extract import compute_block
+from gim_stagewise.stage.extract import Storing, compute_block
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
 from gim_stagewise.windows import PatchGrid
 
@@ -65,7 +66,7 @@ def make_manifest(*, codec: str = "lz4", content: str = "a") -> Manifest:
         recipe=Digest({"lr": 1}),
         content=Digest({"weights": content}),
         numerics={},
-        precision={"name": "float32", "decode": None},
+        precision=Precision("float32"),
         stored_operation=None,
         encoding="patch",
         layout=CacheLayout(SAMPLES, 1, (2, 2), (3, 2, 2), 3, 4, codec),
@@ -76,8 +77,11 @@ def stage(
     writer: CacheWriter, block: Block, frozen: FrozenModule, source: PatchSource
 ) -> StagedBlock:
     ids = [item.id for item in source.items()[block.samples.slice]]
-    arrays = compute_block(frozen, source, ids, block.view, CONFIG)
-    return stage_block(writer.path, writer.staging, writer.manifest, block, arrays)
+    storing = Storing.of(writer.manifest)
+    arrays = compute_block(frozen, source, ids, block.view, CONFIG, storing)
+    return stage_block(
+        writer.path, writer.staging, writer.manifest, block, arrays, error=storing.error
+    )
 
 
 def extract(frozen: FrozenModule, source: PatchSource, path: Path, manifest: Manifest) -> None:

@@ -30,7 +30,7 @@ class Rows:
     def rows(self) -> int:
         return len(self.values)
 
-    def read(self, rows: Span) -> Tensor:
+    def read(self, rows: Span, device: torch.device) -> Tensor:
         return self.values[rows.slice]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from gim_stagewise.cache.digests import Digest, flatten
 from gim_stagewise.cache.layout import Block, CacheLayout, auto_chunk
 from gim_stagewise.cache.manifest import BuildFolder, Manifest, read_manifest
+from gim_stagewise.cache.precision import Precision, PrecisionError, is_precision
 from gim_stagewise.cache.reader import Cache, metadata_problem, open_cache
 from gim_stagewise.cache.writer import (
     CacheWriter,
@@ -22,11 +23,14 @@ __all__ = [
     "CacheWriter",
     "Digest",
     "Manifest",
+    "Precision",
+    "PrecisionError",
     "StagedBlock",
     "auto_chunk",
     "discard_cache",
     "drop_activations",
     "flatten",
+    "is_precision",
     "metadata_problem",
     "open_cache",
     "read_manifest",

@@ -5,7 +5,8 @@ A cache is one Zarr v3 group (format version 1):
 =================  ==============================================================
 array              axes
 =================  ==============================================================
-``activations``    view, sample, grid_row, grid_col, channel, height, width
+``activations``    view, sample, grid_row, grid_col, channel, height, width (stored form, see
+                   `gim_stagewise.cache.precision`)
 ``pooled``         view, sample, grid_row, grid_col, channel (float32)
 ``ids``            sample (strings)
 ``splits``         sample (bit mask, CF attributes ``flag_masks``, ``flag_meanings``)
@@ -26,9 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
+from gim_stagewise.cache.precision import Precision
 from gim_stagewise.sources import Source
 from gim_stagewise.windows import Span, even_ranges
 
@@ -72,6 +75,8 @@ class CacheLayout:
         "lz4", "zstd" or "none".
     materialized : bool
         Whether activations are stored; embeddings always are.
+    dtype : str
+        Type that activations are stored as.
     """
 
     samples: int
@@ -82,11 +87,12 @@ class CacheLayout:
     chunk: int
     codec: str
     materialized: bool = True
+    dtype: str = "float32"
 
     @property
     def sample_bytes(self) -> int:
-        """Bytes of one sample's activations, uncompressed."""
-        return 4 * math.prod(self.grid) * math.prod(self.cell)
+        """Bytes of one sample's activations as they are stored, uncompressed."""
+        return np.dtype(self.dtype).itemsize * math.prod(self.grid) * math.prod(self.cell)
 
     @property
     def embedding_bytes(self) -> int:
@@ -142,32 +148,41 @@ def auto_chunk(sample_bytes: int) -> int:
     return math.ceil(MIN_CHUNK_BYTES / sample_bytes)
 
 
-def create_arrays(path: Path, layout: CacheLayout) -> None:
+def create_arrays(path: Path, layout: CacheLayout, precision: Precision) -> None:
     """Create the group at ``path`` with the empty arrays that blocks are written to."""
     group = zarr.open_group(str(path), mode="w-", zarr_format=3)
     names = {"activations": ACTIVATION_AXES, "pooled": POOLED_AXES}
     for name in layout.shapes:
-        group.create_array(
+        stored = name == "activations"
+        dtype = layout.dtype if stored else "float32"
+        array = group.create_array(
             name,
             shape=layout.shapes[name],
             chunks=layout.chunks[name],
-            dtype="float32",
-            compressors=_codecs(layout.codec),
+            dtype=dtype,
+            compressors=_codecs(layout.codec, np.dtype(dtype).itemsize),
             dimension_names=names[name],
-            # A chunk that is not stored (yet) reads as NaN, which nobody takes for activations.
-            fill_value=float("nan"),
+            fill_value=_nothing(precision.name if stored else "float32"),
             # All chunk files of an array in one folder: one folder to flush after a rename.
             chunk_key_encoding={"name": "default", "separator": "."},
             # All-zero chunks are data too: a chunk file that is absent is a chunk that is lost.
             config={"write_empty_chunks": True},
         )
+        if stored:
+            array.attrs.update(precision.as_json())
 
 
-def _codecs(codec: str) -> list[Any]:
+def _nothing(precision: str) -> float | int:
+    """What a chunk that is not stored (yet) reads as: NaN, which nobody takes for activations."""
+    return {"uint8": 0, "bfloat16": 0x7FC0, "float8_e4m3": 0x7F}.get(precision, float("nan"))
+
+
+def _codecs(codec: str, itemsize: int) -> list[Any]:
+    shuffle: Any = "shuffle" if itemsize > 1 else "noshuffle"
     compress: dict[str, list[Any]] = {
         "none": [],
-        "lz4": [BloscCodec(cname="lz4", clevel=5, shuffle="shuffle", typesize=4)],
-        "zstd": [BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=4)],
+        "lz4": [BloscCodec(cname="lz4", clevel=5, shuffle=shuffle, typesize=itemsize)],
+        "zstd": [BloscCodec(cname="zstd", clevel=1, shuffle=shuffle, typesize=itemsize)],
     }
     # The checksum comes last, over the compressed bytes: verified before anything is decoded.
     return [*compress[codec], Crc32cCodec()]

@@ -7,6 +7,7 @@ both are gone when it is sealed, and the sealed group describes itself wherever 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 
 from gim_stagewise.cache.digests import Digest
 from gim_stagewise.cache.layout import FORMAT_VERSION, Block, CacheLayout
+from gim_stagewise.cache.precision import Precision
 from gim_stagewise.durable import fsync_directory, storage_errors, write_atomic, write_json
 from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
 
@@ -37,8 +39,13 @@ class Manifest:
         See `gim_stagewise.cache.digests`.
     numerics : dict
         What float results depend on; part of ``content``, repeated for readers.
-    precision : dict
-        Name of the precision and how to decode it ("decode" is None for plain values).
+    precision : Precision
+        The form of stored activations, with its scales where it has any (from the first block on).
+    calibration : str or None
+        On what those scales were calibrated, for people.
+    error : dict or None
+        What storing in that form did to the values (see `PrecisionError.as_json`); known once all
+        blocks are there.
     stored_operation : str or None
         An operation of the next module that was applied before storing.
     encoding : str
@@ -54,11 +61,13 @@ class Manifest:
     recipe: Digest
     content: Digest
     numerics: dict[str, Any]
-    precision: dict[str, Any]
+    precision: Precision
     stored_operation: str | None
     encoding: str
     layout: CacheLayout
     sealed: bool = False
+    calibration: str | None = None
+    error: dict[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -67,7 +76,11 @@ class Manifest:
             "pipeline": self.pipeline,
             "module": self.module,
             "encoding": self.encoding,
-            "precision": self.precision,
+            "precision": {
+                **self.precision.as_json(),
+                "calibration": self.calibration,
+                "error": self.error,
+            },
             "stored_operation": self.stored_operation,
             "numerics": self.numerics,
             "recipe": self.recipe.as_json(),
@@ -79,7 +92,8 @@ class Manifest:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write the group's ``zarr.json`` atomically; writing one that is sealed is the seal."""
-    attributes = {KEY: manifest.as_json()}
+    content = manifest.as_json()
+    attributes = {KEY: {**content, "checksum": _checksum(content)}}
     write_json(
         path / "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     )
@@ -117,11 +131,8 @@ def read_manifest(path: Path) -> Manifest:
             "build it again, or use the release that wrote it"
         )
     try:
+        intact = content.pop("checksum") == _checksum(content)
         manifest = _parse(content)
-        intact = all(
-            content[name]["digest"] == getattr(manifest, name).value
-            for name in ("recipe", "content")
-        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptCacheError(
             f"the manifest in {file} is damaged ({type(error).__name__}: {error}); "
@@ -129,10 +140,16 @@ def read_manifest(path: Path) -> Manifest:
         ) from None
     if not intact:
         raise CorruptCacheError(
-            f"the digests in {file} do not match their parts: the manifest was altered; "
+            f"the manifest in {file} does not match its checksum: it was altered or damaged; "
             "build the cache again"
         )
     return manifest
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """Hash of all that a manifest says."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _parse(content: dict[str, Any]) -> Manifest:
@@ -141,6 +158,9 @@ def _parse(content: dict[str, Any]) -> Manifest:
     layout["cell"] = tuple(layout["cell"])
     if not isinstance(content["sealed"], bool):
         raise TypeError("sealed is neither true nor false")
+    precision = Precision.from_json(content["precision"])
+    if precision.has_scales and content["sealed"] and len(precision.scale) != layout["cell"][0]:
+        raise ValueError(f"{len(precision.scale)} scales for {layout['cell'][0]} channels")
     return Manifest(
         pipeline=str(content["pipeline"]),
         module=int(content["module"]),
@@ -148,11 +168,13 @@ def _parse(content: dict[str, Any]) -> Manifest:
         recipe=Digest(content["recipe"]["parts"]),
         content=Digest(content["content"]["parts"]),
         numerics=dict(content["numerics"]),
-        precision=dict(content["precision"]),
+        precision=precision,
         stored_operation=content["stored_operation"],
         encoding=str(content["encoding"]),
         layout=CacheLayout(**layout),
         sealed=content["sealed"],
+        calibration=content["precision"]["calibration"],
+        error=content["precision"]["error"],
     )
 
 
@@ -166,11 +188,12 @@ class BuildFolder:
     def __init__(self, cache: Path) -> None:
         self.path = cache.with_name(f".{cache.name}.build")
         self._journal = self.path / "journal.jsonl"
+        self._errors = self.path / "errors"
 
     def start(self, content: Digest, blocks: int) -> Path:
         """Begin an empty journal for a cache of ``blocks``; returns this run's staging folder."""
         shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True)
+        self._errors.mkdir(parents=True)
         self._append({"content": content.value, "blocks": blocks})
         fsync_directory(self.path)
         fsync_directory(self.path.parent)
@@ -195,6 +218,10 @@ class BuildFolder:
         text = "".join(json.dumps(record) + "\n" for record in records)
         write_atomic(self._journal, lambda path: path.write_text(text, encoding="utf-8"))
         return self._new_staging(), done
+
+    def error_path(self, block: Block) -> Path:
+        """Where it is kept what storing did to a block's values, until the cache is sealed."""
+        return self._errors / f"{block.index}.npy"
 
     def record(self, block: Block, sha256: str) -> None:
         """Note durably that a block's files are in place."""

@@ -15,19 +15,20 @@ from numpy.typing import NDArray
 from gim_stagewise.cache.digests import Digest
 from gim_stagewise.cache.layout import Block
 from gim_stagewise.cache.manifest import Manifest, read_manifest
+from gim_stagewise.cache.precision import Precision
 from gim_stagewise.errors import CorruptCacheError, DataError, PartialCacheError
 from gim_stagewise.sources import PATCH_AXES, SPLITS, Item, Request, Split, UniformItems
 from gim_stagewise.windows import Span
 
 if TYPE_CHECKING:
-    from gim_stagewise.cache.views import CacheDataset
+    from gim_stagewise.cache.views import CacheDataset, DecodedArray
 
 
 class Cache:
     """Stored activations of one module, read as the input of the next.
 
-    Values come decoded, float32 [grid_row, grid_col, channel, height, width] per sample; every
-    chunk's checksum is verified before it is used.
+    Values come decoded, float32 [grid_row, grid_col, channel, height, width] per sample, unless the
+    stored form is asked for; every chunk's checksum is verified before it is used.
 
     Parameters
     ----------
@@ -109,7 +110,17 @@ class Cache:
         """Whether activations are stored, and not embeddings alone."""
         return self.manifest.layout.materialized
 
+    @property
+    def precision(self) -> Precision:
+        """The form in which activations are stored."""
+        return self.manifest.precision
+
     def read(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
+        decode = self.precision.decode_array
+        return [decode(sample) for sample in self.read_stored(requests)]
+
+    def read_stored(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
+        """The samples asked for in their stored form; ``precision.decode`` makes floats of it."""
         self._require_activations()
         return self._read("activations", requests)
 
@@ -125,10 +136,12 @@ class Cache:
         return np.stack(self._read("pooled", [Request(item_id) for item_id in ids]))
 
     @property
-    def activations(self) -> Any:
-        """The stored activations as a lazy Zarr array; slicing it reads and decodes."""
+    def activations(self) -> DecodedArray:
+        """The activations as a lazy array; slicing it reads and decodes."""
+        from gim_stagewise.cache.views import DecodedArray
+
         self._require_activations()
-        return self._group["activations"]
+        return DecodedArray(self._group["activations"], self.precision)
 
     def dataset(self, split: Split, *, view: int = 0) -> CacheDataset:
         """Samples and labels of a split for a ``torch.utils.data.DataLoader``."""
@@ -226,6 +239,8 @@ def metadata_problem(path: Path, manifest: Manifest) -> str:
             return f"{name} has shape {array.shape}"
         if name in layout.chunks and array.chunks != layout.chunks[name]:
             return f"{name} has chunks of {array.chunks}"
+        if name == "activations" and array.dtype != layout.dtype:
+            return f"{name} has values of type {array.dtype}"
         if name not in layout.chunks and not (path / name / "c.0").is_file():
             return f"{name} has lost its values"
     return ""

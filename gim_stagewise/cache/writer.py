@@ -24,6 +24,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from gim_stagewise.cache.layout import Block, create_arrays
 from gim_stagewise.cache.manifest import BuildFolder, Manifest, read_manifest, write_manifest
+from gim_stagewise.cache.precision import PrecisionError
 from gim_stagewise.durable import fsync_directory, fsync_file, storage_errors
 from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
 from gim_stagewise.sources import SPLITS, Source
@@ -31,7 +32,10 @@ from gim_stagewise.sources import SPLITS, Source
 
 @dataclass(frozen=True)
 class StagedBlock:
-    """A block's files, complete and flushed, still in the staging area."""
+    """A block's files, complete and flushed, still in the staging area.
+
+    With them lies ``error.npy`` where the precision loses something (see `PrecisionError`).
+    """
 
     block: Block
     folder: Path
@@ -40,7 +44,12 @@ class StagedBlock:
 
 
 def stage_block(
-    cache: Path, staging: Path, manifest: Manifest, block: Block, arrays: Mapping[str, NDArray[Any]]
+    cache: Path,
+    staging: Path,
+    manifest: Manifest,
+    block: Block,
+    arrays: Mapping[str, NDArray[Any]],
+    error: PrecisionError | None = None,
 ) -> StagedBlock:
     """Write a block's arrays into a staging folder and flush them.
 
@@ -53,8 +62,10 @@ def stage_block(
     manifest : Manifest
     block : Block
     arrays : mapping
-        "activations" and "pooled", each [sample, ...] for the block's samples, float32; what the
-        layout does not store is left out.
+        "activations" in their stored form and "pooled" in float32, each [sample, ...] for the
+        block's samples; what the layout does not store is left out.
+    error : PrecisionError, optional
+        What storing does to the values; needed where the precision is not lossless.
 
     Raises
     ------
@@ -75,6 +86,9 @@ def stage_block(
                 stored = zarr.open_array(str(folder / name), mode="r+")
                 target = stored.with_config({"write_empty_chunks": True})
                 target[block.view, block.samples.slice] = values
+            if error is not None:
+                error.save(folder / "error.npy")
+                fsync_file(folder / "error.npy")
             for file in files:
                 fsync_file(folder / file)
                 digest.update((folder / file).read_bytes())
@@ -118,6 +132,11 @@ class CacheWriter:
                     if block.index in recorded and self._intact(block, recorded[block.index])
                 }
 
+    @property
+    def _has_errors(self) -> bool:
+        """Whether something is lost, so that it has to be known how much."""
+        return self.manifest.layout.materialized and not self.manifest.precision.lossless
+
     def _is_ours(self) -> bool:
         try:
             found = read_manifest(self.path)
@@ -129,6 +148,8 @@ class CacheWriter:
     def _intact(self, block: Block, sha256: str) -> bool:
         """Whether a recorded block's files are still those that were recorded."""
         digest = hashlib.sha256()
+        if self._has_errors and not self._build.error_path(block).is_file():
+            return False
         for file in self.manifest.layout.chunk_files(block):
             try:
                 digest.update((self.path / file).read_bytes())
@@ -139,7 +160,7 @@ class CacheWriter:
     def _create(self, source: Source) -> None:
         # Built aside and moved into place whole: a folder at `path` always has its metadata.
         new = self.staging / "new"
-        create_arrays(new, self.manifest.layout)
+        create_arrays(new, self.manifest.layout, self.manifest.precision)
         _write_samples(new, source)
         write_manifest(new, self.manifest)
         _flush_tree(new)
@@ -168,11 +189,25 @@ class CacheWriter:
         with storage_errors(f"committing block {staged.block.index} of {self.path}"):
             for file in staged.files:
                 (staged.folder / file).replace(self.path / file)
-            for folder in sorted({(self.path / file).parent for file in staged.files}):
+            folders = {(self.path / file).parent for file in staged.files}
+            if self._has_errors:
+                kept = self._build.error_path(staged.block)
+                (staged.folder / "error.npy").replace(kept)
+                folders.add(kept.parent)
+            for folder in sorted(folders):
                 fsync_directory(folder)
             self._build.record(staged.block, staged.sha256)
             shutil.rmtree(staged.folder, ignore_errors=True)
         self._done[staged.block.index] = staged.sha256
+
+    def error(self) -> PrecisionError | None:
+        """What storing did to the values of all blocks that are done; None if nothing."""
+        done = [block for block in self._blocks if block.index in self._done]
+        if not self._has_errors or not done:
+            return None
+        # Added up in one order, so that the last bit does not depend on who was first.
+        first, *others = (PrecisionError.load(self._build.error_path(block)) for block in done)
+        return sum(others, start=first)
 
     def seal(self) -> Manifest:
         """Declare the cache complete.
@@ -187,7 +222,8 @@ class CacheWriter:
         with storage_errors(f"sealing {self.path}"):
             checksums = [self._done[block.index] for block in self._blocks]
             _write_checksums(self.path, checksums, self.staging / "seal")
-            sealed = replace(self.manifest, sealed=True)
+            error = self.error()
+            sealed = replace(self.manifest, sealed=True, error=error.as_json() if error else None)
             write_manifest(self.path, sealed)
         self._build.remove()
         return sealed

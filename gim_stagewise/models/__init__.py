@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from gim_stagewise.models.build import Builder, build_module, forget_user_code, resolve_builder
-from gim_stagewise.models.contract import output_shape, pool
+from gim_stagewise.models.contract import INPUT_OPERATIONS, output_shape, pool
 
-__all__ = ["Builder", "build_module", "forget_user_code", "output_shape", "pool", "resolve_builder"]
+__all__ = [
+    "INPUT_OPERATIONS",
+    "Builder",
+    "build_module",
+    "forget_user_code",
+    "output_shape",
+    "pool",
+    "resolve_builder",
+]

@@ -2,7 +2,9 @@
 
 A module maps a batch of rows (patches, for now) to a batch of rows. It may define
 
-- ``pool(z)``: the embeddings that objective and probe see; the spatial mean where it does not.
+- ``pool(z)``: the embeddings that objective and probe see; the spatial mean where it does not;
+- ``input_op``: the name of an operation (see `INPUT_OPERATIONS`) that it applies to its input
+  before anything else, so that the input may be stored after it.
 
 Refused, with the reason: modules whose output for one row depends on other rows (batch norm
 in train mode), and modules whose forward changes their buffers: a cached output would then
@@ -11,11 +13,18 @@ depend on what happened to be in the same batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gim_stagewise.errors import ModuleRefusedError
+
+# All of them leave unchanged what went through them before, so that a module that applies its
+# operation gives the same on either form of its input.
+INPUT_OPERATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu}
 
 
 def pool(module: nn.Module, z: Float[Tensor, "row channel *space"]) -> Float[Tensor, "row channel"]:
@@ -63,6 +72,7 @@ def output_shape(
             _check_shapes(z, pooled, key)
             _check_buffers(module, before, key)
             _check_rows_alone(module, rows, key)
+            _check_input_op(module, rows.detach(), key)
         finally:
             module.train(training)
             _restore_buffers(module, before)
@@ -132,6 +142,26 @@ def _restore_buffers(module: nn.Module, before: dict[str, Tensor]) -> None:
         for name, buffer in module.named_buffers():
             if name in before:
                 buffer.copy_(before[name])
+
+
+def _check_input_op(module: nn.Module, rows: Tensor, key: str) -> None:
+    """What a module declares to begin with must change nothing when it was done before."""
+    name = getattr(module, "input_op", None)
+    if name is None:
+        return
+    if name not in INPUT_OPERATIONS:
+        raise ModuleRefusedError(
+            f"declares input_op = {name!r}; known: {', '.join(INPUT_OPERATIONS)}", key=key
+        )
+    with torch.no_grad():
+        plain, _ = _forward(module, rows, key)
+        after, _ = _forward(module, INPUT_OPERATIONS[name](rows), key)
+    if not torch.equal(plain, after):
+        raise ModuleRefusedError(
+            f"declares input_op = {name!r}, but gives other outputs when that was applied to its "
+            "input before (an identity shortcut?); remove the declaration",
+            key=key,
+        )
 
 
 def _check_rows_alone(module: nn.Module, rows: Tensor, key: str) -> None:

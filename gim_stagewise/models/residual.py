@@ -38,6 +38,17 @@ class PreActivationBlock(nn.Module):
         return bypass + residual  # type: ignore[no-any-return]
 
 
+class ResidualModule(nn.Sequential):
+    """Layers in a row; the pre-activation blocks have a ``shortcut`` that may be None.
+
+    ``input_op`` is "relu" where the first block reads its input only after the ReLU.
+    """
+
+    @property
+    def input_op(self) -> str | None:
+        return "relu" if getattr(self[0], "shortcut", None) is not None else None
+
+
 def residual_module(
     in_channels: int,
     *,
@@ -46,7 +57,7 @@ def residual_module(
     stride: int = 1,
     stem: int | None = None,
     stem_kernel: int = 3,
-) -> nn.Sequential:
+) -> ResidualModule:
     """A module of residual blocks, the first of which may widen and subsample.
 
     Parameters
@@ -88,7 +99,7 @@ def residual_module(
         block_stride = stride if number == 0 else 1
         layers.append(PreActivationBlock(in_channels, channels, stride=block_stride))
         in_channels = channels
-    return nn.Sequential(*layers)
+    return ResidualModule(*layers)
 
 
 def check_numbers(**numbers: int) -> None:

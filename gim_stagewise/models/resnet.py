@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gim_stagewise.models.residual import PreActivationBlock, check_numbers
+from gim_stagewise.models.residual import PreActivationBlock, ResidualModule, check_numbers
 
 STEM_CHANNELS = 64
 # (blocks, planes, stride of the first block) of each residual stage.
@@ -57,7 +57,7 @@ class BottleneckBlock(nn.Module):
 
 def resnet50_module(
     in_channels: int, *, blocks: list[int], delta_orthogonal: bool = False, width: int = 64
-) -> nn.Sequential:
+) -> ResidualModule:
     """Blocks of ResNet-50 v2, of bottlenecks; the whole has 1024 output channels.
 
     Parameters
@@ -84,7 +84,7 @@ def resnet50_module(
 
 def resnet34_module(
     in_channels: int, *, blocks: list[int], delta_orthogonal: bool = False, width: int = 64
-) -> nn.Sequential:
+) -> ResidualModule:
     """Blocks of ResNet-34 v2, of two 3×3 convolutions; the whole has 256 output channels.
 
     Parameters and errors are those of `resnet50_module`.
@@ -99,7 +99,7 @@ def _cut(
     blocks: list[int],
     delta_orthogonal: bool,
     width: int,
-) -> nn.Sequential:
+) -> ResidualModule:
     check_numbers(width=width)
     if not isinstance(delta_orthogonal, bool):
         raise TypeError(f"delta_orthogonal must be true or false, got {delta_orthogonal!r}")
@@ -123,7 +123,7 @@ def _cut(
     for planes, stride in chain[first - 1 : last]:
         layers.append(block(in_channels, planes, stride=stride))
         in_channels = expansion * planes
-    module = nn.Sequential(*layers)
+    module = ResidualModule(*layers)
     if delta_orthogonal:
         for layer in module.modules():
             if isinstance(layer, nn.Conv2d):

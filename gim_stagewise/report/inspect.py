@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from gim_stagewise.cache import BuildFolder, Manifest, read_manifest
+from gim_stagewise.cache import BuildFolder, Manifest, Precision, read_manifest
 from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
 from gim_stagewise.pipeline import folder_bytes
 
@@ -57,7 +57,8 @@ def inspect_cache(path: str | Path) -> dict[str, Any]:
             found["blocks"] = {"done": done, "total": total}
         else:
             _count_chunks(found, manifest, problems)
-    channels = _channel_statistics(path, problems)
+    form = Precision("float32") if manifest is None else manifest.precision
+    channels = _channel_statistics(path, form, problems)
     if channels:
         found["channels"] = channels
     found["problems"] = problems
@@ -105,7 +106,9 @@ def _count_chunks(found: dict[str, Any], manifest: Manifest, problems: list[str]
             problems.append(f"{name}: {whole - stored} of {whole} chunks are missing")
 
 
-def _channel_statistics(path: Path, problems: list[str]) -> list[dict[str, float]]:
+def _channel_statistics(
+    path: Path, precision: Precision, problems: list[str]
+) -> list[dict[str, float]]:
     if not (path / "activations").is_dir():
         return []
     try:
@@ -129,6 +132,8 @@ def _channel_statistics(path: Path, problems: list[str]) -> list[dict[str, float
         except (ValueError, RuntimeError, OSError) as error:
             problems.append(f"activations/{file.name} is damaged ({_first_line(error)})")
             continue
+        if precision.stored_dtype == part.dtype:
+            part = precision.decode_array(part)
         parts.append(np.moveaxis(part, 3, 0).reshape(part.shape[3], -1))
     if not parts:
         return []

@@ -113,11 +113,28 @@ def _origin(manifest: dict[str, Any]) -> Table:
     table = Table(title="where it came from", title_justify="left", show_header=False)
     table.add_row("pipeline", f"{manifest['pipeline']}, module {manifest['module']}")
     table.add_row("encoding", manifest["encoding"])
+    for name, text in _precision(manifest):
+        table.add_row(name, escape(text))
     for name in ("recipe", "content"):
         table.add_row(f"{name} digest", _shortened(manifest[name]["digest"]))
     for key, value in manifest["content"]["parts"].items():
         table.add_row(f"  {key}", escape(_shortened(value)))
     return table
+
+
+def _precision(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """How activations are stored, and what that did to them."""
+    precision, operation = manifest["precision"], manifest["stored_operation"]
+    yield "stored as", precision["name"] + (f", after {operation}" if operation else "")
+    if precision["calibration"]:
+        yield "calibrated on", precision["calibration"]
+    if error := precision["error"]:
+        yield (
+            "relative L2 error",
+            f"{error['relative_l2']:.2e}; worst channel, {error['worst_channel']}: "
+            f"{error['worst_channel_relative_l2']:.2e}",
+        )
+        yield "saturated", f"{error['saturated']} of {error['values']} values"
 
 
 def _shortened(value: Any) -> str:

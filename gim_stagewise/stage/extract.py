@@ -15,16 +15,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from einops import rearrange
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gim_stagewise.cache import Block, Cache, CacheWriter, Manifest, StagedBlock, stage_block
-from gim_stagewise.config import ExtractConfig, PipelineConfig
-from gim_stagewise.errors import NonFiniteError, StaleCacheError
-from gim_stagewise.models import forget_user_code
+from gim_stagewise.cache import (
+    Block,
+    Cache,
+    CacheWriter,
+    Manifest,
+    Precision,
+    PrecisionError,
+    StagedBlock,
+    stage_block,
+)
+from gim_stagewise.config import CacheConfig, ExtractConfig, PipelineConfig
+from gim_stagewise.errors import NonFiniteError, PrecisionLossError, StaleCacheError
+from gim_stagewise.models import INPUT_OPERATIONS, forget_user_code
 from gim_stagewise.progress import Progress
 from gim_stagewise.sources import Request, Source, read_stacked
 from gim_stagewise.stage.freeze import (
@@ -117,14 +126,19 @@ class BlockWorker:
     frozen: FrozenModule
     source: Source
 
-    def compute(self, ids: list[str], view: int) -> dict[str, NDArray[np.float32]]:
-        """Activations and embeddings of the samples of a block."""
-        return compute_block(self.frozen, self.source, ids, view, self.job.config.extract)
+    def compute(self, ids: list[str], view: int) -> dict[str, NDArray[Any]]:
+        """Activations, as they would be stored, and embeddings of the samples of a block."""
+        storing = Storing.of(self.job.manifest)
+        return compute_block(self.frozen, self.source, ids, view, self.job.config.extract, storing)
 
     def __call__(self, block: Block) -> StagedBlock:
+        job = self.job
         ids = list(self.source.ids[block.samples.slice])
-        arrays = self.compute(ids, block.view)
-        return stage_block(self.job.cache, self.job.staging, self.job.manifest, block, arrays)
+        storing = Storing.of(job.manifest) if job.manifest.layout.materialized else Storing(None)
+        arrays = compute_block(
+            self.frozen, self.source, ids, block.view, job.config.extract, storing
+        )
+        return stage_block(job.cache, job.staging, job.manifest, block, arrays, error=storing.error)
 
 
 class VirtualCache(Cache):
@@ -159,7 +173,7 @@ class VirtualCache(Cache):
         """
         return self.job.open(self.source)
 
-    def read(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
+    def read_stored(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
         return self._read("activations", requests)
 
     def _read_chunk(self, name: str, view: int, number: int) -> NDArray[Any]:
@@ -213,6 +227,8 @@ def extract(
     ------
     NonFiniteError
         If an output is NaN or infinite; nothing is sealed.
+    PrecisionLossError
+        If values are too large for the precision, or its error is above ``cache.max_error``.
     StorageError
         If the disk is full or failing; blocks that are done stay valid.
     """
@@ -228,12 +244,85 @@ def extract(
         for staged in blocks:
             writer.commit(staged)
             task.advance(len(staged.block.samples))
+    check_error(writer.error(), job.config.stage(job.manifest.module).cache, job.manifest)
     return writer.seal()
 
 
+def check_error(error: PrecisionError | None, cache: CacheConfig, manifest: Manifest) -> None:
+    """Refuse a precision that loses more than ``cache.max_error``.
+
+    Raises
+    ------
+    PrecisionLossError
+        With both numbers.
+    """
+    if error is None or cache.max_error is None or error.relative <= cache.max_error:
+        return
+    channel, worst = error.worst_channel
+    raise PrecisionLossError(
+        f"module {manifest.module}: storing as {cache.precision} changes activations by "
+        f"{error.relative:.2e} (relative L2; channel {channel} by {worst:.2e}, "
+        f"{error.saturated} values saturated), cache.max_error allows {cache.max_error:g}: use a "
+        "finer cache.precision, or allow more"
+    )
+
+
+class Storing:
+    """Makes of a piece's activations what is stored of them, and keeps account of what that does.
+
+    Parameters
+    ----------
+    precision : Precision or None
+        None stores no activations.
+    operation : str or None
+        Applied first; see `gim_stagewise.models.INPUT_OPERATIONS`.
+
+    Attributes
+    ----------
+    finite : list of Tensor
+        For each piece, whether a row is finite: bool [row].
+    error : PrecisionError or None
+        What storing did to all pieces so far; None where nothing is lost.
+    """
+
+    def __init__(self, precision: Precision | None, operation: str | None = None) -> None:
+        self.precision = precision
+        self.operation = operation
+        self.finite: list[Tensor] = []
+        self.error: PrecisionError | None = None
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Storing:
+        """As the cache that a manifest describes has it."""
+        return cls(manifest.precision, manifest.stored_operation)
+
+    def __call__(self, z: Float[Tensor, "row channel height width"]) -> Tensor:
+        self.finite.append(_finite_rows(z).cpu())
+        if self.precision is None:
+            return z[:, :0]
+        if self.operation is not None:
+            z = INPUT_OPERATIONS[self.operation](z)
+        stored, error = self.precision.encode(z)
+        if error is not None:
+            self.error = error if self.error is None else self.error + error
+        return stored
+
+
+def _finite_rows(z: Tensor) -> Tensor:
+    """Whether all values of a row are finite: bool [row]."""
+    # A sum costs a fraction of looking at every value, and is finite only if they all are.
+    finite = z.flatten(1).sum(1).isfinite()
+    return finite if finite.all() else z.flatten(1).isfinite().all(1)
+
+
 def compute_block(
-    frozen: FrozenModule, source: Source, ids: list[str], view: int, config: ExtractConfig
-) -> dict[str, NDArray[np.float32]]:
+    frozen: FrozenModule,
+    source: Source,
+    ids: list[str],
+    view: int,
+    config: ExtractConfig,
+    storing: Storing,
+) -> dict[str, NDArray[Any]]:
     """Activations and embeddings of a block's samples.
 
     Parameters
@@ -245,24 +334,29 @@ def compute_block(
         The block's samples, in storage order.
     view : int
     config : ExtractConfig
+    storing : Storing
+        A new one.
 
     Returns
     -------
     dict
-        "activations" [sample, grid_row, grid_col, channel, height, width] and
+        "activations" [sample, grid_row, grid_col, channel, height, width] as they are stored, and
         "pooled" [sample, grid_row, grid_col, channel], float32.
 
     Raises
     ------
     NonFiniteError
         If an output is NaN or infinite; the message names the samples.
+    PrecisionLossError
+        If outputs are too large for float16.
     """
     batch = torch.from_numpy(read_stacked(source, [Request(item_id, view) for item_id in ids]))
     samples, rows, columns = batch.shape[:3]
     patches = rearrange(batch, "s r c ch h w -> (s r c) ch h w")
-    activations, embeddings = frozen_forward(frozen, patches, config)
-    for values in (activations, embeddings):
-        _refuse_non_finite(values, ids, rows * columns)
+    activations, embeddings = frozen_forward(frozen, patches, config, keep=storing)
+    finite = torch.cat(storing.finite) & embeddings.isfinite().all(1)
+    _refuse_non_finite(finite, ids, rows * columns)
+    _refuse_overflow(storing, ids)
     sizes = {"s": samples, "r": rows, "c": columns}
     return {
         "activations": rearrange(activations, "(s r c) ... -> s r c ...", **sizes).numpy(),
@@ -270,8 +364,7 @@ def compute_block(
     }
 
 
-def _refuse_non_finite(activations: Tensor, ids: list[str], patches: int) -> None:
-    finite = activations.flatten(1).isfinite().all(1)
+def _refuse_non_finite(finite: Tensor, ids: list[str], patches: int) -> None:
     if finite.all():
         return
     bad = sorted({int(row) // patches for row in torch.nonzero(~finite)[:, 0]})
@@ -280,3 +373,15 @@ def _refuse_non_finite(activations: Tensor, ids: list[str], patches: int) -> Non
         f"the frozen module gives NaN or infinity for {len(bad)} samples: {named}; nothing was "
         "sealed. Look at these samples, or train the module again with a lower train.lr"
     )
+
+
+def _refuse_overflow(storing: Storing, ids: list[str]) -> None:
+    error = storing.error
+    if error is None or storing.precision is None or storing.precision.has_scales:
+        return
+    if error.saturated:
+        raise PrecisionLossError(
+            f"{error.saturated} values of samples {ids[0]} to {ids[-1]} are beyond what "
+            f"{storing.precision.name} can store; nothing was sealed. Set cache.precision to "
+            '"bfloat16" or "bitround-N", which reach as far as float32'
+        )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,13 +68,17 @@ class FrozenModule(nn.Module):
     def forward(
         self, rows: Float[Tensor, "piece channel height width"]
     ) -> tuple[Tensor, Float[Tensor, "piece embedding"]]:
-        """Activations and their embeddings for one piece of rows."""
+        """Activations and their embeddings for one piece of rows, on the module's device."""
         z = self.module(rows.to(self.device))
-        return z.cpu(), pool(self.module, z).float().cpu()
+        return z, pool(self.module, z).float()
 
 
 def frozen_forward(
-    frozen: FrozenModule, rows: Float[Tensor, "row channel height width"], config: ExtractConfig
+    frozen: FrozenModule,
+    rows: Float[Tensor, "row channel height width"],
+    config: ExtractConfig,
+    *,
+    keep: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Float[Tensor, "row out_channel out_height out_width"], Float[Tensor, "row embedding"]]:
     """The one forward of frozen modules.
 
@@ -86,24 +90,33 @@ def frozen_forward(
         by their order here, so callers hand over whole blocks.
     config : ExtractConfig
         Piece size and threads.
+    keep : callable, optional
+        Makes of a piece's activations, on the module's device, what is kept of them; all of them
+        by default. What it gets is its own to change.
 
     Returns
     -------
     (Tensor, Tensor)
-        Activations and embeddings on the CPU, float32, a row for each input row.
+        Activations (what ``keep`` makes of them) and embeddings on the CPU, a row for each input
+        row; float32.
     """
-    activations, embeddings = [], []
+    outputs: list[Tensor] = []
     # The thread count belongs to the process: two threads of one must not set it at once.
     with _one_forward_at_a_time, intra_op_threads(config.threads):
-        for piece in torch.split(rows, config.batch):
+        for start in range(0, len(rows), config.batch):
+            piece = rows[start : start + config.batch]
             missing = config.batch - len(piece)
             if missing:
                 piece = torch.cat([piece, piece.new_zeros(missing, *piece.shape[1:])])
-            z, pooled = frozen(piece)
-            kept = config.batch - missing
-            activations.append(z[:kept])
-            embeddings.append(pooled[:kept])
-    return torch.cat(activations), torch.cat(embeddings)
+            own = slice(start, start + config.batch - missing)
+            z, pooled = (part[: config.batch - missing] for part in frozen(piece))
+            kept = (z if keep is None else keep(z), pooled)
+            if not outputs:
+                outputs = [k.new_empty(len(rows), *k.shape[1:], device="cpu") for k in kept]
+            for output, part in zip(outputs, kept, strict=True):
+                output[own] = part
+    activations, embeddings = outputs
+    return activations, embeddings
 
 
 @contextmanager

@@ -48,7 +48,13 @@ def _storing(config: PipelineConfig, index: int) -> dict[str, Any]:
     """What decides the values that are read from a cache; codecs lose nothing."""
     cache = config.stage(index).cache
     return {
-        "module": {str(index): {"cache": {"precision": cache.precision, "chunk": cache.chunk}}},
+        "module": {
+            str(index): {
+                "cache": cache.model_dump(
+                    mode="json", include={"precision", "stored_operation", "chunk"}
+                )
+            }
+        },
         "extract": config.extract.model_dump(mode="json"),
         "augment": {"views": config.augment.views if config.augment.random else 0},
     }
@@ -112,6 +118,7 @@ def cache_content(
     weights: FrozenWeights,
     module: ModuleConfig,
     *,
+    stored_operation: str | None,
     input_content: str,
     in_shape: tuple[int, ...],
     views: int,
@@ -125,7 +132,7 @@ def cache_content(
             "geometry": list(in_shape),
             "views": views,
             "precision": module.cache.precision,
-            "stored_operation": None,
+            "stored_operation": stored_operation,
             "numerics": numerics,
             "input": input_content,
         }

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +21,16 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gim_stagewise.cache import Cache, Precision
 from gim_stagewise.config import TrainConfig
 from gim_stagewise.errors import ConfigError, DataError
 from gim_stagewise.seeds import derive_seed
 from gim_stagewise.sources import Request, Source
 from gim_stagewise.windows import Span
+
+CPU = torch.device("cpu")
+PLAIN = Precision("float32")
+Read = Callable[[Sequence[Request]], list[NDArray[Any]]]
 
 
 def held_out(ids: Sequence[str], *, seed: int, fraction: float) -> tuple[list[str], list[str]]:
@@ -112,7 +118,7 @@ def check_loading(samples: int, *, batch: int, window: int, chunk_bytes: int, st
         )
 
 
-Fetch = Callable[[Span], list[NDArray[np.float32]]]
+Fetch = Callable[[Span], list[NDArray[Any]]]
 
 
 class SampleBatch:
@@ -126,12 +132,23 @@ class SampleBatch:
         Gives a range of the batch's samples, [grid_row, grid_col, channel, height, width] each.
     grid : tuple of int
         Rows and columns of a sample's patches.
+    precision : Precision
+        The form that samples are fetched in.
     hold : bool
         Fetch all samples now and keep them, rather than fetch them whenever rows are read.
     """
 
-    def __init__(self, count: int, fetch: Fetch, grid: tuple[int, ...], *, hold: bool) -> None:
+    def __init__(
+        self,
+        count: int,
+        fetch: Fetch,
+        grid: tuple[int, ...],
+        *,
+        precision: Precision = PLAIN,
+        hold: bool,
+    ) -> None:
         self._count = count
+        self._precision = precision
         self._fetch = fetch
         self._grid = grid
         self._held = fetch(Span(0, count)) if hold else None
@@ -144,8 +161,13 @@ class SampleBatch:
     def rows(self) -> int:
         return math.prod(self.shape)
 
-    def read(self, rows: Span) -> Float[Tensor, "row channel height width"]:
-        """Patches ``rows``, counted by sample, grid row and column."""
+    def read(
+        self, rows: Span, device: torch.device = CPU
+    ) -> Float[Tensor, "row channel height width"]:
+        """Patches ``rows``, counted by sample, grid row and column.
+
+        They are moved to the device in their stored form and decoded there.
+        """
         each = math.prod(self._grid)
         samples = Span(rows.start // each, -(-rows.stop // each))
         fetched = self._fetch(samples) if self._held is None else self._held[samples.slice]
@@ -158,7 +180,8 @@ class SampleBatch:
             patches = sample.reshape(each, *sample.shape[2:])
             start = max(rows.start - number * each, 0)
             parts.append(patches[start : min(rows.stop - number * each, each)])
-        return torch.from_numpy(np.concatenate(parts))
+        stored = torch.from_numpy(np.concatenate(parts))
+        return self._precision.decode(stored.to(device))
 
 
 @dataclass(frozen=True)
@@ -168,7 +191,7 @@ class _Window:
     place: tuple[int, int]
     order: NDArray[np.int64]
     requests: list[Request]
-    samples: list[NDArray[np.float32]]
+    samples: list[NDArray[Any]]
 
 
 class Loader:
@@ -206,6 +229,7 @@ class Loader:
             stage=stage,
         )
         self._source = source
+        self._fetch, self._precision = stored_form(source)
         self._ids = list(ids)
         self._batch = batch
         self._window_chunks = window_chunks(source, window)
@@ -237,14 +261,14 @@ class Loader:
         for number in range(start, self.steps):
             first = number * self._batch
             fetch = partial(self._samples, windows, epoch, first)
-            yield SampleBatch(self._batch, fetch, grid, hold=self._hold)
+            yield SampleBatch(self._batch, fetch, grid, precision=self._precision, hold=self._hold)
 
     def _samples(
         self, windows: list[NDArray[np.int64]], epoch: int, first: int, wanted: Span
-    ) -> list[NDArray[np.float32]]:
+    ) -> list[NDArray[Any]]:
         """Samples by their place after the ``first`` one in the order of an epoch."""
         wanted = Span(first + wanted.start, first + wanted.stop)
-        samples: list[NDArray[np.float32]] = []
+        samples: list[NDArray[Any]] = []
         start = 0
         for number, window in enumerate(windows):
             chosen = window[max(wanted.start - start, 0) : max(wanted.stop - start, 0)]
@@ -258,11 +282,11 @@ class Loader:
 
     def _read(
         self, place: tuple[int, int], window: NDArray[np.int64], chosen: NDArray[np.int64]
-    ) -> list[NDArray[np.float32]]:
+    ) -> list[NDArray[Any]]:
         """Samples of a window, which is read whole; ``place`` is its epoch and number."""
         epoch, _ = place
         if self._source.chunk_items == 1:
-            return self._source.read([self._request(int(index), epoch) for index in chosen])
+            return self._fetch([self._request(int(index), epoch) for index in chosen])
         if self._kept is None or self._kept.place != place:
             order = np.sort(window)
             requests = [self._request(int(index), epoch) for index in order]
@@ -270,7 +294,7 @@ class Loader:
                 self._kept = replace(self._kept, place=place)
             else:
                 self._kept = None  # let go of the last window before the next is read
-                self._kept = _Window(place, order, requests, self._source.read(requests))
+                self._kept = _Window(place, order, requests, self._fetch(requests))
         kept = self._kept
         return [kept.samples[index] for index in np.searchsorted(kept.order, chosen)]
 
@@ -314,11 +338,20 @@ def validation_batches(
     """Held-out samples in storage order, always the same view; the last batch may be smaller."""
     view = 0 if source.views == 0 else 1
     grid = source.items()[0].extent
+    fetch, precision = stored_form(source)
     for start in range(0, len(ids), batch):
         requests = [Request(i, view) for i in ids[start : start + batch]]
         hold = len(requests) * source.item_bytes <= window
-        yield SampleBatch(len(requests), partial(_fetch, source, requests), grid, hold=hold)
+        some = partial(_some_of, fetch, requests)
+        yield SampleBatch(len(requests), some, grid, precision=precision, hold=hold)
 
 
-def _fetch(source: Source, requests: list[Request], wanted: Span) -> list[NDArray[np.float32]]:
-    return source.read(requests[wanted.slice])
+def _some_of(read: Read, requests: list[Request], wanted: Span) -> list[NDArray[Any]]:
+    return read(requests[wanted.slice])
+
+
+def stored_form(source: Source) -> tuple[Read, Precision]:
+    """How samples are read as they are stored, and what makes floats of them."""
+    if isinstance(source, Cache):
+        return source.read_stored, source.precision
+    return source.read, PLAIN

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gim_stagewise.cache import Cache, CacheLayout, auto_chunk
+from gim_stagewise.cache import Cache, CacheLayout, Precision, auto_chunk
 from gim_stagewise.config import PipelineConfig
 from gim_stagewise.sources import PatchSource, Source
 from gim_stagewise.stage.extract import VirtualCache
@@ -70,7 +70,10 @@ def chain_needs(
             chain = 0
         else:
             module = workspace.build(index, shape.cell_in[0])
-            chain += virtual_bytes(module, shape.cell_in, workspace.config, item_bytes, layout)
+            precision = Precision(workspace.module_config(index).cache.precision)
+            chain += virtual_bytes(
+                module, shape.cell_in, workspace.config, item_bytes, layout, precision
+            )
         item_bytes, chunk_items, views = layout.sample_bytes, layout.chunk, layout.views - 1
     return needs
 
@@ -88,7 +91,8 @@ def chain_bytes(source: Source) -> int:
             if isinstance(below, Cache)
             else (job.in_channels, size, size)
         )
-        total += virtual_bytes(module, cell, job.config, below.item_bytes, source.manifest.layout)
+        layout, precision = source.manifest.layout, source.precision
+        total += virtual_bytes(module, cell, job.config, below.item_bytes, layout, precision)
         source = below
     return total
 
@@ -99,10 +103,11 @@ def virtual_bytes(
     config: PipelineConfig,
     item_bytes: int,
     layout: CacheLayout,
+    precision: Precision,
 ) -> int:
     """Bytes that one frozen module takes to compute blocks on demand; uses the module up."""
     try:
-        forward = forward_bytes(module, cell, config.extract.batch)
+        forward = forward_bytes(module, cell, config.extract.batch, precision=precision)
     except Exception:  # a module that has to run to be counted
         forward = sum(parameter.nbytes for parameter in module.parameters())
     return forward + block_bytes(item_bytes, layout)
@@ -130,6 +135,7 @@ def cache_layout(workspace: Workspace, index: int, shape: Shape, source: Source)
         chunk=1,
         codec=cache.codec,
         materialized=cache.materialize == "always",
+        dtype=Precision(cache.precision).stored_dtype,
     )
     chunk = auto_chunk(layout.sample_bytes) if cache.chunk == "auto" else cache.chunk
     return replace(layout, chunk=min(chunk, layout.samples))

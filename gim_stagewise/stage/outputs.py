@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -10,16 +13,30 @@ from gim_stagewise.cache import (
     Cache,
     CacheWriter,
     Manifest,
+    Precision,
     discard_cache,
     metadata_problem,
     read_manifest,
 )
-from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError, StaleCacheError
+from gim_stagewise.errors import (
+    CacheNotFoundError,
+    CorruptCacheError,
+    PrecisionLossError,
+    StaleCacheError,
+)
 from gim_stagewise.lock import exclusive
 from gim_stagewise.sources import Source
 from gim_stagewise.stage import identity
+from gim_stagewise.stage.calibrate import calibration_samples, value_range
 from gim_stagewise.stage.checkpoint import FrozenWeights
-from gim_stagewise.stage.extract import BlockJob, VirtualCache, extract
+from gim_stagewise.stage.extract import (
+    BlockJob,
+    Storing,
+    VirtualCache,
+    check_error,
+    compute_block,
+    extract,
+)
 from gim_stagewise.stage.fit import plan_forward
 from gim_stagewise.stage.freeze import FrozenModule, numerics
 from gim_stagewise.stage.needs import cache_layout
@@ -50,6 +67,17 @@ class StageOutputs:
         self.shape = shape
         self._config = workspace.module_config(index)
 
+    @cached_property
+    def stored_operation(self) -> str | None:
+        """What the next module begins with, if outputs are stored after that."""
+        above = self.index + 1
+        last = above not in self.workspace.config.module
+        if last or self._config.cache.stored_operation == "none":
+            return None
+        module = self.workspace.build(above, self.shape.cell_out[0])
+        found: str | None = getattr(module, "input_op", None)
+        return found
+
     def extract(
         self, weights: FrozenWeights, *, force: bool = False, workers: Workers
     ) -> tuple[Manifest, bool]:
@@ -66,15 +94,56 @@ class StageOutputs:
                 discard_cache(self.workspace.cache_path(self.index))
             found, reason = self.current(manifest)
             if found is not None and found.sealed:
+                self._check_recorded_error(found)
                 return found, False
             if reason:
                 self._note(f"cache built again: {reason}")
+            # Before anything is replaced: these weights fit the module as it is built now.
+            frozen = self._frozen(weights, self.workspace.device)
+            if found is not None and found.layout == manifest.layout:
+                manifest = replace(
+                    manifest, precision=found.precision, calibration=found.calibration
+                )
+            else:
+                manifest = self._calibrated(frozen, manifest)
+            del frozen
             return self._extract(weights, manifest, workers), True
+
+    def _check_recorded_error(self, manifest: Manifest) -> None:
+        allowed = self._config.cache.max_error
+        if manifest.error is None or allowed is None or manifest.error["relative_l2"] <= allowed:
+            return
+        path, error = self.workspace.cache_path(self.index), manifest.error["relative_l2"]
+        raise PrecisionLossError(
+            f"{path} was stored as {manifest.precision.name} with an error of {error:.2e} "
+            f"(relative L2), cache.max_error allows {allowed:g}: use a finer cache.precision, or "
+            "allow more"
+        )
+
+    def _calibrated(self, frozen: FrozenModule, manifest: Manifest) -> Manifest:
+        """With scales, and an error within what is allowed, both found on a few samples."""
+        cache = self._config.cache
+        if manifest.precision.lossless:
+            return manifest
+        config, operation = self.workspace.config.extract, manifest.stored_operation
+        ids, view = calibration_samples(self.source, math.prod(self.shape.grid), config)
+        lowest, highest = value_range(frozen, self.source, ids, view, config, operation)
+        precision = manifest.precision.calibrated(lowest, highest)
+        count = sum(map(len, ids))
+        said = f"{count} samples, evenly spaced, view {view}" if precision.has_scales else None
+        manifest = replace(manifest, precision=precision, calibration=said)
+        if cache.max_error is not None:
+            errors = []
+            for some in ids:
+                storing = Storing.of(manifest)
+                compute_block(frozen, self.source, some, view, config, storing)
+                assert storing.error is not None
+                errors.append(storing.error)
+            check_error(sum(errors[1:], start=errors[0]), cache, manifest)
+        return manifest
 
     def _extract(self, weights: FrozenWeights, manifest: Manifest, workers: Workers) -> Manifest:
         space, source = self.workspace, self.source
-        # Before anything is replaced: these weights fit the module as it is built now.
-        self._frozen(weights, torch.device("cpu"))
         on_gpu = space.device.type == "cuda"
         forward = plan_forward(step_spec(space, self.index, self.shape), space.budget)
         block = block_bytes(source.item_bytes, manifest.layout)
@@ -165,6 +234,7 @@ class StageOutputs:
         content = identity.cache_content(
             weights,
             self._config,
+            stored_operation=self.stored_operation,
             input_content=self.source.content_digest(),
             in_shape=self.shape.cell_in,
             views=layout.views,
@@ -179,8 +249,8 @@ class StageOutputs:
             ),
             content=content,
             numerics=record,
-            precision={"name": cache.precision, "decode": None},
-            stored_operation=None,
+            precision=Precision(cache.precision),
+            stored_operation=self.stored_operation,
             encoding="patch",
             layout=layout,
         )

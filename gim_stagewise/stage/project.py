@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from gim_stagewise.cache import CacheLayout
+from gim_stagewise.cache import CacheLayout, Precision
 from gim_stagewise.config import PipelineConfig
 from gim_stagewise.memory import (
     PeakMeter,
@@ -31,6 +31,7 @@ from gim_stagewise.models import pool
 from gim_stagewise.objectives import InfoNCE, build_objective
 from gim_stagewise.processes import in_fresh_process
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
+from gim_stagewise.stage.loader import PLAIN
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.step import MicroBatches, accumulate_gradients, make_optimizer
 from gim_stagewise.stage.workspace import Workspace
@@ -90,6 +91,23 @@ class StepSpec:
         """All of it, hashable."""
         own = (value for name, value in vars(self).items() if name != "config")
         return (self.config.model_dump_json(), *own)
+
+    @property
+    def input_precision(self) -> Precision:
+        """The form in which the module's input is read."""
+        if self.index == 1:
+            return PLAIN
+        name = self.config.stage(self.index - 1).cache.precision
+        return Precision(name).with_any_scales(self.cell[0])
+
+    @property
+    def precision(self) -> Precision:
+        """The form in which the module's outputs are stored."""
+        return Precision(self.config.stage(self.index).cache.precision)
+
+    def batch(self, on_read: Callable[[Tensor], None] = lambda _: None) -> _AnyBatch:
+        """A batch of numbers that do not matter."""
+        return _AnyBatch(self.shape, self.cell, self.input_precision, on_read)
 
     def module(self) -> nn.Module:
         space = Workspace(self.config, "", Path(), self.code_folder, torch.device(self.device))
@@ -158,14 +176,19 @@ class _AnyBatch:
 
     shape: tuple[int, ...]
     cell: tuple[int, ...]
-    on_read: Callable[[Tensor], None] = lambda _: None
+    precision: Precision
+    on_read: Callable[[Tensor], None]
 
     @property
     def rows(self) -> int:
         return math.prod(self.shape)
 
-    def read(self, rows: Span) -> Tensor:
-        values = torch.randn(len(rows), *self.cell)
+    def read(self, rows: Span, device: torch.device) -> Tensor:
+        if self.precision.lossless:
+            values = torch.randn(len(rows), *self.cell).to(device)
+        else:
+            stored = torch.zeros(len(rows), *self.cell, dtype=self.precision.stored_torch)
+            values = self.precision.decode(stored.to(device))
         self.on_read(values)
         return values
 
@@ -248,7 +271,7 @@ def count_step(spec: StepSpec, *, steps: int = 2, few: bool = False) -> StepMemo
                 lambda p: counter.label("gradients", [p.grad])
             )
         optimizer = make_optimizer(module, objective, spec.config.stage(spec.index).train)
-        batch = _AnyBatch(spec.shape, spec.cell, lambda t: counter.label("input", [t]))
+        batch = spec.batch(lambda t: counter.label("input", [t]))
         for _ in range(steps):
             counter.restart()
             _step(spec, module, objective, optimizer, batch, torch.device("cpu"), few=few)
@@ -312,7 +335,7 @@ def measure_step(spec: StepSpec, *, steps: int) -> int:
         module, objective = spec.module().to(device), spec.objective().to(device)
         module.train()
         optimizer = make_optimizer(module, objective, spec.config.stage(spec.index).train)
-        batch = _AnyBatch(spec.shape, spec.cell)
+        batch = spec.batch()
         for _ in range(steps):
             _step(spec, module, objective, optimizer, batch, device, few=True)
     return meter.peak
@@ -331,7 +354,9 @@ def project_forward(spec: StepSpec, *, measure: bool = True) -> int:
 
 def _project_forward(spec: StepSpec, *, measure: bool) -> int:
     try:
-        counted = forward_bytes(spec.module(), spec.cell, spec.config.extract.batch)
+        counted = forward_bytes(
+            spec.module(), spec.cell, spec.config.extract.batch, precision=spec.precision
+        )
     except Exception:
         return in_fresh_process(measure_forward, spec)
     if not measure:
@@ -339,7 +364,9 @@ def _project_forward(spec: StepSpec, *, measure: bool) -> int:
     return max(counted, in_fresh_process(measure_forward, spec)) + NOISE_BYTES
 
 
-def forward_bytes(module: nn.Module, cell: tuple[int, ...], piece: int) -> int:
+def forward_bytes(
+    module: nn.Module, cell: tuple[int, ...], piece: int, *, precision: Precision
+) -> int:
     """Count the tensors of a frozen module's forward on one piece; uses the module up."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     make_fake(module, mode)
@@ -348,7 +375,8 @@ def forward_bytes(module: nn.Module, cell: tuple[int, ...], piece: int) -> int:
         counter.label("parameters", module.parameters())
         frozen = FrozenModule(module, torch.device("cpu"))
         counter.restart()
-        frozen(torch.randn(piece, *cell))
+        z, _ = frozen(torch.randn(piece, *cell))
+        torch.empty_like(z, dtype=precision.stored_torch)
     return counter.peak
 
 
@@ -362,15 +390,20 @@ def measure_forward(spec: StepSpec) -> int:
     with PeakMeter(device) as meter:
         frozen = FrozenModule(spec.module(), device)
         for _ in range(2):
-            frozen_forward(frozen, rows, spec.config.extract)
+            frozen_forward(frozen, rows, spec.config.extract, keep=lambda z: _stored(spec, z))
     return meter.peak
+
+
+def _stored(spec: StepSpec, z: Tensor) -> Tensor:
+    stored, _ = spec.precision.with_any_scales(z.shape[1]).encode(z)
+    return stored
 
 
 def block_bytes(item_bytes: int, layout: CacheLayout) -> int:
     """Bytes that one block of samples takes on its way from the input into chunk files.
 
-    Its samples as read and as stacked, the outputs, and one chunk's copy while it is encoded, with
-    the encoded bytes with and without checksum.
+    Its samples as read and as stacked, the outputs in their stored form, and one chunk's copy while
+    it is encoded, with the encoded bytes with and without checksum.
     """
     samples = layout.chunk
     outputs = samples * (layout.sample_bytes + layout.embedding_bytes)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-from gim_stagewise.cache import auto_chunk
+from gim_stagewise.cache import Precision, auto_chunk
+from gim_stagewise.config import CacheConfig
 from gim_stagewise.models import output_shape
 from gim_stagewise.objectives import check_rows
 from gim_stagewise.stage.step import check_micro_batch
@@ -27,17 +27,21 @@ class Shape:
         One patch before and after: (channel, height, width).
     embedding : int
         Channels of an embedding.
+    input_op : str or None
+        What the module does to its input before anything else, if it says so.
     """
 
     grid: tuple[int, int]
     cell_in: Cell
     cell_out: Cell
     embedding: int
+    input_op: str | None = None
 
-    def chunk_bytes(self, chunk: int | Literal["auto"], samples: int) -> int:
-        """Bytes of one chunk of the module's cache, before it is encoded."""
-        per_sample = 4 * math.prod(self.grid) * math.prod(self.cell_out)
-        wanted = auto_chunk(per_sample) if chunk == "auto" else chunk
+    def chunk_bytes(self, cache: CacheConfig, samples: int) -> int:
+        """Bytes of one chunk of the module's cache, before it is compressed."""
+        itemsize = Precision(cache.precision).itemsize
+        per_sample = itemsize * math.prod(self.grid) * math.prod(self.cell_out)
+        wanted = auto_chunk(per_sample) if cache.chunk == "auto" else cache.chunk
         return per_sample * min(wanted, samples)
 
 
@@ -65,6 +69,8 @@ def check_shape(workspace: Workspace, index: int, grid: tuple[int, int], cell: C
         skip=objective.skip,
         key=f"module.{index}.objective.prediction_steps",
     )
-    out, embedding = output_shape(workspace.build(index, cell[0]), cell, key=f"module.{index}")
+    module = workspace.build(index, cell[0])
+    out, embedding = output_shape(module, cell, key=f"module.{index}")
     channels, height, width = out
-    return Shape(grid, cell, (channels, height, width), embedding)
+    input_op = getattr(module, "input_op", None)
+    return Shape(grid, cell, (channels, height, width), embedding, input_op)

@@ -63,7 +63,25 @@ class Stage:
 
     @cached_property
     def shape(self) -> Shape:
-        return check_shape(self.workspace, self.index, self._grid, self._cell)
+        """What goes in and comes out.
+
+        Raises
+        ------
+        ConfigError, ModuleRefusedError
+            If the module or its objective does not fit the input.
+        StaleCacheError
+            If the input was stored after an operation that the module does not begin with.
+        """
+        shape = check_shape(self.workspace, self.index, self._grid, self._cell)
+        if isinstance(self.source, Cache):
+            stored = self.source.manifest.stored_operation
+            if stored not in (None, shape.input_op):
+                raise StaleCacheError(
+                    f"{self.source.path} holds activations after {stored!r}, with which module "
+                    f"{self.index} does not begin; build it again with `gim-stage run`, or for any "
+                    'module with cache.stored_operation = "none"'
+                )
+        return shape
 
     @cached_property
     def recipe(self) -> Digest:

@@ -37,8 +37,8 @@ class Batch(Protocol):
     def rows(self) -> int:
         """Their number."""
 
-    def read(self, rows: Span) -> Tensor:
-        """Some of the rows, float32 [row, channel, ...], on the CPU."""
+    def read(self, rows: Span, device: torch.device) -> Tensor:
+        """Some of the rows, float32 [row, channel, ...], on a device."""
 
 
 # The seed of what a module draws (dropout) while it sees micro-batch i.
@@ -70,7 +70,7 @@ class MicroBatches:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.seed(number))
-            return pool(module, module(batch.read(rows).to(self.device)))
+            return pool(module, module(batch.read(rows, self.device)))
 
     def of(self, batch: Batch) -> list[Span]:
         """The rows of each micro-batch of a batch."""

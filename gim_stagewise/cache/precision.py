@@ -1,0 +1,358 @@
+"""The form in which activations are stored, and how exact it is.
+
+================  ==========  =============================================================
+name              stored as   a value
+================  ==========  =============================================================
+``float32``       float32     itself
+``bitround-N``    float32     with N bits of mantissa, rounded to nearest even; any reader
+                              gets it, and the zeros that are left compress
+``float16``       float16     rounded; above 65504 it cannot be stored
+``bfloat16``      uint16      the upper half of its float32, rounded to nearest even
+``float8_e4m3``   uint8       a float8 (4 bits of exponent, 3 of mantissa) times its
+                              channel's scale, a power of two
+``uint8``         uint8       (code - zero point) times its channel's scale
+================  ==========  =============================================================
+
+Scales are calibrated on samples of the dataset; values beyond the calibrated range saturate, and
+are counted. Zero is always stored exactly: after a ReLU most values are zeros.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gim_stagewise.config import BITROUND, PRECISIONS
+
+_STORED = {"float16": "float16", "bfloat16": "uint16", "float8_e4m3": "uint8", "uint8": "uint8"}
+_LARGEST_FLOAT8 = 448.0
+_LARGEST_FLOAT16 = 65504.0
+# How far beyond what was seen in calibration values may go before they saturate. A float8 has range
+# to spare; each code of a uint8 counts.
+_FLOAT8_MARGIN = 4.0
+_UINT8_MARGIN = 1.1
+# Rows that are encoded together.
+_ROWS = 8
+
+
+def is_precision(name: str) -> bool:
+    """Whether there is a precision of that name."""
+    return name in PRECISIONS or _mantissa_bits(name) is not None
+
+
+def _mantissa_bits(name: str) -> int | None:
+    """N of ``bitround-N``; None for any other name."""
+    found = re.fullmatch(BITROUND, name)
+    return int(found[1]) if found else None
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How values become stored ones, and back.
+
+    Parameters
+    ----------
+    name : str
+        See the module's table.
+    scale : tuple of float
+        For each channel, where the precision has scales and they are known.
+    zero_point : tuple of int
+        Code of 0 for each channel, for "uint8".
+    """
+
+    name: str
+    scale: tuple[float, ...] = ()
+    zero_point: tuple[int, ...] = ()
+
+    @property
+    def stored_dtype(self) -> str:
+        """NumPy name of the type of stored values."""
+        return _STORED.get(self.name, "float32")
+
+    @property
+    def stored_torch(self) -> torch.dtype:
+        """The same type in PyTorch."""
+        found: torch.dtype = getattr(torch, self.stored_dtype)
+        return found
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a stored value before compression."""
+        return np.dtype(self.stored_dtype).itemsize
+
+    @property
+    def lossless(self) -> bool:
+        return self.name == "float32"
+
+    @property
+    def has_scales(self) -> bool:
+        return self.name in {"uint8", "float8_e4m3"}
+
+    @property
+    def plain(self) -> bool:
+        """Whether any Zarr reader gets the values, without our decoding."""
+        return self.stored_dtype in {"float32", "float16"}
+
+    def calibrated(self, lowest: Tensor, highest: Tensor) -> Precision:
+        """With scales for values between these, per channel.
+
+        Parameters
+        ----------
+        lowest, highest : Tensor
+            float32 [channel], as seen on a sample.
+        """
+        if not self.has_scales:
+            return self
+        lowest, highest = lowest.double().clamp(max=0), highest.double().clamp(min=0)
+        if self.name == "float8_e4m3":
+            reach = torch.maximum(-lowest, highest) * _FLOAT8_MARGIN / _LARGEST_FLOAT8
+            scale = [2.0 ** math.ceil(math.log2(r)) if r > 0 else 1.0 for r in reach.tolist()]
+            return replace(self, scale=tuple(scale))
+        step = (highest - lowest) * _UINT8_MARGIN / 255
+        step = torch.where(step > 0, step, 1.0).float()
+        # Rounded to a whole code, so that 0 is a code of its own.
+        zero = torch.ceil(-lowest * _UINT8_MARGIN / step.double()).clamp(0, 255)
+        return replace(
+            self, scale=tuple(step.tolist()), zero_point=tuple(int(z) for z in zero.tolist())
+        )
+
+    def with_any_scales(self, channels: int) -> Precision:
+        """With scales that stand for those that are not known yet, for counting memory."""
+        if not self.has_scales:
+            return self
+        return replace(self, scale=(1.0,) * channels, zero_point=(1,) * channels)
+
+    def encode(
+        self, values: Float[Tensor, "row channel *space"]
+    ) -> tuple[Tensor, PrecisionError | None]:
+        """Values as they are stored.
+
+        Parameters
+        ----------
+        values : Tensor
+            float32, finite.
+
+        Returns
+        -------
+        (Tensor, PrecisionError or None)
+            Of the stored type, in the same shape; and what that does to the values, None if
+            nothing. What is beyond the range that can be stored becomes its end.
+        """
+        if self.lossless:
+            return values, None
+        stored = torch.empty_like(values, dtype=self.stored_torch)
+        error = _Account(values)
+        scale, zero = (
+            self._per_channel(self.scale, values),
+            self._per_channel(self.zero_point, values),
+        )
+        # A few rows at a time stay in the processor's cache.
+        for start in range(0, len(values), _ROWS):
+            some = values[start : start + _ROWS]
+            kept = stored[start : start + _ROWS]
+            kept.copy_(self._encoded(some, scale, zero, error))
+            error.add(some, self._decoded(kept, scale, zero, torch.float32))
+        return stored, error.total()
+
+    def _encoded(self, values: Tensor, scale: Tensor, zero: Tensor, error: _Account) -> Tensor:
+        if self.name == "uint8":
+            codes = values.div(scale).round_().add_(zero)
+            return error.clamped(codes, 0, 255).to(torch.uint8)
+        if self.name == "float8_e4m3":
+            scaled = error.clamped(values / scale, -_LARGEST_FLOAT8, _LARGEST_FLOAT8)
+            return scaled.to(torch.float8_e4m3fn).view(torch.uint8)
+        if self.name == "float16":
+            return error.clamped(values, -_LARGEST_FLOAT16, _LARGEST_FLOAT16).half()
+        if self.name == "bfloat16":
+            return values.bfloat16().view(torch.uint16)
+        bits = _mantissa_bits(self.name)
+        assert bits is not None
+        return _rounded(values, bits)
+
+    def decode(
+        self, stored: Tensor, *, dtype: torch.dtype = torch.float32
+    ) -> Float[Tensor, "... channel height width"]:
+        """Stored values as floats, on the device they are on.
+
+        Parameters
+        ----------
+        stored : Tensor
+            [..., channel, height, width], of the stored type.
+        dtype : torch.dtype
+            float32, or float16 for those who can do with less.
+        """
+        scale = self._per_channel(self.scale, stored, dtype)
+        return self._decoded(
+            stored, scale, self._per_channel(self.zero_point, stored, dtype), dtype
+        )
+
+    def _decoded(self, stored: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.name == "uint8":
+            values = stored.to(dtype)
+            if any(self.zero_point):
+                values -= zero
+            return values.mul_(scale)
+        if self.name == "float8_e4m3":
+            return stored.view(torch.float8_e4m3fn).to(dtype).mul_(scale)
+        if self.name == "bfloat16":
+            return stored.view(torch.bfloat16).to(dtype)
+        return stored.to(dtype)
+
+    def _per_channel(
+        self, numbers: Sequence[float], like: Tensor, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        return torch.tensor(numbers, dtype=dtype, device=like.device)[:, None, None]
+
+    def as_json(self) -> dict[str, Any]:
+        """What a manifest says: the name, and how to decode where plain readers cannot."""
+        if self.plain:
+            return {"name": self.name, "decode": None}
+        if self.name == "bfloat16":
+            return {"name": self.name, "decode": {"bits": "upper half of a float32"}}
+        decode: dict[str, Any] = {"scale": list(self.scale), "axis": "channel"}
+        if self.name == "uint8":
+            decode = {"formula": "(code - zero_point) * scale", **decode}
+            decode["zero_point"] = list(self.zero_point)
+        else:
+            decode = {"formula": "float8_e4m3fn(code) * scale", **decode}
+        return {"name": self.name, "decode": decode}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Precision:
+        """The reverse of `as_json`.
+
+        Raises
+        ------
+        ValueError
+            If that is no precision.
+        """
+        name, decode = str(content["name"]), content["decode"] or {}
+        if not is_precision(name):
+            raise ValueError(f"unknown precision {name!r}")
+        scale = tuple(float(s) for s in decode.get("scale", ()))
+        zero = tuple(int(z) for z in decode.get("zero_point", ()))
+        if not all(math.isfinite(s) and s > 0 for s in scale):
+            raise ValueError("a scale is not a positive number")
+        return cls(name, scale, zero)
+
+    def decode_array(self, stored: NDArray[Any]) -> NDArray[np.float32]:
+        """`decode` for arrays [..., channel, height, width]."""
+        if self.stored_dtype == "float32":
+            return stored
+        decoded: NDArray[np.float32] = self.decode(torch.from_numpy(stored)).numpy()
+        return decoded
+
+
+@dataclass(frozen=True)
+class PrecisionError:
+    """What storing did to values, summed up per channel.
+
+    Parameters
+    ----------
+    squared_error, squared_values : array of float64 [channel]
+    beyond : array of float64 [channel]
+        Values that saturated.
+    values : array of float64 [channel]
+        Values.
+    """
+
+    squared_error: NDArray[np.float64]
+    squared_values: NDArray[np.float64]
+    beyond: NDArray[np.float64]
+    values: NDArray[np.float64]
+
+    @classmethod
+    def load(cls, path: Path) -> PrecisionError:
+        """Read what `save` wrote."""
+        return cls(*np.load(path, allow_pickle=False))
+
+    def save(self, path: Path) -> None:
+        parts = (self.squared_error, self.squared_values, self.beyond, self.values)
+        np.save(path, np.stack(parts), allow_pickle=False)
+
+    def __add__(self, other: PrecisionError) -> PrecisionError:
+        return PrecisionError(
+            self.squared_error + other.squared_error,
+            self.squared_values + other.squared_values,
+            self.beyond + other.beyond,
+            self.values + other.values,
+        )
+
+    @property
+    def relative(self) -> float:
+        """Relative L2 error over all values."""
+        return _ratio(float(self.squared_error.sum()), float(self.squared_values.sum()))
+
+    @property
+    def worst_channel(self) -> tuple[int, float]:
+        """The channel with the largest relative L2 error, and that error."""
+        errors = [
+            _ratio(e, v) for e, v in zip(self.squared_error, self.squared_values, strict=True)
+        ]
+        worst = int(np.argmax(errors))
+        return worst, errors[worst]
+
+    @property
+    def saturated(self) -> int:
+        """Values that were beyond the range that can be stored."""
+        return int(self.beyond.sum())
+
+    def as_json(self) -> dict[str, Any]:
+        channel, error = self.worst_channel
+        return {
+            "relative_l2": self.relative,
+            "worst_channel": channel,
+            "worst_channel_relative_l2": error,
+            "saturated": self.saturated,
+            "values": int(self.values.sum()),
+        }
+
+
+class _Account:
+    """Adds up what storing does, a few rows at a time."""
+
+    def __init__(self, values: Tensor) -> None:
+        channels, each = values.shape[1], values.numel() // values.shape[1]
+        self._error, self._squares, self._beyond = torch.zeros(
+            3, channels, dtype=torch.float64, device=values.device
+        )
+        self._values = torch.full_like(self._error, each)
+
+    def clamped(self, values: Tensor, lowest: float, highest: float) -> Tensor:
+        """Values within a range, and those that were not counted."""
+        if values.amin() < lowest or values.amax() > highest:
+            beyond = (values < lowest) | (values > highest)
+            self._beyond += beyond.sum((0, 2, 3))
+            return values.clamp(lowest, highest)
+        return values
+
+    def add(self, values: Tensor, decoded: Tensor) -> None:
+        self._error += (decoded - values).square_().sum((2, 3)).sum(0, dtype=torch.float64)
+        self._squares += values.square().sum((2, 3)).sum(0, dtype=torch.float64)
+
+    def total(self) -> PrecisionError:
+        parts = (self._error, self._squares, self._beyond, self._values)
+        return PrecisionError(*(part.cpu().numpy() for part in parts))
+
+
+def _ratio(error: float, values: float) -> float:
+    return math.sqrt(error / values) if values > 0 else 0.0
+
+
+def _rounded(values: Tensor, bits: int) -> Tensor:
+    """Floats with ``bits`` bits of mantissa, rounded to nearest, ties to even."""
+    drop = 23 - bits
+    whole = values.contiguous().view(torch.int32)
+    odd = (whole >> drop) & 1
+    whole = (whole + ((1 << (drop - 1)) - 1) + odd) & -(1 << drop)
+    return whole.view(torch.float32)
