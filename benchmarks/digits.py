@@ -146,8 +146,8 @@ def _text(spread: dict[str, float]) -> str:
     return f"{spread['mean']:.1f} ± {spread['sd']:.1f}"
 
 
-def choose(text: str, folder: Path) -> list[dict[str, Any]]:
-    """Gains of every candidate on training images alone; see the top of this file."""
+def without_test_images(text: str, folder: Path) -> str:
+    """The pipeline on training images alone, written to a folder; see the top of this file."""
     data = load_digits()
     pixels = (data.images[:-TEST_IMAGES, None] / 16).astype(np.float32)
     labels = data.target[:-TEST_IMAGES]
@@ -158,9 +158,14 @@ def choose(text: str, folder: Path) -> list[dict[str, Any]]:
     source = f'kind = "npy"\nroot = "{folder}"\noptions.axes = "sample channel height width"\n'
     for name in parts:
         source += f'splits.{name} = {{ images = "{name}.npy", labels = "{name}_labels.npy" }}\n'
+    return text.replace('kind = "digits"\n', source)
+
+
+def choose(text: str, folder: Path) -> list[dict[str, Any]]:
+    """Gains of every candidate on training images alone."""
     rows = []
     for name, replacements in CANDIDATES.items():
-        candidate = text.replace('kind = "digits"\n', source)
+        candidate = without_test_images(text, folder)
         for pattern, replacement in replacements.items():
             candidate, found = re.subn(pattern, replacement, candidate)
             assert found, f"{name}: the file has no {pattern}"

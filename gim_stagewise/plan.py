@@ -27,6 +27,7 @@ from gim_stagewise.stage.fit import (
     smallest_training,
 )
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
+from gim_stagewise.stage.loader import loading_quality, positions_of
 from gim_stagewise.stage.needs import cache_layout, chain_needs
 from gim_stagewise.stage.parallel import BASE_BYTES, extraction_workers
 from gim_stagewise.stage.project import block_bytes
@@ -85,6 +86,8 @@ class StagePlan:
         Of it, what stays when activations may go.
     patches : int
         Patches of one sample.
+    shuffle_quality : float
+        How often batches will repeat a chunk of the input, against a perfect shuffle.
     """
 
     module: int
@@ -94,6 +97,7 @@ class StagePlan:
     cache_basis: str
     pooled_bytes: int
     patches: int
+    shuffle_quality: float
 
     @property
     def device_mem(self) -> int:
@@ -148,7 +152,8 @@ def plan_pipeline(pipeline: Pipeline) -> PipelinePlan:
     pipeline.check_budget(shapes, start=1)
     sizes = _cache_sizes(pipeline, shapes)
     stages = []
-    item_bytes = source.item_bytes
+    item_bytes, chunk_items = source.item_bytes, 1
+    unlabeled = positions_of(source, source.split("unlabeled"))
     for needs, shape in zip(chain_needs(space, source, shapes), shapes, strict=True):
         spec = needs.spec
         index = spec.index
@@ -173,9 +178,17 @@ def plan_pipeline(pipeline: Pipeline) -> PipelinePlan:
                 cache_basis=basis,
                 pooled_bytes=_stored_samples(source, layout) * layout.embedding_bytes,
                 patches=math.prod(shape.grid),
+                shuffle_quality=loading_quality(
+                    unlabeled,
+                    batch=space.module_config(index).train.batch,
+                    window=space.module_config(index).train.shuffle_window,
+                    item_bytes=item_bytes,
+                    chunk_items=chunk_items,
+                    seed=space.config.seed,
+                ),
             )
         )
-        item_bytes = layout.sample_bytes
+        item_bytes, chunk_items = layout.sample_bytes, layout.chunk
     plan = PipelinePlan(space.config.name, str(space.device), stages)
     _check_disk(pipeline, plan)
     return plan

@@ -94,8 +94,9 @@ def test_a_cache_is_a_torch_dataset_and_a_dask_array(done: Path, tmp_path: Path)
     activations, label = dataset[7]
     np.testing.assert_array_equal(activations, cache.activations[0, 7])
     assert label == labels[7]
-    mean = cache.dask("pooled").mean().compute()
-    assert mean == pytest.approx(np.asarray(cache.activations[0]).mean(), rel=1e-4)
+    mean = cache.dask().mean().compute()
+    assert mean == pytest.approx(np.asarray(cache.activations).mean(), rel=1e-4)
+    assert cache.dask("pooled").shape == (1, 52, 5, 5, 8)
 
 
 def test_from_and_until_choose_the_stages(tiny: Path, tmp_path: Path) -> None:

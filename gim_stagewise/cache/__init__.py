@@ -5,7 +5,7 @@ from __future__ import annotations
 from gim_stagewise.cache.digests import Digest, flatten
 from gim_stagewise.cache.layout import Block, CacheLayout, auto_chunk
 from gim_stagewise.cache.manifest import BuildFolder, Manifest, read_manifest
-from gim_stagewise.cache.precision import Precision, PrecisionError, is_precision
+from gim_stagewise.cache.precision import PLAIN, Precision, PrecisionError, is_precision
 from gim_stagewise.cache.reader import Cache, metadata_problem, open_cache
 from gim_stagewise.cache.writer import (
     CacheWriter,
@@ -16,6 +16,7 @@ from gim_stagewise.cache.writer import (
 )
 
 __all__ = [
+    "PLAIN",
     "Block",
     "BuildFolder",
     "Cache",

@@ -131,10 +131,12 @@ class CacheLayout:
                     found.append(Block(len(found), view, samples))
         return found
 
-    def chunk_files(self, block: Block) -> list[str]:
-        """Paths, below the group, of the chunk files that hold a block."""
+    def chunk_files(self, block: Block, only: str | None = None) -> list[str]:
+        """Paths, below the group, of the chunk files that hold a block, in one array or in all."""
         files = []
         for name, chunks in self.chunks.items():
+            if only not in (None, name):
+                continue
             shape = self.shapes[name]
             rows = math.ceil(shape[2] / chunks[2])
             tail = ".0" * (len(shape) - 3)

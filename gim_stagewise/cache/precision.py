@@ -253,6 +253,9 @@ class Precision:
         return decoded
 
 
+PLAIN = Precision("float32")
+
+
 @dataclass(frozen=True)
 class PrecisionError:
     """What storing did to values, summed up per channel.

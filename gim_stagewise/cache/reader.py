@@ -13,6 +13,7 @@ import zarr
 from numpy.typing import NDArray
 
 from gim_stagewise.cache.digests import Digest
+from gim_stagewise.cache.frames import FrameError, read_frame
 from gim_stagewise.cache.layout import Block
 from gim_stagewise.cache.manifest import Manifest, read_manifest
 from gim_stagewise.cache.precision import Precision
@@ -191,17 +192,23 @@ class Cache:
     def _read_chunk(self, name: str, view: int, number: int) -> NDArray[Any]:
         layout = self.manifest.layout
         samples = Span(number * layout.chunk, min((number + 1) * layout.chunk, layout.samples))
-        # Zarr reads an absent chunk as the fill value; here it is a loss.
-        for file in layout.chunk_files(Block(-1, view, samples)):
-            if file.startswith(f"{name}/") and not (self.path / file).is_file():
-                raise CorruptCacheError(self._damage(file, "is missing"))
-        try:
-            values: NDArray[Any] = self._group[name][view, samples.slice]
-        except (ValueError, RuntimeError, KeyError) as error:
-            reason = f"is damaged ({str(error).splitlines()[0]})"
-            where = f"{name}, view {view}, samples {samples.start} to {samples.stop - 1}"
-            raise CorruptCacheError(self._damage(where, reason)) from None
-        return values
+        shape = layout.chunks[name][1:]
+        dtype = layout.dtype if name == "activations" else "float32"
+        compressed = layout.codec != "none"
+        parts = []
+        for file in layout.chunk_files(Block(-1, view, samples), name):
+            part = np.empty(shape, dtype)
+            try:
+                read_frame(self.path / file, part, compressed=compressed)
+            except FileNotFoundError:
+                # Zarr reads an absent chunk as the fill value; here it is a loss.
+                raise CorruptCacheError(self._damage(file, "is missing")) from None
+            except (FrameError, RuntimeError) as error:
+                raise CorruptCacheError(self._damage(file, str(error))) from None
+            parts.append(part)
+        # A chunk of its own for some grid rows, where one sample is large; the last one is padded.
+        values = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        return values[: len(samples), : layout.grid[0]]
 
     def _small_array(self, name: str) -> NDArray[Any]:
         """An array of one chunk with an entry per sample."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,11 @@ class DecodedArray:
         self.shape: tuple[int, ...] = stored.shape
         self.chunks: tuple[int, ...] = stored.chunks
         self.ndim: int = stored.ndim
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -200,6 +200,7 @@ def train(
                 "micro_batch": record.micro_batch,
                 "projected_mem": record.projected_mem,
                 "measured_mem": record.measured_mem,
+                "shuffle_quality": record.shuffle_quality,
             }
         )
         return

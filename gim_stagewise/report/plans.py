@@ -12,6 +12,8 @@ from gim_stagewise.plan import PipelinePlan, StagePlan
 from gim_stagewise.prove import Proof
 from gim_stagewise.units import format_bytes
 
+# From here on it is said: negatives come from the batch, and are too alike.
+POOR_SHUFFLE = 1.5
 KEEPS = ("all", "last-two", "last")
 
 
@@ -49,6 +51,7 @@ def _stage_record(stage: StagePlan) -> dict[str, Any]:
             "process": extraction.base,
             "host_mem": extraction.host,
         },
+        "shuffle_quality": stage.shuffle_quality,
         "cache_bytes": stage.cache_bytes,
         "cache_basis": stage.cache_basis,
         "forward_flops": stage.patches * training.step.forward_flops,
@@ -68,6 +71,11 @@ def plan_report(plan: PipelinePlan) -> Iterator[Table | str]:
         workspace = f"workspace {format_bytes(step.workspace)}"
         yield f"module {stage.module}, a step: {', '.join(filter(None, [parts, workspace]))}"
         yield f"    {step.basis}; cache: {stage.cache_basis}"
+        if stage.shuffle_quality > POOR_SHUFFLE:
+            yield (
+                f"    batches repeat a chunk {stage.shuffle_quality:.1f} times as often as a "
+                "perfect shuffle: give train.shuffle_window more, or store fewer samples a chunk"
+            )
     sizes = ", ".join(f'{format_bytes(plan.disk(keep))} with keep = "{keep}"' for keep in KEEPS)
     yield f"most disk space at once: {sizes}"
 

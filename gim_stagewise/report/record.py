@@ -37,6 +37,7 @@ def run_record(result: RunResult) -> dict[str, Any]:
             "micro_batch": stage.record.micro_batch,
             "projected_mem": stage.record.projected_mem,
             "measured_mem": stage.record.measured_mem,
+            "shuffle_quality": stage.record.shuffle_quality,
         }
         for stage in result.stages
     ]

@@ -73,6 +73,8 @@ class TrainingRecord:
     projected_mem, measured_mem : int
         Bytes that training was expected to take, and that it took, beyond what the process had
         before; see `gim_stagewise.memory`.
+    shuffle_quality : float
+        How often batches repeated a chunk of the input, against a perfect shuffle, which has 1.
     """
 
     epochs: int
@@ -84,6 +86,7 @@ class TrainingRecord:
     micro_batch: int
     projected_mem: int = 0
     measured_mem: int = 0
+    shuffle_quality: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -1,36 +1,33 @@
-"""A source becomes seeded batches.
-
-The order of an epoch is a function of (seed, epoch, ids, chunk grid, shuffle window) alone, so
-it can be taken up in the middle by any process. Chunks are shuffled, laid end to end, and mixed
-within a window that is held in memory; a source whose samples are read one by one needs no
-window and gets a true random order.
-"""
+"""A source becomes seeded batches (see `gim_stagewise.stage.order` for their order)."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from functools import cache, partial
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 
-from gim_stagewise.cache import Cache, Precision
+from gim_stagewise.cache import PLAIN, Precision
 from gim_stagewise.config import TrainConfig
 from gim_stagewise.errors import ConfigError, DataError
 from gim_stagewise.seeds import derive_seed
 from gim_stagewise.sources import Request, Source
+from gim_stagewise.stage.feed import MOST_THREADS, SampleReader, deliver
+from gim_stagewise.stage.order import (
+    Indexes,
+    Order,
+    shuffle_quality,
+    shuffled_order,
+    storage_order,
+)
 from gim_stagewise.windows import Span
 
 CPU = torch.device("cpu")
-PLAIN = Precision("float32")
-Read = Callable[[Sequence[Request]], list[NDArray[Any]]]
 
 
 def held_out(ids: Sequence[str], *, seed: int, fraction: float) -> tuple[list[str], list[str]]:
@@ -52,38 +49,6 @@ def held_out(ids: Sequence[str], *, seed: int, fraction: float) -> tuple[list[st
 def held_out_count(samples: int, fraction: float) -> int:
     """How many of so many samples are held out: the fraction, and at least one."""
     return max(1, round(fraction * samples))
-
-
-def epoch_windows(
-    positions: NDArray[np.int64], *, chunk: int, window_chunks: int, seed: int, epoch: int
-) -> list[NDArray[np.int64]]:
-    """The order of one epoch, cut into the windows that are held in memory one at a time.
-
-    Parameters
-    ----------
-    positions : array of int
-        Where the samples to train on lie in storage order, ascending.
-    chunk : int
-        Samples in a chunk.
-    window_chunks : int
-        Chunks that are in memory at once.
-    seed, epoch : int
-
-    Returns
-    -------
-    list of arrays
-        Indexes into ``positions``; together each index once.
-    """
-    draw = np.random.default_rng(derive_seed(seed, "order", epoch))
-    if chunk == 1:
-        return [draw.permutation(len(positions))]
-    chunk_of = positions // chunk
-    chunks = draw.permutation(np.unique(chunk_of))
-    windows = []
-    for start in range(0, len(chunks), window_chunks):
-        members = np.flatnonzero(np.isin(chunk_of, chunks[start : start + window_chunks]))
-        windows.append(draw.permutation(members))
-    return windows
 
 
 def check_loading(samples: int, *, batch: int, window: int, chunk_bytes: int, stage: int) -> None:
@@ -118,7 +83,7 @@ def check_loading(samples: int, *, batch: int, window: int, chunk_bytes: int, st
         )
 
 
-Fetch = Callable[[Span], list[NDArray[Any]]]
+Fetch = Callable[[Span], list[Tensor]]
 
 
 class SampleBatch:
@@ -134,24 +99,15 @@ class SampleBatch:
         Rows and columns of a sample's patches.
     precision : Precision
         The form that samples are fetched in.
-    hold : bool
-        Fetch all samples now and keep them, rather than fetch them whenever rows are read.
     """
 
     def __init__(
-        self,
-        count: int,
-        fetch: Fetch,
-        grid: tuple[int, ...],
-        *,
-        precision: Precision = PLAIN,
-        hold: bool,
+        self, count: int, fetch: Fetch, grid: tuple[int, ...], precision: Precision = PLAIN
     ) -> None:
         self._count = count
-        self._precision = precision
         self._fetch = fetch
         self._grid = grid
-        self._held = fetch(Span(0, count)) if hold else None
+        self._precision = precision
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -162,7 +118,7 @@ class SampleBatch:
         return math.prod(self.shape)
 
     def read(
-        self, rows: Span, device: torch.device = CPU
+        self, rows: Span, device: torch.device = CPU, *, dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "row channel height width"]:
         """Patches ``rows``, counted by sample, grid row and column.
 
@@ -170,47 +126,54 @@ class SampleBatch:
         """
         each = math.prod(self._grid)
         samples = Span(rows.start // each, -(-rows.stop // each))
-        fetched = self._fetch(samples) if self._held is None else self._held[samples.slice]
+        fetched = self._fetch(samples)
         parts = []
         for number, sample in enumerate(fetched, start=samples.start):
             if sample.shape[:2] != self._grid or sample.shape[2:] != fetched[0].shape[2:]:
                 raise DataError(
-                    f"samples of one batch differ in shape: {sample.shape} and {fetched[0].shape}"
+                    "samples of one batch differ in shape: "
+                    f"{tuple(sample.shape)} and {tuple(fetched[0].shape)}"
                 )
-            patches = sample.reshape(each, *sample.shape[2:])
+            patches = sample.flatten(0, 1)
             start = max(rows.start - number * each, 0)
             parts.append(patches[start : min(rows.stop - number * each, each)])
-        stored = torch.from_numpy(np.concatenate(parts))
-        return self._precision.decode(stored.to(device))
+        stored = _on_device(parts, device)
+        return self._precision.decode(stored, dtype=dtype)
 
 
-@dataclass(frozen=True)
-class _Window:
-    """Samples that are held to be mixed, in storage order."""
+def _on_device(parts: list[Tensor], device: torch.device) -> Tensor:
+    """Parts of a tensor put together on a device."""
+    if device.type != "cuda":
+        return torch.cat(parts)
+    # Copied beside what is being computed. Page-locked memory knows by itself when it is free.
+    side, main = _side_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(side):
+        moved = torch.cat([part.to(device, non_blocking=True) for part in parts])
+    main.wait_stream(side)
+    moved.record_stream(main)
+    return moved
 
-    place: tuple[int, int]
-    order: NDArray[np.int64]
-    requests: list[Request]
-    samples: list[NDArray[Any]]
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class Loader:
     """Batches of one split of a source.
 
-    At most ``window`` bytes of samples are held to be mixed. A batch that fits into the window is
-    read once and held as well; of a larger one the samples are read whenever they are asked for,
-    which a step in micro-batches does twice.
-
     Parameters
     ----------
     source : Source
     ids : sequence of str
-        The samples to deliver, in storage order.
+        The samples to deliver, in the source's order.
     batch : int
         Samples in a batch.
     window : int
         Bytes of samples that may be held to be mixed.
     seed, stage : int
+    reader : SampleReader, optional
+        Reads the samples; shared with validation, it keeps them once.
 
     Raises
     ------
@@ -219,7 +182,15 @@ class Loader:
     """
 
     def __init__(
-        self, source: Source, ids: Sequence[str], *, batch: int, window: int, seed: int, stage: int
+        self,
+        source: Source,
+        ids: Sequence[str],
+        *,
+        batch: int,
+        window: int,
+        seed: int,
+        stage: int,
+        reader: SampleReader | None = None,
     ) -> None:
         check_loading(
             len(ids),
@@ -229,99 +200,135 @@ class Loader:
             stage=stage,
         )
         self._source = source
-        self._fetch, self._precision = stored_form(source)
+        self._reader = reader or SampleReader(source, samples=len(ids), window=window)
         self._ids = list(ids)
         self._batch = batch
-        self._window_chunks = window_chunks(source, window)
-        self._hold = batch * source.item_bytes <= window
+        self._window = window
         self._seed = seed
         self._stage = stage
-        wanted = {item_id: index for index, item_id in enumerate(self._ids)}
-        self._positions = np.empty(len(ids), dtype=np.int64)
-        for position, item_id in enumerate(source.ids):
-            if item_id in wanted:
-                self._positions[wanted[item_id]] = position
-        self._kept: _Window | None = None
+        self.positions = positions_of(source, self._ids)
 
     @property
     def steps(self) -> int:
         """Batches in an epoch; samples that do not fill a last one are left for other epochs."""
         return len(self._ids) // self._batch
 
-    def batches(self, epoch: int, *, start: int = 0) -> Iterator[SampleBatch]:
-        """The batches of an epoch, from number ``start`` on."""
-        windows = epoch_windows(
-            self._positions,
+    @property
+    def shuffle_quality(self) -> float:
+        """How often batches repeat a chunk, against a perfect shuffle; 1 is as good."""
+        return loading_quality(
+            self.positions,
+            batch=self._batch,
+            window=self._window,
+            item_bytes=self._source.item_bytes,
+            chunk_items=self._source.chunk_items,
+            seed=self._seed,
+        )
+
+    def order(self, epoch: int) -> Order:
+        """The order of an epoch's samples."""
+        return shuffled_order(
+            self.positions,
             chunk=self._source.chunk_items,
-            window_chunks=self._window_chunks,
+            pool=pool_samples(self._window, self._source.item_bytes),
             seed=self._seed,
             epoch=epoch,
         )
-        grid = self._source.items()[0].extent
-        for number in range(start, self.steps):
-            first = number * self._batch
-            fetch = partial(self._samples, windows, epoch, first)
-            yield SampleBatch(self._batch, fetch, grid, precision=self._precision, hold=self._hold)
 
-    def _samples(
-        self, windows: list[NDArray[np.int64]], epoch: int, first: int, wanted: Span
-    ) -> list[NDArray[Any]]:
-        """Samples by their place after the ``first`` one in the order of an epoch."""
-        wanted = Span(first + wanted.start, first + wanted.stop)
-        samples: list[NDArray[Any]] = []
-        start = 0
-        for number, window in enumerate(windows):
-            chosen = window[max(wanted.start - start, 0) : max(wanted.stop - start, 0)]
-            if len(chosen):
-                if len(samples):
-                    # Not views into the chunks of the last window, which are let go of.
-                    samples = [sample.copy() for sample in samples]
-                samples += self._read((epoch, number), window, chosen)
-            start += len(window)
-        return samples
+    def batches(self, epoch: int, *, start: int = 0) -> Iterator[SampleBatch]:
+        """The batches of an epoch, from number ``start`` on."""
+        request_of = partial(self._request, epoch)
+        yield from _batches(
+            self._reader,
+            self.order(epoch),
+            request_of,
+            batch=self._batch,
+            window=self._window,
+            start=start,
+            stop=self.steps,
+        )
 
-    def _read(
-        self, place: tuple[int, int], window: NDArray[np.int64], chosen: NDArray[np.int64]
-    ) -> list[NDArray[Any]]:
-        """Samples of a window, which is read whole; ``place`` is its epoch and number."""
-        epoch, _ = place
-        if self._source.chunk_items == 1:
-            return self._fetch([self._request(int(index), epoch) for index in chosen])
-        if self._kept is None or self._kept.place != place:
-            order = np.sort(window)
-            requests = [self._request(int(index), epoch) for index in order]
-            if self._kept is not None and self._kept.requests == requests:
-                self._kept = replace(self._kept, place=place)
-            else:
-                self._kept = None  # let go of the last window before the next is read
-                self._kept = _Window(place, order, requests, self._fetch(requests))
-        kept = self._kept
-        return [kept.samples[index] for index in np.searchsorted(kept.order, chosen)]
-
-    def _request(self, index: int, epoch: int) -> Request:
+    def _request(self, epoch: int, index: int) -> Request:
         item_id = self._ids[index]
         return Request(item_id, view_of(self._source, item_id, self._seed, self._stage, epoch))
 
 
-def window_chunks(source: Source, window: int) -> int:
-    """Chunks of a source that a window of so many bytes can mix; at least one."""
-    # A chunk is held once for every view that is drawn from it.
-    chunk_bytes = source.chunk_items * source.item_bytes * max(1, source.views or 1)
-    return max(1, window // chunk_bytes)
+def _batches(
+    reader: SampleReader,
+    order: Order,
+    request_of: Callable[[int], Request],
+    *,
+    batch: int,
+    window: int,
+    start: int,
+    stop: int,
+) -> Iterator[SampleBatch]:
+    source = reader.source
+    grid = source.items()[0].extent
+    indexes = order.indexes
+    if batch * source.item_bytes > window and not reader.keeps_all:
+        # Not even a batch may be held: its samples are read as its rows are asked for.
+        for number in range(start, stop):
+            own = indexes[number * batch : (number + 1) * batch]
+            requests = [request_of(int(index)) for index in own]
+            fetch = partial(_read_some, reader, requests)
+            yield SampleBatch(len(own), fetch, grid, reader.precision)
+        return
+    for samples in deliver(reader, order, request_of, batch=batch, start=start, stop=stop):
+        held = partial(_some, samples)
+        yield SampleBatch(len(samples), held, grid, reader.precision)
+
+
+def _some(samples: list[Tensor], wanted: Span) -> list[Tensor]:
+    return samples[wanted.slice]
+
+
+def _read_some(reader: SampleReader, requests: list[Request], wanted: Span) -> list[Tensor]:
+    return reader.read(requests[wanted.slice])
+
+
+def positions_of(source: Source, ids: Sequence[str]) -> Indexes:
+    """Where samples lie in storage order."""
+    wanted = {item_id: index for index, item_id in enumerate(ids)}
+    positions = np.empty(len(ids), dtype=np.int64)
+    for position, item_id in enumerate(source.ids):
+        if item_id in wanted:
+            positions[wanted[item_id]] = position
+    return positions
+
+
+def pool_samples(window: int, item_bytes: int) -> int:
+    """Samples that a window of so many bytes holds to be mixed; at least one."""
+    return max(1, window // item_bytes)
+
+
+def loading_quality(
+    positions: Indexes, *, batch: int, window: int, item_bytes: int, chunk_items: int, seed: int
+) -> float:
+    """How well a `Loader` of such a source shuffles (see `shuffle_quality`)."""
+    if chunk_items == 1 or len(positions) < batch:
+        return 1.0
+    pool = pool_samples(window, item_bytes)
+    return shuffle_quality(positions, chunk=chunk_items, pool=pool, batch=batch, seed=seed)
 
 
 def loader_bytes(
-    config: TrainConfig, *, samples: int, item_bytes: int, chunk_items: int, views: int
+    config: TrainConfig, *, samples: int, item_bytes: int, chunk_items: int, views: int | None
 ) -> int:
-    """The most bytes of samples that a `Loader` of such a source holds at once."""
-    batch = config.batch * item_bytes
-    held = batch if batch <= config.shuffle_window else 0
-    if chunk_items == 1:
-        return held or item_bytes
-    chunk_bytes = chunk_items * item_bytes * max(1, views)
-    whole = -(-samples // chunk_items) * chunk_bytes
-    # Only a batch that straddles two windows is copied out of the first.
-    return min(max(1, config.shuffle_window // chunk_bytes) * chunk_bytes, whole) + held
+    """The most bytes of samples that a `Loader` of such a source holds at once.
+
+    ``samples`` counts all unlabeled ones, held-out ones with them.
+    """
+    window, batch = config.shuffle_window, config.batch * item_bytes
+    # Chunks on their way from the disk into single samples.
+    reading = 2 * chunk_items * item_bytes * (MOST_THREADS if chunk_items > 1 else 1)
+    if views == 0 and samples * item_bytes <= window:
+        return samples * item_bytes + reading
+    if batch > window:
+        return reading
+    pool = 1 if chunk_items == 1 else min(pool_samples(window, item_bytes), samples)
+    held = (pool + chunk_items) * item_bytes + 2 * batch
+    return min(held, samples * item_bytes + batch) + reading
 
 
 def view_of(source: Source, item_id: str, seed: int, stage: int, epoch: int) -> int:
@@ -333,25 +340,21 @@ def view_of(source: Source, item_id: str, seed: int, stage: int, epoch: int) -> 
 
 
 def validation_batches(
-    source: Source, ids: Sequence[str], *, batch: int, window: int
+    source: Source,
+    ids: Sequence[str],
+    *,
+    batch: int,
+    window: int,
+    reader: SampleReader | None = None,
 ) -> Iterator[SampleBatch]:
     """Held-out samples in storage order, always the same view; the last batch may be smaller."""
     view = 0 if source.views == 0 else 1
-    grid = source.items()[0].extent
-    fetch, precision = stored_form(source)
-    for start in range(0, len(ids), batch):
-        requests = [Request(i, view) for i in ids[start : start + batch]]
-        hold = len(requests) * source.item_bytes <= window
-        some = partial(_some_of, fetch, requests)
-        yield SampleBatch(len(requests), some, grid, precision=precision, hold=hold)
-
-
-def _some_of(read: Read, requests: list[Request], wanted: Span) -> list[NDArray[Any]]:
-    return read(requests[wanted.slice])
-
-
-def stored_form(source: Source) -> tuple[Read, Precision]:
-    """How samples are read as they are stored, and what makes floats of them."""
-    if isinstance(source, Cache):
-        return source.read_stored, source.precision
-    return source.read, PLAIN
+    yield from _batches(
+        reader or SampleReader(source, samples=len(ids), window=window),
+        storage_order(positions_of(source, ids), chunk=source.chunk_items),
+        lambda index: Request(ids[index], view),
+        batch=batch,
+        window=window,
+        start=0,
+        stop=-(-len(ids) // batch),
+    )

@@ -44,7 +44,7 @@ def stage_needs(workspace: Workspace, index: int, shape: Shape, source: Source) 
         samples=len(source.split("unlabeled")),
         item_bytes=source.item_bytes,
         chunk_items=source.chunk_items,
-        views=source.views or 0,
+        views=source.views,
     )
     return TrainingNeeds(step_spec(workspace, index, shape), loader, chain_bytes(source))
 
@@ -54,7 +54,7 @@ def chain_needs(
 ) -> list[TrainingNeeds]:
     """What training each module will need, before anything is there."""
     needs: list[TrainingNeeds] = []
-    item_bytes, chunk_items, views = source.item_bytes, 1, source.views or 0
+    item_bytes, chunk_items, views = source.item_bytes, 1, source.views
     chain = 0
     for index, shape in enumerate(shapes, start=1):
         held = loader_bytes(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from gim_stagewise.cache import CacheLayout, Precision
+from gim_stagewise.cache import PLAIN, CacheLayout, Precision
 from gim_stagewise.config import PipelineConfig
 from gim_stagewise.memory import (
     PeakMeter,
@@ -31,7 +31,6 @@ from gim_stagewise.models import pool
 from gim_stagewise.objectives import InfoNCE, build_objective
 from gim_stagewise.processes import in_fresh_process
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
-from gim_stagewise.stage.loader import PLAIN
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.step import MicroBatches, accumulate_gradients, make_optimizer
 from gim_stagewise.stage.workspace import Workspace

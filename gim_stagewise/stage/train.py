@@ -32,6 +32,7 @@ from gim_stagewise.stage.checkpoint import (
     module_tensors,
     save_checkpoint,
 )
+from gim_stagewise.stage.feed import SampleReader
 from gim_stagewise.stage.freeze import training_numerics
 from gim_stagewise.stage.loader import Loader, SampleBatch, held_out, validation_batches
 from gim_stagewise.stage.metrics import MetricsLog
@@ -131,9 +132,16 @@ class _Trainer:
         train_ids, self.validation_ids = held_out(
             ids, seed=job.seed, fraction=job.config.validation
         )
+        self.reader = SampleReader(
+            job.source,
+            samples=len(ids),
+            window=job.config.shuffle_window,
+            pin=job.device.type == "cuda",
+        )
         self.loader = Loader(
             job.source,
             train_ids,
+            reader=self.reader,
             batch=job.config.batch,
             window=job.config.shuffle_window,
             seed=job.seed,
@@ -167,6 +175,7 @@ class _Trainer:
             seconds=self.at.seconds,
             numerics=training_numerics(self.job.device),
             micro_batch=self.job.micro_batch,
+            shuffle_quality=self.loader.shuffle_quality,
         )
         return self.best, record
 
@@ -249,7 +258,11 @@ class _Trainer:
         total = 0.0
         config = self.job.config
         batches = validation_batches(
-            self.job.source, self.validation_ids, batch=config.batch, window=config.shuffle_window
+            self.job.source,
+            self.validation_ids,
+            batch=config.batch,
+            window=config.shuffle_window,
+            reader=self.reader,
         )
         for number, batch in enumerate(batches):
             micro_batches = self._micro_batches("validation forward", number)

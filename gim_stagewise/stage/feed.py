@@ -1,0 +1,161 @@
+"""Samples in a given order, read ahead in the background."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from gim_stagewise.cache import PLAIN, Cache
+from gim_stagewise.sources import Request, Source
+from gim_stagewise.stage.extract import VirtualCache
+from gim_stagewise.stage.order import Order
+
+# Decoding lets go of Python's lock, but reading a chunk is over too soon to need many threads.
+MOST_THREADS = 4
+
+
+class SampleReader:
+    """Reads the samples of a source in their stored form; keeps them, if all of them fit.
+
+    Parameters
+    ----------
+    source : Source
+    samples : int
+        How many are going to be read, over and over.
+    window : int
+        Bytes that may be kept.
+    pin : bool
+        Put samples into page-locked memory, from which a GPU copies by itself.
+
+    Attributes
+    ----------
+    precision : Precision
+        What makes floats of the samples.
+    threads : int
+        That may read at once; 0 if reading has to be done by the thread that asks.
+    """
+
+    def __init__(self, source: Source, *, samples: int, window: int, pin: bool = False) -> None:
+        self.source = source
+        self.precision = source.precision if isinstance(source, Cache) else PLAIN
+        self.threads = _reading_threads(source)
+        self.keeps_all = keeps_all(source, samples=samples, window=window)
+        self._pin = pin
+        self._kept: dict[Request, Tensor] = {}
+
+    def read(self, requests: Sequence[Request]) -> list[Tensor]:
+        """Samples [grid_row, grid_col, channel, height, width], each with memory of its own."""
+        if not self.keeps_all:
+            return self._read(requests)
+        missing = [request for request in requests if request not in self._kept]
+        if missing:
+            self._kept.update(zip(missing, self._read(missing), strict=True))
+        return [self._kept[request] for request in requests]
+
+    def _read(self, requests: Sequence[Request]) -> list[Tensor]:
+        source = self.source
+        read = source.read_stored if isinstance(source, Cache) else source.read
+        arrays = read(requests)
+        samples = []
+        for array in arrays:
+            sample = torch.from_numpy(array)
+            if self._pin:
+                sample = torch.empty_like(sample, pin_memory=True).copy_(sample)
+            elif array.base is not None and array.base.nbytes > array.nbytes:
+                sample = sample.clone()  # a view into a chunk would keep all of that
+            samples.append(sample)
+        return samples
+
+
+def keeps_all(source: Source, *, samples: int, window: int) -> bool:
+    """Whether all samples are kept in memory once they were read."""
+    return source.views == 0 and samples * source.item_bytes <= window
+
+
+def _reading_threads(source: Source) -> int:
+    if isinstance(source, VirtualCache):
+        return 0  # the thread count of the frozen forward belongs to the whole process
+    if isinstance(source, Cache):
+        return min(MOST_THREADS, os.cpu_count() or 1)
+    return 1
+
+
+def deliver(
+    reader: SampleReader,
+    order: Order,
+    request_of: Callable[[int], Request],
+    *,
+    batch: int,
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[list[Tensor]]:
+    """Batches of samples, the next one read while one is used.
+
+    What is held is the order's pool, a chunk, the batch that is used and the one that follows.
+
+    Parameters
+    ----------
+    reader : SampleReader
+    order : Order
+    request_of : callable
+        The request for the sample of an index.
+    batch : int
+        Samples in a batch; the last one may be smaller.
+    start, stop : int
+        Numbers of the first batch, and of the one after the last; all by default.
+    """
+    delivered = order.delivered
+    batches = -(-len(delivered) // batch)
+    stop = batches if stop is None else stop
+    first = start * batch
+    rank_of = delivered.argsort()
+    waiting: dict[int, Tensor] = {}
+    reading: deque[tuple[list[int], Future[list[Tensor]] | None]] = deque()
+    held = asked = 0
+    largest = 1
+
+    def places_of(group: int) -> list[int]:
+        """Places in the group that were not delivered before the start."""
+        members = order.members(group)
+        return [p for p in range(members.start, members.stop) if rank_of[p] >= first]
+
+    def ask(executor: ThreadPoolExecutor | None) -> None:
+        nonlocal held, asked, largest
+        places = places_of(asked)
+        requests = [request_of(int(order.arriving[place])) for place in places]
+        future = executor.submit(reader.read, requests) if executor and requests else None
+        if future is None and requests:
+            waiting.update(zip(places, reader.read(requests), strict=True))
+        reading.append((places, future))
+        held, asked, largest = held + len(places), asked + 1, max(largest, len(places))
+
+    executor = ThreadPoolExecutor(reader.threads, "samples") if reader.threads else None
+    total = int(order.groups[-1]) + 1 if len(order.groups) else 0
+    try:
+        arrived = 0
+        for number in range(start, stop):
+            ranks = delivered[number * batch : (number + 1) * batch]
+            needed = order.groups_before(number * batch + len(ranks) - 1)
+            while asked < needed:
+                ask(executor)
+            while arrived < needed:
+                places, future = reading.popleft()
+                if future is not None:
+                    waiting.update(zip(places, future.result(), strict=True))
+                arrived += 1
+            samples = [waiting.pop(int(place)) for place in ranks]
+            # What was handed out before is the reader's again.
+            room = order.pool + 2 * batch + largest
+            while executor and asked < total and held + largest <= room:
+                ask(executor)
+            yield samples
+            held -= len(samples)
+            del samples
+    finally:
+        if executor is not None:
+            executor.shutdown(cancel_futures=True)
