@@ -35,7 +35,7 @@ test-latest:
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[audio,plot]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[audio,fast,plot]"
 	touch $@
 
 clean: ## Remove what was made here; caches under cache/ stay

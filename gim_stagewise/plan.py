@@ -6,15 +6,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from numcodecs import blosc
-from numpy.typing import NDArray
 
-from gim_stagewise.cache import CacheLayout, Precision, read_manifest
+from gim_stagewise.cache import CacheLayout, Precision, encoded_bytes, read_manifest
 from gim_stagewise.errors import GimStageError, OverBudgetError
 from gim_stagewise.memory import Budget
 from gim_stagewise.models import INPUT_OPERATIONS
@@ -287,15 +284,8 @@ def _encoded_bytes(pipeline: Pipeline, shapes: list[Shape]) -> Iterator[tuple[fl
             rows = INPUT_OPERATIONS[op](rows)
         extremes = rows.transpose(0, 1).flatten(1).aminmax(dim=1)
         stored, _ = Precision(cache.precision).calibrated(*extremes).encode(rows)
-        yield _encoded(stored.numpy(), cache.codec) / count, count
+        yield encoded_bytes(stored.numpy(), cache.codec) / count, count
 
 
 def _sample_bytes(shape: Shape) -> int:
     return 4 * math.prod(shape.grid) * math.prod(shape.cell_out)
-
-
-def _encoded(values: NDArray[Any], codec: str) -> int:
-    if codec == "none":
-        return values.nbytes
-    level = {"lz4": 5, "zstd": 1}[codec]
-    return len(blosc.compress(np.ascontiguousarray(values), codec.encode(), level, blosc.SHUFFLE))

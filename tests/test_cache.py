@@ -7,9 +7,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import torch
+from numcodecs import blosc
 from torch import nn
 
 from gim_stagewise.cache import (
@@ -324,3 +326,37 @@ def test_the_one_forward_gives_a_row_the_same_bits_in_any_company() -> None:
     for count in (1, 5, 6, 7, 12):
         part, _ = frozen_forward(frozen, rows[:count], CONFIG)
         assert torch.equal(part, whole[:count])
+
+
+@pytest.mark.parametrize("codec", ["lz4", "zstd", "none"])
+def test_both_codec_pipelines_write_the_same_bytes(
+    tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("zarrs")
+    with_zarrs = build(tmp_path / "one.zarr", codec=codec)
+    assert "Zarrs" in type(with_zarrs.activations._stored._async_array.codec_pipeline).__name__
+    monkeypatch.setattr("gim_stagewise.cache.codecs._has_zarrs", lambda: False)
+    without = build(tmp_path / "other.zarr", codec=codec)
+    assert "Zarrs" not in type(without.activations._stored._async_array.codec_pipeline).__name__
+    for file in with_zarrs.path.rglob("*"):
+        other = without.path / file.relative_to(with_zarrs.path)
+        assert file.is_dir() or file.read_bytes() == other.read_bytes(), file
+
+
+@pytest.mark.parametrize("size", [0, 3, 4, 20])
+def test_a_chunk_file_that_was_cut_off_is_an_error(tmp_path: Path, size: int) -> None:
+    cache = build(tmp_path / "m1.zarr")
+    file = cache.path / "activations" / "c.0.1.0.0.0.0.0"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(CorruptCacheError, match="checksum"):
+        cache.read([Request("train/5")])
+
+
+def test_a_frame_of_another_size_is_not_decoded(tmp_path: Path) -> None:
+    """Its checksum is right, so it was put there by somebody."""
+    cache = build(tmp_path / "m1.zarr")
+    file = cache.path / "activations" / "c.0.1.0.0.0.0.0"
+    frame = blosc.compress(np.zeros(10**6, np.float32), b"lz4", 5, blosc.SHUFFLE)
+    file.write_bytes(frame + google_crc32c.value(frame).to_bytes(4, "little"))
+    with pytest.raises(CorruptCacheError, match="declares 4000000 bytes"):
+        cache.read([Request("train/5")])

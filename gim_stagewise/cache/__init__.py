@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gim_stagewise.cache.codecs import codec_implementation, encoded_bytes
 from gim_stagewise.cache.digests import Digest, flatten
 from gim_stagewise.cache.layout import Block, CacheLayout, auto_chunk
 from gim_stagewise.cache.manifest import BuildFolder, Manifest, read_manifest
@@ -28,8 +29,10 @@ __all__ = [
     "PrecisionError",
     "StagedBlock",
     "auto_chunk",
+    "codec_implementation",
     "discard_cache",
     "drop_activations",
+    "encoded_bytes",
     "flatten",
     "is_precision",
     "metadata_problem",

@@ -25,12 +25,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec
 
+from gim_stagewise.cache.codecs import zarr_codecs
 from gim_stagewise.cache.precision import Precision
 from gim_stagewise.sources import Source
 from gim_stagewise.windows import Span, even_ranges
@@ -162,7 +161,7 @@ def create_arrays(path: Path, layout: CacheLayout, precision: Precision) -> None
             shape=layout.shapes[name],
             chunks=layout.chunks[name],
             dtype=dtype,
-            compressors=_codecs(layout.codec, np.dtype(dtype).itemsize),
+            compressors=zarr_codecs(layout.codec, np.dtype(dtype).itemsize),
             dimension_names=names[name],
             fill_value=_nothing(precision.name if stored else "float32"),
             # All chunk files of an array in one folder: one folder to flush after a rename.
@@ -177,14 +176,3 @@ def create_arrays(path: Path, layout: CacheLayout, precision: Precision) -> None
 def _nothing(precision: str) -> float | int:
     """What a chunk that is not stored (yet) reads as: NaN, which nobody takes for activations."""
     return {"uint8": 0, "bfloat16": 0x7FC0, "float8_e4m3": 0x7F}.get(precision, float("nan"))
-
-
-def _codecs(codec: str, itemsize: int) -> list[Any]:
-    shuffle: Any = "shuffle" if itemsize > 1 else "noshuffle"
-    compress: dict[str, list[Any]] = {
-        "none": [],
-        "lz4": [BloscCodec(cname="lz4", clevel=5, shuffle=shuffle, typesize=itemsize)],
-        "zstd": [BloscCodec(cname="zstd", clevel=1, shuffle=shuffle, typesize=itemsize)],
-    }
-    # The checksum comes last, over the compressed bytes: verified before anything is decoded.
-    return [*compress[codec], Crc32cCodec()]

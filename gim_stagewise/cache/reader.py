@@ -12,6 +12,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from gim_stagewise.cache.codecs import codec_pipeline
 from gim_stagewise.cache.digests import Digest
 from gim_stagewise.cache.frames import FrameError, read_frame
 from gim_stagewise.cache.layout import Block
@@ -60,7 +61,8 @@ class Cache:
 
     def _open_group(self) -> Any:
         try:
-            return zarr.open_group(str(self.path), mode="r")
+            with codec_pipeline():
+                return zarr.open_group(str(self.path), mode="r")
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise CorruptCacheError(f"{self.path} cannot be opened ({error})") from None
 
@@ -142,7 +144,8 @@ class Cache:
         from gim_stagewise.cache.views import DecodedArray
 
         self._require_activations()
-        return DecodedArray(self._group["activations"], self.precision)
+        with codec_pipeline():
+            return DecodedArray(self._group["activations"], self.precision)
 
     def dataset(self, split: Split, *, view: int = 0) -> CacheDataset:
         """Samples and labels of a split for a ``torch.utils.data.DataLoader``."""

@@ -22,6 +22,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from gim_stagewise.cache.codecs import codec_pipeline
 from gim_stagewise.cache.layout import Block, create_arrays
 from gim_stagewise.cache.manifest import BuildFolder, Manifest, read_manifest, write_manifest
 from gim_stagewise.cache.precision import PrecisionError
@@ -83,9 +84,10 @@ def stage_block(
                 values = arrays[name]
                 (folder / name).mkdir()
                 shutil.copyfile(cache / name / "zarr.json", folder / name / "zarr.json")
-                stored = zarr.open_array(str(folder / name), mode="r+")
-                target = stored.with_config({"write_empty_chunks": True})
-                target[block.view, block.samples.slice] = values
+                with codec_pipeline():
+                    stored = zarr.open_array(str(folder / name), mode="r+")
+                    target = stored.with_config({"write_empty_chunks": True})
+                    target[block.view, block.samples.slice] = values
             if error is not None:
                 error.save(folder / "error.npy")
                 fsync_file(folder / "error.npy")

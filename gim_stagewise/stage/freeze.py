@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numcodecs
 import torch
-import zarr
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gim_stagewise.cache import codec_implementation
 from gim_stagewise.config import CacheConfig, ExtractConfig
 from gim_stagewise.errors import ConfigError, StaleCacheError
 from gim_stagewise.models import pool
@@ -158,7 +157,7 @@ def numerics(device: torch.device, config: ExtractConfig, cache: CacheConfig) ->
         "piece": config.batch,
         "deterministic": torch.backends.cudnn.deterministic,
         "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
-        "codec": f"{cache.codec}, zarr {zarr.__version__}, numcodecs {numcodecs.__version__}",
+        "codec": codec_implementation(cache.codec),
     }
 
 
