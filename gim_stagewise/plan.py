@@ -17,6 +17,7 @@ from gim_stagewise.memory import Budget
 from gim_stagewise.models import INPUT_OPERATIONS
 from gim_stagewise.pipeline import Pipeline, folder_bytes
 from gim_stagewise.sources import PatchSource, Request, read_stacked
+from gim_stagewise.stage.extract import BLOCKS_AT_ONCE
 from gim_stagewise.stage.fit import (
     TrainingPlan,
     plan_forward,
@@ -45,7 +46,7 @@ class ExtractionPlan:
     forward : int
         Bytes of the frozen module's forward, on the device.
     block : int
-        Bytes of one block on its way from input to disk, on the host.
+        Bytes of the blocks that are on their way from input to disk in one process, on the host.
     workers : int
         Processes besides this one; 0 for this one alone.
     base : int
@@ -158,7 +159,7 @@ def plan_pipeline(pipeline: Pipeline) -> PipelinePlan:
         training = plan_training(needs, recorded=None, budget=space.budget)
         on_gpu = space.device.type == "cuda"
         forward = plan_forward(spec, space.budget)
-        block = block_bytes(item_bytes, layout)
+        block = BLOCKS_AT_ONCE * block_bytes(item_bytes, layout)
         workers = extraction_workers(
             threads=space.config.extract.threads,
             on_gpu=on_gpu,

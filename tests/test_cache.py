@@ -35,7 +35,7 @@ from gim_stagewise.errors import (
     NonFiniteError,
     PartialCacheError,
 )
-from gim_stagewise.sources import PatchSource, Request
+from gim_stagewise.sources import PatchSource, Request, read_stacked
 from gim_stagewise.sources.parts import ArrayPart, PartsSource
 from gim_stagewise.stage.extract import Storing, compute_block
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
@@ -80,7 +80,8 @@ def stage(
 ) -> StagedBlock:
     ids = [item.id for item in source.items()[block.samples.slice]]
     storing = Storing.of(writer.manifest)
-    arrays = compute_block(frozen, source, ids, block.view, CONFIG, storing)
+    samples = read_stacked(source, [Request(item_id, block.view) for item_id in ids])
+    arrays = compute_block(frozen, samples, ids, CONFIG, storing)
     return stage_block(
         writer.path, writer.staging, writer.manifest, block, arrays, error=storing.error
     )

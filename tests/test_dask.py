@@ -85,9 +85,9 @@ def test_work_that_takes_long_moves_to_a_cluster_by_itself(
     started: list[int] = []
     cluster = local_cluster
 
-    def watched(count: int, scratch: Path) -> object:
+    def watched(count: int, scratch: Path, *, threads: int) -> object:
         started.append(count)
-        return cluster(count, scratch)
+        return cluster(count, scratch, threads=threads)
 
     monkeypatch.setattr(parallel, "local_cluster", watched)
     monkeypatch.setattr(parallel, "WORTH_A_CLUSTER_SECONDS", 0.3)

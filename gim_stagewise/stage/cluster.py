@@ -15,15 +15,17 @@ from gim_stagewise.processes import main_hidden
 
 
 @contextmanager
-def local_cluster(count: int, scratch: Path) -> Iterator[Any]:
+def local_cluster(count: int, scratch: Path, *, threads: int) -> Iterator[Any]:
     """A client of a fresh local cluster that ends, at once if need be, with the block.
 
     Parameters
     ----------
     count : int
-        Worker processes, of one thread each.
+        Worker processes.
     scratch : Path
         Folder for what Dask writes.
+    threads : int
+        Tasks of one worker at a time.
     """
     import dask.config
     from distributed import Client, LocalCluster, SpecCluster
@@ -42,7 +44,7 @@ def local_cluster(count: int, scratch: Path) -> Iterator[Any]:
             cluster = LocalCluster(
                 loop=loop,
                 n_workers=count,
-                threads_per_worker=1,
+                threads_per_worker=threads,
                 # None would ask for port 8787 on every interface, and complain if it is taken.
                 dashboard_address="127.0.0.1:0",
                 memory_limit=0,

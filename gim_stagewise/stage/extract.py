@@ -8,13 +8,18 @@ coordinator alone commits what they staged.
 from __future__ import annotations
 
 import platform
-from collections.abc import Generator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -43,6 +48,9 @@ from gim_stagewise.stage.freeze import (
     resolve_device,
 )
 from gim_stagewise.stage.workspace import Workspace, open_patches
+
+# Blocks that a process has in hand: one is computed, the others come or go.
+BLOCKS_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -125,19 +133,25 @@ class BlockWorker:
     job: BlockJob
     frozen: FrozenModule
     source: Source
+    # Set when nobody waits for blocks any more: the one that is computed ends early.
+    stop: Event = field(default_factory=Event)
+    _reading: Lock = field(default_factory=Lock)
 
     def compute(self, ids: list[str], view: int) -> dict[str, NDArray[Any]]:
         """Activations, as they would be stored, and embeddings of the samples of a block."""
-        storing = Storing.of(self.job.manifest)
-        return compute_block(self.frozen, self.source, ids, view, self.job.config.extract, storing)
+        return self._compute(ids, view, Storing.of(self.job.manifest))
+
+    def _compute(self, ids: list[str], view: int, storing: Storing) -> dict[str, NDArray[Any]]:
+        with self._reading:  # sources need not be made for several threads
+            samples = read_stacked(self.source, [Request(item_id, view) for item_id in ids])
+        return compute_block(self.frozen, samples, ids, self.job.config.extract, storing)
 
     def __call__(self, block: Block) -> StagedBlock:
         job = self.job
         ids = list(self.source.ids[block.samples.slice])
         storing = Storing.of(job.manifest) if job.manifest.layout.materialized else Storing(None)
-        arrays = compute_block(
-            self.frozen, self.source, ids, block.view, job.config.extract, storing
-        )
+        storing.stop = self.stop
+        arrays = self._compute(ids, block.view, storing)
         return stage_block(job.cache, job.staging, job.manifest, block, arrays, error=storing.error)
 
 
@@ -197,10 +211,29 @@ class Executor(Protocol):
 
 
 class InProcess:
-    """Runs blocks one after the other in this process."""
+    """Runs blocks in this process: while one is computed, others are read, compressed, written.
 
-    def run(self, job: BlockJob, source: Source, blocks: list[Block]) -> Generator[StagedBlock]:
-        yield from map(job.open(source), blocks)
+    There is one forward at a time, whatever the number of threads (see `frozen_forward`).
+    """
+
+    def __init__(self, threads: int = BLOCKS_AT_ONCE) -> None:
+        self._threads = threads
+
+    def run(self, job: BlockJob, source: Source, blocks: Iterable[Block]) -> Generator[StagedBlock]:
+        worker = job.open(source)
+        waiting = iter(blocks)
+        running: deque[Future[StagedBlock]] = deque()
+        executor = ThreadPoolExecutor(self._threads, "blocks")
+        try:
+            for block in islice(waiting, self._threads):
+                running.append(executor.submit(worker, block))
+            while running:
+                staged = running.popleft().result()
+                running += [executor.submit(worker, block) for block in islice(waiting, 1)]
+                yield staged
+        finally:
+            worker.stop.set()
+            executor.shutdown(cancel_futures=True)
 
 
 def extract(
@@ -288,6 +321,7 @@ class Storing:
     def __init__(self, precision: Precision | None, operation: str | None = None) -> None:
         self.precision = precision
         self.operation = operation
+        self.stop: Event | None = None
         self.finite: list[Tensor] = []
         self.error: PrecisionError | None = None
 
@@ -297,6 +331,8 @@ class Storing:
         return cls(manifest.precision, manifest.stored_operation)
 
     def __call__(self, z: Float[Tensor, "row channel height width"]) -> Tensor:
+        if self.stop is not None and self.stop.is_set():
+            raise CancelledError
         self.finite.append(_finite_rows(z).cpu())
         if self.precision is None:
             return z[:, :0]
@@ -317,9 +353,8 @@ def _finite_rows(z: Tensor) -> Tensor:
 
 def compute_block(
     frozen: FrozenModule,
-    source: Source,
+    samples: NDArray[np.float32],
     ids: list[str],
-    view: int,
     config: ExtractConfig,
     storing: Storing,
 ) -> dict[str, NDArray[Any]]:
@@ -328,11 +363,10 @@ def compute_block(
     Parameters
     ----------
     frozen : FrozenModule
-    source : Source
-        The input, with patch axes.
+    samples : array
+        The input, [sample, grid_row, grid_col, channel, height, width].
     ids : list of str
-        The block's samples, in storage order.
-    view : int
+        The block's samples, in storage order, for errors.
     config : ExtractConfig
     storing : Storing
         A new one.
@@ -350,14 +384,13 @@ def compute_block(
     PrecisionLossError
         If outputs are too large for float16.
     """
-    batch = torch.from_numpy(read_stacked(source, [Request(item_id, view) for item_id in ids]))
-    samples, rows, columns = batch.shape[:3]
-    patches = rearrange(batch, "s r c ch h w -> (s r c) ch h w")
+    count, rows, columns = samples.shape[:3]
+    patches = torch.from_numpy(samples).flatten(0, 2)
     activations, embeddings = frozen_forward(frozen, patches, config, keep=storing)
     finite = torch.cat(storing.finite) & embeddings.isfinite().all(1)
     _refuse_non_finite(finite, ids, rows * columns)
     _refuse_overflow(storing, ids)
-    sizes = {"s": samples, "r": rows, "c": columns}
+    sizes = {"s": count, "r": rows, "c": columns}
     return {
         "activations": rearrange(activations, "(s r c) ... -> s r c ...", **sizes).numpy(),
         "pooled": rearrange(embeddings, "(s r c) e -> s r c e", **sizes).numpy(),

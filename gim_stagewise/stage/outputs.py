@@ -25,11 +25,12 @@ from gim_stagewise.errors import (
     StaleCacheError,
 )
 from gim_stagewise.lock import exclusive
-from gim_stagewise.sources import Source
+from gim_stagewise.sources import Request, Source, read_stacked
 from gim_stagewise.stage import identity
 from gim_stagewise.stage.calibrate import calibration_samples, value_range
 from gim_stagewise.stage.checkpoint import FrozenWeights
 from gim_stagewise.stage.extract import (
+    BLOCKS_AT_ONCE,
     BlockJob,
     Storing,
     VirtualCache,
@@ -136,7 +137,9 @@ class StageOutputs:
             errors = []
             for some in ids:
                 storing = Storing.of(manifest)
-                compute_block(frozen, self.source, some, view, config, storing)
+                requests = [Request(item_id, view) for item_id in some]
+                samples = read_stacked(self.source, requests)
+                compute_block(frozen, samples, some, config, storing)
                 assert storing.error is not None
                 errors.append(storing.error)
             check_error(sum(errors[1:], start=errors[0]), cache, manifest)
@@ -146,7 +149,7 @@ class StageOutputs:
         space, source = self.workspace, self.source
         on_gpu = space.device.type == "cuda"
         forward = plan_forward(step_spec(space, self.index, self.shape), space.budget)
-        block = block_bytes(source.item_bytes, manifest.layout)
+        block = BLOCKS_AT_ONCE * block_bytes(source.item_bytes, manifest.layout)
         executor = choose_executor(
             workers,
             threads=space.config.extract.threads,

@@ -10,7 +10,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Generator, Iterator
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from gim_stagewise.cache import Block, StagedBlock
 from gim_stagewise.errors import ConfigError, GimStageError, OverBudgetError, WorkersLostError
 from gim_stagewise.sources import Source
 from gim_stagewise.stage.cluster import local_cluster
-from gim_stagewise.stage.extract import BlockJob, BlockWorker, Executor, InProcess
+from gim_stagewise.stage.extract import BLOCKS_AT_ONCE, BlockJob, BlockWorker, Executor, InProcess
 from gim_stagewise.units import format_bytes
 
 # A process of ours with torch, zarr and Dask imported, before it has a block, measured.
@@ -106,7 +107,11 @@ def choose_executor(
     count = extraction_workers(
         threads=threads, on_gpu=on_gpu, worker_bytes=worker_bytes, host_bytes=host_bytes
     )
-    return Adaptive(count) if count else InProcess()
+    if count:
+        return Adaptive(count)
+    _check_memory(0, worker_bytes, host_bytes)
+    # A GPU is done with a block before one core has compressed the last.
+    return InProcess(1 + min(3, usable_cores())) if on_gpu else InProcess()
 
 
 def _check_memory(count: int, worker_bytes: int, host_bytes: int) -> None:
@@ -121,7 +126,7 @@ def _check_memory(count: int, worker_bytes: int, host_bytes: int) -> None:
         else "store fewer samples a chunk (cache.chunk)"
     )
     raise OverBudgetError(
-        f"--workers {count} projects {format_bytes(needed)} for extraction "
+        f"extraction with {count} workers projects {format_bytes(needed)} "
         f"({format_bytes(worker_bytes)} each), allowed {format_bytes(host_bytes)}: {remedy}, "
         f"or allow --allowed-host-mem {-(-needed // 1_000_000)}MB"
     )
@@ -134,16 +139,19 @@ class Adaptive:
         self._count = count
 
     def run(self, job: BlockJob, source: Source, blocks: list[Block]) -> Generator[StagedBlock]:
-        worker = job.open(source)
+        rest = deque(blocks)
+        worth_it = False
+
+        def own() -> Iterator[Block]:
+            while rest and not worth_it:
+                yield rest.popleft()
+
         started = time.monotonic()
-        for done, block in enumerate(blocks):
-            yield worker(block)
-            per_block = (time.monotonic() - started) / (done + 1)
-            rest = blocks[done + 1 :]
-            if done >= 1 and per_block * len(rest) > WORTH_A_CLUSTER_SECONDS:
-                del worker
-                yield from LocalWorkers(self._count).run(job, source, rest)
-                return
+        for done, staged in enumerate(InProcess().run(job, source, own()), start=1):
+            yield staged
+            per_block = (time.monotonic() - started) / done
+            worth_it = done > 1 and per_block * len(rest) > WORTH_A_CLUSTER_SECONDS
+        yield from LocalWorkers(self._count).run(job, source, list(rest))
 
 
 class LocalWorkers:
@@ -155,7 +163,8 @@ class LocalWorkers:
     def run(self, job: BlockJob, source: Source, blocks: list[Block]) -> Generator[StagedBlock]:
         if not blocks:
             return
-        with local_cluster(min(self._count, len(blocks)), job.staging / "dask") as client:
+        count = min(self._count, len(blocks))
+        with local_cluster(count, job.staging / "dask", threads=BLOCKS_AT_ONCE) as client:
             yield from _run_on(client, job, blocks)
 
 
