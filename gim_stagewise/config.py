@@ -132,15 +132,15 @@ class CacheConfig(_Table):
     ``max_error`` is refused. ``stored_operation = "auto"`` stores activations after the
     operation that the next module begins with. ``chunk`` counts samples; "auto" aims at 4 MB or
     more. With ``materialize = "never"`` embeddings alone are stored, and the next module's input is
-    computed whenever it is read.
+    computed whenever it is read; "auto" measures which of the two is faster here, and keeps to it.
     """
 
-    precision: Annotated[str, AfterValidator(_known_precision)] = "float32"
+    precision: Annotated[str, AfterValidator(_known_precision)] = "uint8"
     max_error: PositiveFloat | None = None
     stored_operation: Literal["auto", "none"] = "auto"
     codec: Literal["lz4", "zstd", "none"] = "lz4"
     chunk: PositiveInt | Literal["auto"] = "auto"
-    materialize: Literal["always", "never"] = "always"
+    materialize: Literal["always", "never", "auto"] = "always"
 
 
 class ExtractConfig(_Table):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from gim_stagewise.memory import Budget
 from gim_stagewise.models import INPUT_OPERATIONS
 from gim_stagewise.pipeline import Pipeline, folder_bytes
 from gim_stagewise.sources import PatchSource, Request, read_stacked
+from gim_stagewise.stage.choose import Choice
 from gim_stagewise.stage.extract import BLOCKS_AT_ONCE
 from gim_stagewise.stage.fit import (
     TrainingPlan,
@@ -30,6 +32,7 @@ from gim_stagewise.stage.needs import cache_layout, chain_needs
 from gim_stagewise.stage.parallel import BASE_BYTES, extraction_workers
 from gim_stagewise.stage.project import block_bytes
 from gim_stagewise.stage.shape import Shape
+from gim_stagewise.stage.stage import Stage
 from gim_stagewise.units import format_bytes
 
 # Samples that an estimate of a cache's size looks at, within so many bytes.
@@ -86,6 +89,8 @@ class StagePlan:
         Patches of one sample.
     shuffle_quality : float
         How often batches will repeat a chunk of the input, against a perfect shuffle.
+    choice : Choice or None
+        What storing the outputs takes against computing them again, where that is to be chosen.
     """
 
     module: int
@@ -96,6 +101,7 @@ class StagePlan:
     pooled_bytes: int
     patches: int
     shuffle_quality: float
+    choice: Choice | None = None
 
     @property
     def device_mem(self) -> int:
@@ -148,7 +154,8 @@ def plan_pipeline(pipeline: Pipeline) -> PipelinePlan:
     shapes = pipeline.check()
     space, source = pipeline.workspace, pipeline.source
     pipeline.check_budget(shapes, start=1)
-    sizes = _cache_sizes(pipeline, shapes)
+    choices = _choices(pipeline, shapes)
+    sizes = _cache_sizes(pipeline, shapes, choices)
     stages = []
     item_bytes, chunk_items = source.item_bytes, 1
     unlabeled = positions_of(source, source.split("unlabeled"))
@@ -184,6 +191,7 @@ def plan_pipeline(pipeline: Pipeline) -> PipelinePlan:
                     chunk_items=chunk_items,
                     seed=space.config.seed,
                 ),
+                choice=choices.get(index),
             )
         )
         item_bytes, chunk_items = layout.sample_bytes, layout.chunk
@@ -227,7 +235,36 @@ def _check_disk(pipeline: Pipeline, plan: PipelinePlan) -> None:
     )
 
 
-def _cache_sizes(pipeline: Pipeline, shapes: list[Shape]) -> list[tuple[int, str]]:
+def _choices(pipeline: Pipeline, shapes: list[Shape]) -> dict[int, Choice]:
+    """What storing takes against computing again, for each module that leaves it to that.
+
+    Measured on untrained modules: what they take is the same, how their outputs compress is not.
+    """
+    space, source, config = pipeline.workspace, pipeline.source, pipeline.config
+    asked = [i for i in config.module if config.stage(i).cache.materialize == "auto"]
+    if not asked or space.device.type == "cuda":
+        return {}
+    count = max(1, config.extract.batch // math.prod(shapes[0].grid))
+    started = time.perf_counter()
+    samples = read_stacked(source, [Request(item_id) for item_id in source.ids[:count]])
+    seconds = (time.perf_counter() - started) / len(samples)
+    found: dict[int, Choice] = {}
+    for index, shape in enumerate(shapes[:-1], start=1):
+        frozen = FrozenModule(space.build(index, shape.cell_in[0]), torch.device("cpu"))
+        stage = Stage(space, index, source, shape.grid, shape.cell_in)
+        choice, samples = stage.outputs.measure(frozen, samples, seconds)
+        if index in asked:
+            found[index] = choice
+        stored = (index in found and choice.store) or config.stage(
+            index
+        ).cache.materialize == "always"
+        seconds = choice.read_warm if stored else choice.compute
+    return found
+
+
+def _cache_sizes(
+    pipeline: Pipeline, shapes: list[Shape], choices: dict[int, Choice]
+) -> list[tuple[int, str]]:
     """Bytes on disk of each cache, and how they were found."""
     space, source = pipeline.workspace, pipeline.source
     sizes: list[tuple[int, str]] = []
@@ -239,7 +276,7 @@ def _cache_sizes(pipeline: Pipeline, shapes: list[Shape]) -> list[tuple[int, str
             continue
         layout = cache_layout(space, index, shape, source)
         stored = _stored_samples(source, layout)
-        if not layout.materialized:
+        if not layout.materialized or (index in choices and not choices[index].store):
             sizes.append((stored * layout.embedding_bytes, "embeddings alone"))
             continue
         many = "sample" if seen == 1 else "samples"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from gim_stagewise.cache.codecs import codec_implementation, encoded_bytes
 from gim_stagewise.cache.digests import Digest, flatten
-from gim_stagewise.cache.layout import Block, CacheLayout, auto_chunk
+from gim_stagewise.cache.frames import read_frame
+from gim_stagewise.cache.layout import Block, CacheLayout, auto_chunk, create_arrays
 from gim_stagewise.cache.manifest import BuildFolder, Manifest, read_manifest
 from gim_stagewise.cache.precision import PLAIN, Precision, PrecisionError, is_precision
 from gim_stagewise.cache.reader import Cache, metadata_problem, open_cache
@@ -30,6 +31,7 @@ __all__ = [
     "StagedBlock",
     "auto_chunk",
     "codec_implementation",
+    "create_arrays",
     "discard_cache",
     "drop_activations",
     "encoded_bytes",
@@ -37,6 +39,7 @@ __all__ = [
     "is_precision",
     "metadata_problem",
     "open_cache",
+    "read_frame",
     "read_manifest",
     "stage_block",
 ]

@@ -46,6 +46,8 @@ class Manifest:
     error : dict or None
         What storing in that form did to the values (see `PrecisionError.as_json`); known once all
         blocks are there.
+    choice : dict or None
+        What was measured to choose between storing and computing again, where that was asked for.
     stored_operation : str or None
         An operation of the next module that was applied before storing.
     encoding : str
@@ -68,6 +70,7 @@ class Manifest:
     sealed: bool = False
     calibration: str | None = None
     error: dict[str, Any] | None = None
+    choice: dict[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -82,6 +85,7 @@ class Manifest:
                 "error": self.error,
             },
             "stored_operation": self.stored_operation,
+            "choice": self.choice,
             "numerics": self.numerics,
             "recipe": self.recipe.as_json(),
             "content": self.content.as_json(),
@@ -175,6 +179,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
         sealed=content["sealed"],
         calibration=content["precision"]["calibration"],
         error=content["precision"]["error"],
+        choice=content["choice"],
     )
 
 

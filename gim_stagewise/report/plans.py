@@ -52,6 +52,7 @@ def _stage_record(stage: StagePlan) -> dict[str, Any]:
             "host_mem": extraction.host,
         },
         "shuffle_quality": stage.shuffle_quality,
+        "choice": stage.choice.as_json() if stage.choice else None,
         "cache_bytes": stage.cache_bytes,
         "cache_basis": stage.cache_basis,
         "forward_flops": stage.patches * training.step.forward_flops,
@@ -71,6 +72,8 @@ def plan_report(plan: PipelinePlan) -> Iterator[Table | str]:
         workspace = f"workspace {format_bytes(step.workspace)}"
         yield f"module {stage.module}, a step: {', '.join(filter(None, [parts, workspace]))}"
         yield f"    {step.basis}; cache: {stage.cache_basis}"
+        if stage.choice is not None:
+            yield f"    {stage.choice}"
         if stage.shuffle_quality > POOR_SHUFFLE:
             yield (
                 f"    batches repeat a chunk {stage.shuffle_quality:.1f} times as often as a "

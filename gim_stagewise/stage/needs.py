@@ -134,7 +134,7 @@ def cache_layout(workspace: Workspace, index: int, shape: Shape, source: Source)
         embedding=shape.embedding,
         chunk=1,
         codec=cache.codec,
-        materialized=cache.materialize == "always",
+        materialized=cache.materialize != "never",
         dtype=Precision(cache.precision).stored_dtype,
     )
     chunk = auto_chunk(layout.sample_bytes) if cache.chunk == "auto" else cache.chunk

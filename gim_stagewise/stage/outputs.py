@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from gim_stagewise.cache import (
     Cache,
     CacheWriter,
+    Digest,
     Manifest,
     Precision,
     discard_cache,
@@ -25,10 +29,12 @@ from gim_stagewise.errors import (
     StaleCacheError,
 )
 from gim_stagewise.lock import exclusive
+from gim_stagewise.models import INPUT_OPERATIONS
 from gim_stagewise.sources import Request, Source, read_stacked
 from gim_stagewise.stage import identity
 from gim_stagewise.stage.calibrate import calibration_samples, value_range
 from gim_stagewise.stage.checkpoint import FrozenWeights
+from gim_stagewise.stage.choose import Choice, measure_choice
 from gim_stagewise.stage.extract import (
     BLOCKS_AT_ONCE,
     BlockJob,
@@ -39,7 +45,7 @@ from gim_stagewise.stage.extract import (
     extract,
 )
 from gim_stagewise.stage.fit import plan_forward
-from gim_stagewise.stage.freeze import FrozenModule, numerics
+from gim_stagewise.stage.freeze import FrozenModule, frozen_forward, numerics
 from gim_stagewise.stage.needs import cache_layout
 from gim_stagewise.stage.parallel import BASE_BYTES, Workers, choose_executor
 from gim_stagewise.stage.project import block_bytes, step_spec
@@ -101,14 +107,26 @@ class StageOutputs:
                 self._note(f"cache built again: {reason}")
             # Before anything is replaced: these weights fit the module as it is built now.
             frozen = self._frozen(weights, self.workspace.device)
-            if found is not None and found.layout == manifest.layout:
-                manifest = replace(
-                    manifest, precision=found.precision, calibration=found.calibration
-                )
+            if found is not None:
+                manifest = self._gone_on_with(manifest, found)
             else:
                 manifest = self._calibrated(frozen, manifest)
+                if self._config.cache.materialize == "auto":
+                    manifest = self._chosen(frozen, manifest)
             del frozen
             return self._extract(weights, manifest, workers), True
+
+    def _gone_on_with(self, wanted: Manifest, begun: Manifest) -> Manifest:
+        """The manifest of a build that goes on: what was found out when it began stays."""
+        chosen = self._config.cache.materialize == "auto"
+        stored = begun.layout.materialized if chosen else wanted.layout.materialized
+        return replace(
+            wanted,
+            layout=replace(wanted.layout, materialized=stored),
+            precision=begun.precision,
+            calibration=begun.calibration,
+            choice=begun.choice,
+        )
 
     def _check_recorded_error(self, manifest: Manifest) -> None:
         allowed = self._config.cache.max_error
@@ -144,6 +162,77 @@ class StageOutputs:
                 errors.append(storing.error)
             check_error(sum(errors[1:], start=errors[0]), cache, manifest)
         return manifest
+
+    def _chosen(self, frozen: FrozenModule, manifest: Manifest) -> Manifest:
+        """With the faster of storing and computing again; the last module's outputs are stored."""
+        space = self.workspace
+        if self.index + 1 not in space.config.module:
+            return manifest
+        ids, view = calibration_samples(
+            self.source, math.prod(self.shape.grid), space.config.extract
+        )
+        requests = [Request(item_id, view) for item_id in ids[0]]
+        started = time.perf_counter()
+        samples = read_stacked(self.source, requests)
+        seconds = time.perf_counter() - started
+        choice, _ = self._measured(frozen, samples, seconds / len(samples), manifest)
+        self._note(str(choice))
+        layout = replace(manifest.layout, materialized=choice.store)
+        return replace(manifest, layout=layout, choice=choice.as_json())
+
+    def measure(
+        self, frozen: FrozenModule, samples: NDArray[np.float32], input_seconds: float
+    ) -> tuple[Choice, NDArray[np.float32]]:
+        """What storing takes against computing again, and outputs; for a plan.
+
+        Parameters
+        ----------
+        frozen : FrozenModule
+            With any weights.
+        samples : array
+            Inputs.
+        input_seconds : float
+            To read one of them.
+        """
+        layout = cache_layout(self.workspace, self.index, self.shape, self.source)
+        nothing = Digest({})
+        manifest = Manifest(
+            pipeline="",
+            module=self.index,
+            pipeline_text="",
+            recipe=nothing,
+            content=nothing,
+            numerics={},
+            precision=Precision(self._config.cache.precision),
+            stored_operation=self.stored_operation,
+            encoding="patch",
+            layout=layout,
+        )
+        rows = torch.from_numpy(samples).flatten(0, 2)
+        z, _ = frozen_forward(frozen, rows, self.workspace.config.extract)
+        if self.stored_operation is not None:
+            z = INPUT_OPERATIONS[self.stored_operation](z)
+        extremes = z.transpose(0, 1).flatten(1).aminmax(dim=1)
+        manifest = replace(manifest, precision=manifest.precision.calibrated(*extremes))
+        return self._measured(frozen, samples, input_seconds, manifest)
+
+    def _measured(
+        self,
+        frozen: FrozenModule,
+        samples: NDArray[np.float32],
+        input_seconds: float,
+        manifest: Manifest,
+    ) -> tuple[Choice, NDArray[np.float32]]:
+        space = self.workspace
+        return measure_choice(
+            frozen,
+            samples,
+            manifest,
+            space.config.extract,
+            input_seconds=input_seconds,
+            passes=space.module_config(self.index + 1).train.max_epochs + 1,
+            folder=space.folder,
+        )
 
     def _extract(self, weights: FrozenWeights, manifest: Manifest, workers: Workers) -> Manifest:
         space, source = self.workspace, self.source
@@ -197,8 +286,8 @@ class StageOutputs:
         changes = identity.cache_differences(found, wanted.recipe, wanted.content)
         if changes:
             return None, "; ".join(changes)
-        # Where old activations may go, those that are gone are computed if they are needed again.
-        may_go = self.workspace.config.keep != "all"
+        # Where old activations may go, or were not worth storing, they are computed when needed.
+        may_go = self.workspace.config.keep != "all" or self._config.cache.materialize == "auto"
         if wanted.layout.materialized and not found.layout.materialized and not may_go:
             return None, "its activations are not stored"
         return (None, damage) if found.sealed and (damage := self._damage(found)) else (found, "")
