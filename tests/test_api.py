@@ -19,6 +19,8 @@ from gim_stagewise.sources import Request
 
 @pytest.fixture
 def done(tiny: Path, tmp_path: Path) -> Path:
+    """The folder of a run that stored values as they were computed."""
+    edit(tiny, "[cache]\n", '[cache]\nprecision = "float32"\n')
     Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run()
     return tmp_path / "out"
 

@@ -93,6 +93,7 @@ def test_a_cache_is_read_by_plain_zarr_and_dask(tiny: Path, tmp_path: Path) -> N
 
 
 def test_cached_activations_are_those_of_the_stacked_modules(tiny: Path, tmp_path: Path) -> None:
+    edit(tiny, "[cache]\n", '[cache]\nprecision = "float32"\n')
     pipeline, _ = run(tiny, tmp_path / "out")
     cache = Cache(tmp_path / "out" / "m3.zarr")
     item = cache.items()[17].id
@@ -240,6 +241,7 @@ class Block(nn.Module):
 
 
 def test_a_module_of_ones_own_is_trained(tiny: Path, tmp_path: Path) -> None:
+    edit(tiny, "[cache]\n", '[cache]\nprecision = "float32"\n')
     (tmp_path / "own_nets.py").write_text(OWN)
     edit(
         tiny,
@@ -360,6 +362,7 @@ def run_reloaded(file: Path, folder: Path) -> tuple[Pipeline, list[str]]:
 
 
 def test_random_views_are_stored_for_unlabeled_samples_only(tiny: Path, tmp_path: Path) -> None:
+    edit(tiny, "[cache]\n", '[cache]\nprecision = "float32"\n')
     edit(tiny, "[patches]", "[augment]\ncrop = 10\nflip = 0.5\nviews = 2\n\n[patches]")
     edit(tiny, "prediction_steps = 2", "prediction_steps = 1")
     pipeline, _ = run(tiny, tmp_path / "out")

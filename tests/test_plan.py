@@ -242,7 +242,7 @@ def test_over_budget_names_a_micro_batch_that_fits() -> None:
     fits = plan_training(needs(whole, asked=size), recorded=None, budget=budget)
     assert fits.step.total <= allowed
     automatic = plan_training(needs(whole, asked="auto"), recorded=None, budget=budget)
-    assert automatic.micro_batch == size
+    assert automatic.micro_batch == size  # measured once in a process
 
 
 def test_what_auto_came_to_is_kept_and_a_smaller_budget_refuses() -> None:
@@ -300,7 +300,7 @@ def test_too_many_workers_for_the_memory_are_refused(tiny: Path, tmp_path: Path)
     assert gim_stage("train", *arguments).returncode == 0
     done = gim_stage("extract", *arguments, "--workers", "2", "--allowed-host-mem", "1.4GB")
     error = one_error(done, 3)
-    assert "--workers 2 projects" in error
+    assert "with 2 workers projects" in error
     assert "use 1 or less" in error
 
 

@@ -136,8 +136,9 @@ def with_cache(file: Path, text: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_cache_gives_what_its_precision_keeps(tiny: Path, tmp_path: Path, name: str) -> None:
+    with_cache(tiny, 'precision = "float32"')
     run(tiny, tmp_path / "plain", until=1)
-    with_cache(tiny, f'precision = "{name}"')
+    edit(tiny, 'precision = "float32"', f'precision = "{name}"')
     run(tiny, tmp_path / "out", until=1)
     exact, cache = Cache(tmp_path / "plain" / "m1.zarr"), open_cache(tmp_path / "out" / "m1.zarr")
     ids = list(cache.ids)
@@ -185,6 +186,7 @@ def test_what_the_next_module_begins_with_is_done_before_storing(
     tiny: Path, tmp_path: Path
 ) -> None:
     """Weights trained on either form are the same to the last bit."""
+    with_cache(tiny, 'precision = "float32"')
     run(tiny, tmp_path / "op", until=2)
     with_cache(tiny, 'stored_operation = "none"')
     run(tiny, tmp_path / "raw", until=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -39,6 +40,11 @@ def encoded_bytes(values: NDArray[Any], codec: str) -> int:
     return len(blosc.compress(contiguous, codec.encode(), _LEVELS[codec], shuffle))
 
 
+# Zarr's settings are those of the process: two threads that set and reset them at once would
+# leave the setting of one behind.
+_opening = threading.Lock()
+
+
 def _has_zarrs() -> bool:
     return find_spec("zarrs") is not None
 
@@ -53,7 +59,7 @@ def codec_pipeline() -> Iterator[None]:
     if not _has_zarrs():
         yield
         return
-    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+    with _opening, zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
         yield
 
 

@@ -192,7 +192,7 @@ class _StoredPart:
     def read(self, index: int) -> NDArray[Any]:
         try:
             image = np.asarray(self._images[index])
-        except (ValueError, RuntimeError, KeyError) as error:
+        except (ValueError, RuntimeError, KeyError, OSError) as error:
             raise DataError(f"{self._where}: image {index} cannot be read ({error})") from None
         if "channel" not in self._axes:
             return image[None] if self._axes.index("height") == 1 else image.T[None]

@@ -121,9 +121,11 @@ def plan_training(needs: TrainingNeeds, *, recorded: int | None, budget: Budget)
 
 
 def smallest_training(needs: TrainingNeeds) -> Budget:
-    """The smallest budgets that a training works with, one patch at a time."""
-    step = project_step(replace(needs.spec, micro_batch=1), exact=True)
-    plan = _plan(needs, 1, step)
+    """The smallest budgets that a training works with, the micro-batch as the file asks for it."""
+    spec = needs.spec
+    asked = spec.config.stage(spec.index).train.micro_batch
+    size = 1 if asked == "auto" else asked or spec.rows
+    plan = _plan(needs, size, project_step(replace(spec, micro_batch=size), exact=True))
     return Budget(plan.device, plan.host)
 
 
@@ -163,7 +165,7 @@ def _largest_micro_batch(spec: StepSpec, step: StepMemory, room: _Room) -> tuple
             f"module {spec.index} needs {format_bytes(needed)} for training even with "
             f"micro_batch = 1 ({format_bytes(room.beside)} beside the step, {format_bytes(fixed)} "
             f"parameters, gradients and optimizer), allowed {format_bytes(room.allowed)}: the "
-            f"smallest workable value is {room.option} {_round_up(needed)}",
+            f"smallest workable value with it is {room.option} {_round_up(needed)}",
             needed=needed,
         )
     # Bytes grow evenly with the micro-batch, so that two of them say where the room ends.

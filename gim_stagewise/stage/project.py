@@ -39,6 +39,7 @@ from gim_stagewise.windows import Span
 # A step that counts less than this gets this much workspace without a measurement, unless that
 # decides whether it fits: a process that measures takes seconds, and what is small has little.
 SMALL_BYTES = 64_000_000
+_COUNTED_ONLY = "counted"
 # By so much measurements of the same step differ between processes.
 NOISE_BYTES = 4_000_000
 
@@ -211,8 +212,8 @@ def project_step(spec: StepSpec, *, allowed: int | None = None, exact: bool = Fa
     key = (exact, *spec.key)
     if key not in _known:
         memory = _project_step(spec, allowed, exact=exact)
-        if allowed is not None and memory.total > allowed:
-            return memory  # possibly without a measurement
+        if memory.basis == _COUNTED_ONLY:
+            return memory
         _known[key] = memory
     return _known[key]
 
@@ -278,7 +279,7 @@ def count_step(spec: StepSpec, *, steps: int = 2, few: bool = False) -> StepMemo
                 counter.label("optimizer", (v for v in state.values() if isinstance(v, Tensor)))
         at_peak = {name: size for name, size in counter.at_peak.items() if size}
     forward, backward = (0, 0) if few else _flops(spec, module, mode)
-    return StepMemory(at_peak, 0, "counted", forward, backward)
+    return StepMemory(at_peak, 0, _COUNTED_ONLY, forward, backward)
 
 
 def _step(
