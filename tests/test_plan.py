@@ -242,7 +242,9 @@ def test_over_budget_names_a_micro_batch_that_fits() -> None:
     fits = plan_training(needs(whole, asked=size), recorded=None, budget=budget)
     assert fits.step.total <= allowed
     automatic = plan_training(needs(whole, asked="auto"), recorded=None, budget=budget)
-    assert automatic.micro_batch == size  # measured once in a process
+    # Measured anew, in another process.
+    assert abs(automatic.micro_batch - size) <= 2
+    assert automatic.step.total <= allowed
 
 
 def test_what_auto_came_to_is_kept_and_a_smaller_budget_refuses() -> None:
