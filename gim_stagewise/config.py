@@ -60,6 +60,10 @@ class AugmentConfig(_Table):
 
     Integer pixels are scaled to [0, 1]; then grayscale, zero padding, crop (random in
     training views, centred in the evaluation view), flip, normalisation per channel.
+
+    ``grid_crop`` comes after the cut: modules are trained on so many rows and columns of patches,
+    at a place drawn for each sample and epoch, and judged on those in the middle; caches hold the
+    whole grid. ``views`` are stored, because a flip does not commute with a convolution.
     """
 
     grayscale: bool = False
@@ -68,6 +72,7 @@ class AugmentConfig(_Table):
     flip: Fraction = 0.0
     mean: tuple[float, ...] | None = Field(default=None, strict=False)
     std: tuple[PositiveFloat, ...] | None = Field(default=None, strict=False)
+    grid_crop: PositiveInt | None = None
     views: PositiveInt = 1
 
     @model_validator(mode="after")

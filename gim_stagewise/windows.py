@@ -36,6 +36,21 @@ def full_region(extent: tuple[int, ...]) -> Region:
     return tuple(Span(0, length) for length in extent)
 
 
+def centre(extent: tuple[int, ...], size: tuple[int, ...]) -> Region:
+    """The region of that size in the middle; nearer to the start where it cannot be even."""
+    starts = ((length - own) // 2 for length, own in zip(extent, size, strict=True))
+    return tuple(Span(start, start + own) for start, own in zip(starts, size, strict=True))
+
+
+def placed(extent: tuple[int, ...], size: tuple[int, ...], number: int) -> Region:
+    """One of all regions of that size; ``number`` counts them through, over and over."""
+    spans = []
+    for length, own in zip(reversed(extent), reversed(size), strict=True):
+        number, start = divmod(number, length - own + 1)
+        spans.append(Span(start, start + own))
+    return tuple(reversed(spans))
+
+
 @dataclass(frozen=True)
 class PatchGrid:
     """A grid of square patches, partly overlapping where ``stride < size``.

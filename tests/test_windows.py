@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gim_stagewise.windows import PatchGrid, Span, even_ranges, full_region
+from gim_stagewise.windows import PatchGrid, Span, centre, even_ranges, full_region, placed
 
 quick = settings(deadline=None, max_examples=150)
 sizes = st.integers(1, 9)
@@ -100,3 +100,24 @@ def test_an_empty_run_of_patches_is_refused() -> None:
 def test_ranges_of_no_size_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         even_ranges(3, 0)
+
+
+@settings(max_examples=100)
+@given(rows=st.integers(1, 6), columns=st.integers(1, 6), data=st.data())
+def test_places_are_all_regions_of_a_size_each_once(
+    rows: int, columns: int, data: st.DataObject
+) -> None:
+    size = (data.draw(st.integers(1, rows)), data.draw(st.integers(1, columns)))
+    expected = {
+        (Span(top, top + size[0]), Span(left, left + size[1]))
+        for top in range(rows - size[0] + 1)
+        for left in range(columns - size[1] + 1)
+    }
+    found = [placed((rows, columns), size, number) for number in range(len(expected))]
+    assert len(set(found)) == len(found)
+    assert set(found) == expected
+    assert placed((rows, columns), size, len(expected)) == found[0]
+    middle = centre((rows, columns), size)
+    assert middle in expected
+    for span, length in zip(middle, (rows, columns), strict=True):
+        assert 0 <= (length - span.stop) - span.start <= 1

@@ -201,7 +201,7 @@ class PatchSource:
         drawn = self._seed if self._augment.random else None
         parts = {
             "images": self._images.content_digest(),
-            "augment": self._augment.model_dump(mode="json", exclude={"views"}),
+            "augment": self._augment.model_dump(mode="json", exclude={"views", "grid_crop"}),
             "grid": [self._grid.size, self._grid.stride],
             "seed": drawn,
         }

@@ -46,16 +46,17 @@ class SampleReader:
         self.threads = _reading_threads(source)
         self.keeps_all = keeps_all(source, samples=samples, window=window)
         self._pin = pin
-        self._kept: dict[Request, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}  # view 0 is all there is
 
     def read(self, requests: Sequence[Request]) -> list[Tensor]:
-        """Samples [grid_row, grid_col, channel, height, width], each with memory of its own."""
+        """Samples [grid_row, grid_col, channel, height, width]; what is kept has its own memory."""
         if not self.keeps_all:
             return self._read(requests)
-        missing = [request for request in requests if request not in self._kept]
+        missing = [id_ for r in requests if (id_ := r.id) not in self._kept]
         if missing:
-            self._kept.update(zip(missing, self._read(missing), strict=True))
-        return [self._kept[request] for request in requests]
+            whole = self._read([Request(item_id) for item_id in missing])
+            self._kept.update(zip(missing, whole, strict=True))
+        return [_part(self._kept[request.id], request) for request in requests]
 
     def _read(self, requests: Sequence[Request]) -> list[Tensor]:
         source = self.source
@@ -70,6 +71,13 @@ class SampleReader:
                 sample = sample.clone()  # a view into a chunk would keep all of that
             samples.append(sample)
         return samples
+
+
+def _part(sample: Tensor, request: Request) -> Tensor:
+    if request.region is None:
+        return sample
+    rows, columns = request.region
+    return sample[rows.slice, columns.slice]
 
 
 def keeps_all(source: Source, *, samples: int, window: int) -> bool:

@@ -25,7 +25,7 @@ from gim_stagewise.stage.order import (
     shuffled_order,
     storage_order,
 )
-from gim_stagewise.windows import Span
+from gim_stagewise.windows import Region, Span, centre, placed
 
 CPU = torch.device("cpu")
 
@@ -174,6 +174,9 @@ class Loader:
     seed, stage : int
     reader : SampleReader, optional
         Reads the samples; shared with validation, it keeps them once.
+    grid : tuple of int, optional
+        Rows and columns of patches to deliver of each sample, at a place drawn for each epoch; all
+        by default.
 
     Raises
     ------
@@ -191,6 +194,7 @@ class Loader:
         seed: int,
         stage: int,
         reader: SampleReader | None = None,
+        grid: tuple[int, ...] | None = None,
     ) -> None:
         check_loading(
             len(ids),
@@ -206,6 +210,8 @@ class Loader:
         self._window = window
         self._seed = seed
         self._stage = stage
+        self._extent = source.items()[0].extent
+        self._grid = grid or self._extent
         self.positions = positions_of(source, self._ids)
 
     @property
@@ -242,6 +248,7 @@ class Loader:
             self._reader,
             self.order(epoch),
             request_of,
+            grid=self._grid,
             batch=self._batch,
             window=self._window,
             start=start,
@@ -250,7 +257,14 @@ class Loader:
 
     def _request(self, epoch: int, index: int) -> Request:
         item_id = self._ids[index]
-        return Request(item_id, view_of(self._source, item_id, self._seed, self._stage, epoch))
+        view = view_of(self._source, item_id, self._seed, self._stage, epoch)
+        return Request(item_id, view, self._region(epoch, item_id))
+
+    def _region(self, epoch: int, item_id: str) -> Region | None:
+        if self._grid == self._extent:
+            return None
+        drawn = derive_seed(self._seed, "place drawn", self._stage, epoch, item_id)
+        return placed(self._extent, self._grid, drawn)
 
 
 def _batches(
@@ -258,13 +272,13 @@ def _batches(
     order: Order,
     request_of: Callable[[int], Request],
     *,
+    grid: tuple[int, ...],
     batch: int,
     window: int,
     start: int,
     stop: int,
 ) -> Iterator[SampleBatch]:
     source = reader.source
-    grid = source.items()[0].extent
     indexes = order.indexes
     if batch * source.item_bytes > window and not reader.keeps_all:
         # Not even a batch may be held: its samples are read as its rows are asked for.
@@ -346,13 +360,20 @@ def validation_batches(
     batch: int,
     window: int,
     reader: SampleReader | None = None,
+    grid: tuple[int, ...] | None = None,
 ) -> Iterator[SampleBatch]:
-    """Held-out samples in storage order, always the same view; the last batch may be smaller."""
+    """Held-out samples in storage order, always the same view; the last batch may be smaller.
+
+    Of ``grid``, where it is given, the patches in the middle.
+    """
     view = 0 if source.views == 0 else 1
+    extent = source.items()[0].extent
+    region = None if grid in (None, extent) else centre(extent, grid or extent)
     yield from _batches(
         reader or SampleReader(source, samples=len(ids), window=window),
         storage_order(positions_of(source, ids), chunk=source.chunk_items),
-        lambda index: Request(ids[index], view),
+        lambda index: Request(ids[index], view, region),
+        grid=grid or extent,
         batch=batch,
         window=window,
         start=0,

@@ -19,12 +19,14 @@ from einops import rearrange, reduce
 from numpy.typing import NDArray
 
 from gim_stagewise.cache import Cache
-from gim_stagewise.config import ExtractConfig, ProbeConfig, parse_pipeline
+from gim_stagewise.config import ExtractConfig, PipelineConfig, ProbeConfig, parse_pipeline
 from gim_stagewise.errors import DataError
 from gim_stagewise.seeds import derive_seed
 from gim_stagewise.sources import MISSING_LABEL, PatchSource, Request, Source, read_stacked
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
+from gim_stagewise.stage.shape import trained_part
 from gim_stagewise.stage.workspace import Workspace
+from gim_stagewise.windows import PatchGrid, centre
 
 Pooling = Literal["mean", "all"]
 
@@ -59,9 +61,15 @@ def probe_splits(source: Source) -> tuple[ProbeSplit, ProbeSplit] | None:
     return (train, test) if len(train.ids) > 1 and test.ids else None
 
 
-def pool_features(embeddings: NDArray[np.float32], config: ProbeConfig) -> NDArray[np.float32]:
-    """[sample, grid_row, grid_col, channel] to [sample, feature], by ``probe.pooling``."""
-    if config.pooling == "mean":
+def pool_features(embeddings: NDArray[np.float32], config: PipelineConfig) -> NDArray[np.float32]:
+    """[sample, grid_row, grid_col, channel] to [sample, feature], by ``probe.pooling``.
+
+    Of the patches that modules are trained on (``augment.grid_crop``).
+    """
+    grid = (embeddings.shape[1], embeddings.shape[2])
+    rows, columns = centre(grid, trained_part(config.augment, grid))
+    embeddings = embeddings[:, rows.slice, columns.slice]
+    if config.probe.pooling == "mean":
         return reduce(embeddings, "s r c ch -> s ch", "mean")
     return rearrange(embeddings, "s r c ch -> s (r c ch)")
 
@@ -173,15 +181,26 @@ def probe_chain(
         trained = []
         for index in range(1, len(in_channels) + 1):
             pooled = Cache(workspace.cache_path(index)).read_pooled(ids)
-            trained.append(score(pool_features(pooled, config.probe)))
+            trained.append(score(pool_features(pooled, config)))
         chain = [
             FrozenModule(workspace.build(index, channels), workspace.device)
             for index, channels in enumerate(in_channels, start=1)
         ]
         embeddings = chain_embeddings(chain, source, ids, config.extract)
-        random = [score(pool_features(part, config.probe)) for part in embeddings]
-        raw = score(source.read_images(ids).reshape(len(ids), -1))
+        random = [score(pool_features(part, config)) for part in embeddings]
+        raw = score(_raw_pixels(source, ids, config))
     return ProbeScores(trained, random, raw)
+
+
+def _raw_pixels(source: PatchSource, ids: list[str], config: PipelineConfig) -> NDArray[np.float32]:
+    """The pixels that the probed patches show: [sample, feature]."""
+    grid = PatchGrid(config.patches.size, config.patches.stride)
+    part = centre(source.extent, trained_part(config.augment, source.extent))
+    images = source.read_images(ids)
+    if config.augment.grid_crop is not None:
+        rows, columns = (grid.pixels(span) for span in part)
+        images = images[:, :, rows.slice, columns.slice]
+    return images.reshape(len(ids), -1)
 
 
 def probe_cache(path: str | Path, *, pooling: Pooling | None = None) -> tuple[int, Pooling, float]:
@@ -213,7 +232,8 @@ def probe_cache(path: str | Path, *, pooling: Pooling | None = None) -> tuple[in
     if splits is None:
         raise DataError(f"{path} has no labelled train and test samples: nothing to probe")
     train, test = splits
-    features = pool_features(cache.read_pooled([*train.ids, *test.ids]), probe)
+    config = config.model_copy(update={"probe": probe})
+    features = pool_features(cache.read_pooled([*train.ids, *test.ids]), config)
     accuracy = probe_accuracy(features, train, test, probe, seed=config.seed)
     return cache.manifest.module, probe.pooling, accuracy
 

@@ -124,7 +124,7 @@ class StepSpec:
 
 def step_spec(workspace: Workspace, index: int, shape: Shape) -> StepSpec:
     """The training step of module ``index``, with a whole batch in one pass."""
-    batch = (workspace.module_config(index).train.batch, *shape.grid)
+    batch = (workspace.module_config(index).train.batch, *shape.trained_grid)
     return StepSpec(
         config=workspace.config,
         code_folder=workspace.code_folder,

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from gim_stagewise.cache import Precision, auto_chunk
-from gim_stagewise.config import CacheConfig
+from gim_stagewise.config import AugmentConfig, CacheConfig
+from gim_stagewise.errors import ConfigError
 from gim_stagewise.models import output_shape
 from gim_stagewise.objectives import check_rows
 from gim_stagewise.stage.step import check_micro_batch
@@ -23,6 +24,8 @@ class Shape:
     ----------
     grid : (int, int)
         Rows and columns of patches.
+    trained_grid : (int, int)
+        Those of the part that modules are trained and judged on (``augment.grid_crop``).
     cell_in, cell_out : tuple of int
         One patch before and after: (channel, height, width).
     embedding : int
@@ -32,6 +35,7 @@ class Shape:
     """
 
     grid: tuple[int, int]
+    trained_grid: tuple[int, int]
     cell_in: Cell
     cell_out: Cell
     embedding: int
@@ -45,6 +49,25 @@ class Shape:
         return per_sample * min(wanted, samples)
 
 
+def trained_part(augment: AugmentConfig, grid: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches that modules are trained and judged on.
+
+    Raises
+    ------
+    ConfigError
+        If ``augment.grid_crop`` is more than there are.
+    """
+    crop = augment.grid_crop
+    if crop is None:
+        return grid
+    if crop > min(grid):
+        raise ConfigError(
+            f"is {crop}, but a sample has {grid[0]}×{grid[1]} patches; use {min(grid)} or less",
+            key="augment.grid_crop",
+        )
+    return crop, crop
+
+
 def check_shape(workspace: Workspace, index: int, grid: tuple[int, int], cell: Cell) -> Shape:
     """Check that module ``index`` can take its input, and say what it makes of it.
 
@@ -53,6 +76,7 @@ def check_shape(workspace: Workspace, index: int, grid: tuple[int, int], cell: C
     ConfigError, ModuleRefusedError
         If the module or its objective does not fit.
     """
+    trained_grid = trained_part(workspace.config.augment, grid)
     train, objective = (
         workspace.module_config(index).train,
         workspace.module_config(index).objective,
@@ -60,11 +84,11 @@ def check_shape(workspace: Workspace, index: int, grid: tuple[int, int], cell: C
     if isinstance(train.micro_batch, int):
         check_micro_batch(
             train.micro_batch,
-            train.batch * math.prod(grid),
+            train.batch * math.prod(trained_grid),
             key=f"module.{index}.train.micro_batch",
         )
     check_rows(
-        grid[0],
+        trained_grid[0],
         prediction_steps=objective.prediction_steps,
         skip=objective.skip,
         key=f"module.{index}.objective.prediction_steps",
@@ -73,4 +97,4 @@ def check_shape(workspace: Workspace, index: int, grid: tuple[int, int], cell: C
     out, embedding = output_shape(module, cell, key=f"module.{index}")
     channels, height, width = out
     input_op = getattr(module, "input_op", None)
-    return Shape(grid, cell, (channels, height, width), embedding, input_op)
+    return Shape(grid, trained_grid, cell, (channels, height, width), embedding, input_op)

@@ -232,6 +232,7 @@ class Stage:
                 index=self.index,
             ),
             source=self.source,
+            grid=self.shape.trained_grid,
             config=config.train,
             micro_batch=plan.micro_batch,
             seed=space.config.seed,

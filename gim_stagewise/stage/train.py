@@ -73,6 +73,8 @@ class TrainJob:
     objective : InfoNCE
     source : Source
         The stage's input.
+    grid : (int, int)
+        Rows and columns of its patches to train on.
     config : TrainConfig
     micro_batch : int
         Patches in memory at a time.
@@ -93,6 +95,7 @@ class TrainJob:
     module: nn.Module
     objective: InfoNCE
     source: Source
+    grid: tuple[int, int]
     config: TrainConfig
     micro_batch: int
     seed: int
@@ -146,6 +149,7 @@ class _Trainer:
             window=job.config.shuffle_window,
             seed=job.seed,
             stage=job.stage,
+            grid=job.grid,
         )
         self.at = _Counters(micro_batch=job.micro_batch)
         self.best = module_tensors(self.module)
@@ -263,6 +267,7 @@ class _Trainer:
             batch=config.batch,
             window=config.shuffle_window,
             reader=self.reader,
+            grid=self.job.grid,
         )
         for number, batch in enumerate(batches):
             micro_batches = self._micro_batches("validation forward", number)
