@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all test-latest lint format clean
+.PHONY: demo test test-all test-latest bench-env lint format clean
 
 demo: $(INSTALLED) ## Train the digits pipeline, module by module
 	$(BIN)/gim-stage run pipelines/digits.toml
@@ -31,6 +31,12 @@ test-latest:
 	.venv-latest/bin/python -m pip install --quiet "pip>=25.1"
 	.venv-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --group dev --editable ".[plot]"
 	.venv-latest/bin/pytest -n auto
+
+# For benchmarks/cache_io.py: other stores, which want an older numpy than constraints.txt has.
+bench-env:
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet "pip>=25.1"
+	.venv-bench/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt --editable ".[bench,fast]"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -36,7 +36,7 @@ from conditions import conditions
 from digits import one_thread
 from photos import crops, write_crops
 from precision import RESNET
-from stores import ALONE, BATCH, FP16, FP32, STORES, WINDOW, count_of
+from stores import ALONE, BATCH, FP16, FP32, QUICK, STORES, WINDOW, count_of
 
 from gim_stagewise import Pipeline, Workers, load_encoder
 from gim_stagewise.cache import Cache, discard_cache, read_manifest
@@ -91,8 +91,10 @@ def make_master(folder: Path, count: int) -> None:
         list(pool.map(encode_part, repeat(folder), parts, repeat(shape)))
 
 
-def apart(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """Call a function in a process of its own."""
+def apart(quick: bool, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """Call a function in a process of its own, unless there is no time for that."""
+    if quick:
+        return function(*arguments, **options)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments, **options).result()
 
@@ -112,6 +114,7 @@ def read_epochs(
     _, _, read, options = STORES[name]
     if name.startswith("ours"):
         options = (FP16 if options[0] == "float16" else FP32,)
+    torch.set_num_threads(1)
     epoch = read(target, workers, *options)
     rates = []
     for number in range(epochs + 1):
@@ -142,22 +145,24 @@ def loading(folder: Path, *, quick: bool) -> list[dict[str, Any]]:
     count = count_of(folder)
     rounds = 1 if quick else 3
     found: dict[str, dict[str, Any]] = {}
-    for name, (place, write, _, options) in STORES.items():
+    stores = {name: STORES[name] for name in QUICK} if quick else STORES
+    for name, (place, write, _, options) in stores.items():
         target = folder / place
         if not target.exists():
             started = time.monotonic()
-            apart(write, folder, target, *options)
+            apart(quick, write, folder, target, *options)
             print(f"{name}: written in {time.monotonic() - started:.0f} s", file=sys.stderr)
         found[name] = {"store": name, "bytes": size_of(target), "warm": [], "cold": []}
     for number in range(rounds):
         for cold in (False, True):
-            for name, (place, *_) in STORES.items():
+            for name, (place, *_) in stores.items():
                 slow = name.startswith("sharded")
                 limit = min(count, 8 * BATCH) if slow else count
                 epochs = 1 if cold or slow else 2
                 best = max(
                     (
                         apart(
+                            quick,
                             read_epochs,
                             name,
                             folder / place,
@@ -242,14 +247,15 @@ def building(folder: Path, *, quick: bool) -> list[dict[str, Any]]:
     """Extraction beside the fastest plain forward loop, module by module, in rounds."""
     cores = len(os.sched_getaffinity(0))
     rows = []
-    for module in (1, 2):
+    for module in (1,) if quick else (1, 2):
         plain, own, startup = [], [], []
         for number in range(1 if quick else 3):
             loops = {
-                threads: apart(plain_forward, folder, module, threads)
-                for threads in sorted({1, cores})
+                threads: apart(quick, plain_forward, folder, module, threads)
+                for threads in ((1,) if quick else sorted({1, cores}))
             }
-            seconds, first = apart(extraction, folder, module, cores)
+            workers = 0 if quick else cores
+            seconds, first = apart(quick, extraction, folder, module, workers)
             plain.append(min(loops.values()))
             own.append(seconds)
             startup.append(first)
@@ -273,7 +279,8 @@ def input_epochs(folder: Path, *, stored: bool, epochs: int) -> float:
     """Median seconds a sample of reading, or computing, the input of stage 3, over epochs."""
     pipeline = Pipeline.from_file(folder / "crops.toml", folder=folder / "out", device="cpu")
     cache = Cache(folder / "out" / "m2.zarr") if stored else pipeline.stage(2).virtual_cache()
-    loader = Loader(cache, cache.ids, batch=BATCH, window=WINDOW // 4, seed=0, stage=3)
+    window = min(WINDOW, len(cache.ids) * cache.item_bytes // 2)  # too little to keep them all
+    loader = Loader(cache, cache.ids, batch=BATCH, window=window, seed=0, stage=3)
     found = []
     for number in range(epochs + 1):
         started = time.perf_counter()
@@ -300,9 +307,9 @@ def choosing(folder: Path, *, quick: bool) -> dict[str, Any]:
     """An epoch of stage 3's input, stored and computed, beside what was predicted."""
     rounds = []
     for number in range(1 if quick else 3):
-        choice = apart(recorded_choice, folder)
-        read = apart(input_epochs, folder, stored=True, epochs=1 if quick else 5)
-        compute = apart(input_epochs, folder, stored=False, epochs=1)
+        choice = apart(quick, recorded_choice, folder)
+        read = apart(quick, input_epochs, folder, stored=True, epochs=1 if quick else 5)
+        compute = apart(quick, input_epochs, folder, stored=False, epochs=1)
         rounds.append(
             {
                 "read": read,

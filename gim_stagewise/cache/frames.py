@@ -8,7 +8,10 @@ the layout says: the checksum comes first, then the frame's own header is compar
 
 from __future__ import annotations
 
+import math
+import os
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +27,44 @@ _RESIDUE = 0x48674BC7
 _BLOSC_HEADER = struct.Struct("<BBBBIII")
 
 
+# Bytes that Blosc adds at most.
+_BLOSC_OVERHEAD = 16
+
+
+class _Scratch(threading.local):
+    """Memory of a thread that is used over and over: fresh pages cost more than reading does."""
+
+    def __init__(self) -> None:
+        self._bytes: dict[str, bytearray] = {}
+
+    def get(self, purpose: str, size: int) -> NDArray[np.uint8]:
+        if purpose not in self._bytes or len(self._bytes[purpose]) < size:
+            self._bytes[purpose] = bytearray(size)
+        return np.frombuffer(self._bytes[purpose], np.uint8)[:size]
+
+
+_scratch = _Scratch()
+
+
 class FrameError(ValueError):
     """A chunk file is not what was written."""
 
 
-def read_frame(file: Path, out: NDArray[Any], *, compressed: bool) -> None:
+def read_frame(file: Path, shape: tuple[int, ...], dtype: str, *, compressed: bool) -> NDArray[Any]:
     """Read and decode a chunk file.
 
     Parameters
     ----------
     file : Path
-    out : array
-        Where values go; C-contiguous, of a whole chunk's shape and type.
+    shape, dtype
+        Of a whole chunk.
     compressed : bool
         Whether values went through Blosc.
+
+    Returns
+    -------
+    array
+        Values in memory that this thread uses again for the next file.
 
     Raises
     ------
@@ -46,18 +73,32 @@ def read_frame(file: Path, out: NDArray[Any], *, compressed: bool) -> None:
     FrameError
         If its checksum does not match, or it does not hold a chunk of that size.
     """
-    content = file.read_bytes()
+    expected = math.prod(shape) * np.dtype(dtype).itemsize
+    content = _read_file(file, most=expected + _BLOSC_OVERHEAD + _CHECKSUM_BYTES)
     if len(content) < _CHECKSUM_BYTES or google_crc32c.value(content) != _RESIDUE:
         raise FrameError("has a checksum that does not match")
-    frame = memoryview(content)[:-_CHECKSUM_BYTES]
+    frame = content[:-_CHECKSUM_BYTES]
     if not compressed:
-        if len(frame) != out.nbytes:
-            raise FrameError(f"has {len(frame)} bytes of values, not {out.nbytes}")
-        out.reshape(-1).view(np.uint8)[:] = np.frombuffer(frame, np.uint8)
-        return
+        if len(frame) != expected:
+            raise FrameError(f"has {len(frame)} bytes of values, not {expected}")
+        return frame.view(dtype).reshape(shape)
     if len(frame) < _BLOSC_HEADER.size:
         raise FrameError("is too short to be a Blosc frame")
-    *_, size, _, packed = _BLOSC_HEADER.unpack_from(frame)
-    if size != out.nbytes or packed != len(frame):
-        raise FrameError(f"declares {size} bytes in {packed}, not {out.nbytes} in {len(frame)}")
-    blosc.decompress(frame, out)
+    *_, size, _, packed = _BLOSC_HEADER.unpack_from(frame.data)
+    if size != expected or packed != len(frame):
+        raise FrameError(f"declares {size} bytes in {packed}, not {expected} in {len(frame)}")
+    values = _scratch.get("values", expected)
+    blosc.decompress(frame, values)
+    return values.view(dtype).reshape(shape)
+
+
+def _read_file(file: Path, *, most: int) -> NDArray[np.uint8]:
+    """A file's bytes, until this thread reads another one."""
+    with file.open("rb", buffering=0) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        if size > most:
+            raise FrameError(f"has {size} bytes, more than a chunk can take ({most})")
+        content, filled = _scratch.get("file", size), 0
+        while filled < size and (count := opened.readinto(content[filled:].data)):
+            filled += count
+    return content[:filled]

@@ -23,6 +23,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ class Precision:
             some = values[start : start + _ROWS]
             kept = stored[start : start + _ROWS]
             kept.copy_(self._encoded(some, scale, zero, error))
-            error.add(some, self._decoded(kept, scale, zero, torch.float32))
+            error.add(some, self._decode_into(torch.empty_like(some), kept, scale, zero))
         return stored, error.total()
 
     def _encoded(self, values: Tensor, scale: Tensor, zero: Tensor, error: _Account) -> Tensor:
@@ -180,7 +181,7 @@ class Precision:
         return _rounded(values, bits)
 
     def decode(
-        self, stored: Tensor, *, dtype: torch.dtype = torch.float32
+        self, stored: Tensor, *, out: Tensor | None = None
     ) -> Float[Tensor, "... channel height width"]:
         """Stored values as floats, on the device they are on.
 
@@ -188,30 +189,36 @@ class Precision:
         ----------
         stored : Tensor
             [..., channel, height, width], of the stored type.
-        dtype : torch.dtype
-            float32, or float16 for those who can do with less.
+        out : Tensor, optional
+            Where they go, in the same shape: float32, or float16 for those who can do with less.
         """
-        scale = self._per_channel(self.scale, stored, dtype)
-        return self._decoded(
-            stored, scale, self._per_channel(self.zero_point, stored, dtype), dtype
-        )
+        if out is None:
+            out = torch.empty(stored.shape, device=stored.device)
+        scale = self._per_channel(self.scale, stored)
+        zero = self._per_channel(self.zero_point, stored)
+        if out.dtype == torch.float32 or not self.has_scales:
+            return self._decode_into(out, stored, scale, zero)
+        # Scales are float32, and so is what they are applied to; only then it is rounded.
+        for start in range(0, len(stored), _ROWS):
+            some = stored[start : start + _ROWS]
+            values = torch.empty(some.shape, device=some.device)
+            out[start : start + _ROWS] = self._decode_into(values, some, scale, zero)
+        return out
 
-    def _decoded(self, stored: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
+    def _decode_into(self, out: Tensor, stored: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         if self.name == "uint8":
-            values = stored.to(dtype)
+            out.copy_(stored)
             if any(self.zero_point):
-                values -= zero
-            return values.mul_(scale)
+                out -= zero
+            return out.mul_(scale)
         if self.name == "float8_e4m3":
-            return stored.view(torch.float8_e4m3fn).to(dtype).mul_(scale)
+            return out.copy_(stored.view(torch.float8_e4m3fn)).mul_(scale)
         if self.name == "bfloat16":
-            return stored.view(torch.bfloat16).to(dtype)
-        return stored.to(dtype)
+            return out.copy_(stored.view(torch.bfloat16))
+        return out.copy_(stored)
 
-    def _per_channel(
-        self, numbers: Sequence[float], like: Tensor, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        return torch.tensor(numbers, dtype=dtype, device=like.device)[:, None, None]
+    def _per_channel(self, numbers: Sequence[float], like: Tensor) -> Tensor:
+        return _on_device(tuple(numbers), like.device)[:, None, None]
 
     def as_json(self) -> dict[str, Any]:
         """What a manifest says: the name, and how to decode where plain readers cannot."""
@@ -254,6 +261,11 @@ class Precision:
 
 
 PLAIN = Precision("float32")
+
+
+@lru_cache(maxsize=64)
+def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)

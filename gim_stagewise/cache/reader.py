@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
@@ -20,7 +20,7 @@ from gim_stagewise.cache.manifest import Manifest, read_manifest
 from gim_stagewise.cache.precision import Precision
 from gim_stagewise.errors import CorruptCacheError, DataError, PartialCacheError
 from gim_stagewise.sources import PATCH_AXES, SPLITS, Item, Request, Split, UniformItems
-from gim_stagewise.windows import Span
+from gim_stagewise.windows import Span, even_ranges, full_region
 
 if TYPE_CHECKING:
     from gim_stagewise.cache.views import CacheDataset, DecodedArray
@@ -122,10 +122,15 @@ class Cache:
         decode = self.precision.decode_array
         return [decode(sample) for sample in self.read_stored(requests)]
 
-    def read_stored(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
-        """The samples asked for in their stored form; ``precision.decode`` makes floats of it."""
+    def read_stored(
+        self, requests: Sequence[Request], *, empty: Callable[..., NDArray[Any]] = np.empty
+    ) -> list[NDArray[Any]]:
+        """The samples asked for in their stored form; ``precision.decode`` makes floats of it.
+
+        ``empty``, called with shape and type, gives the memory for each of them.
+        """
         self._require_activations()
-        return self._read("activations", requests)
+        return self._read("activations", requests, empty)
 
     def _require_activations(self) -> None:
         if not self.materialized:
@@ -167,21 +172,36 @@ class Cache:
         parts = self.manifest.content.parts
         return Digest({k: v for k, v in parts.items() if k != "numerics.codec"}).value
 
-    def _read(self, name: str, requests: Sequence[Request]) -> list[NDArray[Any]]:
-        """Read each chunk that is needed once, and hand out views into it."""
-        places = [self._place(request) for request in requests]
-        chunk = self.chunk_items
-        loaded: dict[tuple[int, int], NDArray[Any]] = {}
-        samples = []
-        for request, (view, position) in zip(requests, places, strict=True):
-            key = (view, position // chunk)
-            if key not in loaded:
-                loaded[key] = self._read_chunk(name, *key)
-            sample = loaded[key][position % chunk]
-            if request.region is not None:
-                rows, columns = request.region
-                sample = sample[rows.slice, columns.slice]
-            samples.append(sample)
+    def _read(
+        self,
+        name: str,
+        requests: Sequence[Request],
+        empty: Callable[..., NDArray[Any]] = np.empty,
+    ) -> list[NDArray[Any]]:
+        """Samples, or their regions, each in memory of its own; each chunk is read once."""
+        grid = self.manifest.layout.grid
+        wanted: dict[tuple[int, int], list[tuple[int, int, Span, Span]]] = {}
+        for number, request in enumerate(requests):
+            view, position = self._place(request)
+            rows, columns = request.region or full_region(grid)
+            chunk, place = divmod(position, self.chunk_items)
+            wanted.setdefault((view, chunk), []).append((number, place, rows, columns))
+        samples: list[Any] = [None] * len(requests)
+        for (view, chunk), members in wanted.items():
+            needed = Span(
+                min(rows.start for _, _, rows, _ in members),
+                max(rows.stop for _, _, rows, _ in members),
+            )
+            for part, values in self._read_chunk(name, view, chunk, needed):
+                for number, place, rows, columns in members:
+                    start, stop = max(rows.start, part.start), min(rows.stop, part.stop)
+                    if start >= stop:
+                        continue
+                    there = values[place, start - part.start : stop - part.start, columns.slice]
+                    if samples[number] is None:
+                        own = (len(rows), *there.shape[1:])
+                        samples[number] = empty(own, values.dtype)
+                    samples[number][start - rows.start : stop - rows.start] = there
         return samples
 
     def _place(self, request: Request) -> tuple[int, int]:
@@ -192,26 +212,35 @@ class Cache:
             raise DataError(f"no view {request.view} in {self.path}; it has 0 to {self.views}")
         return request.view, position
 
-    def _read_chunk(self, name: str, view: int, number: int) -> NDArray[Any]:
+    def _read_chunk(
+        self, name: str, view: int, number: int, needed: Span
+    ) -> Iterator[tuple[Span, NDArray[Any]]]:
+        """Values of a chunk's samples, by grid rows; those that are needed, and others with them.
+
+        Yields
+        ------
+        (Span, array)
+            Grid rows, and their values [sample, grid_row, ...], until the next are asked for.
+        """
         layout = self.manifest.layout
         samples = Span(number * layout.chunk, min((number + 1) * layout.chunk, layout.samples))
         shape = layout.chunks[name][1:]
         dtype = layout.dtype if name == "activations" else "float32"
         compressed = layout.codec != "none"
-        parts = []
-        for file in layout.chunk_files(Block(-1, view, samples), name):
-            part = np.empty(shape, dtype)
+        # A chunk of its own for some grid rows, where one sample is large; the last one is padded.
+        parts = even_ranges(layout.grid[0], shape[1])
+        files = layout.chunk_files(Block(-1, view, samples), name)
+        for rows, file in zip(parts, files, strict=True):
+            if rows.stop <= needed.start or rows.start >= needed.stop:
+                continue
             try:
-                read_frame(self.path / file, part, compressed=compressed)
+                values = read_frame(self.path / file, shape, dtype, compressed=compressed)
             except FileNotFoundError:
                 # Zarr reads an absent chunk as the fill value; here it is a loss.
                 raise CorruptCacheError(self._damage(file, "is missing")) from None
             except (FrameError, RuntimeError) as error:
                 raise CorruptCacheError(self._damage(file, str(error))) from None
-            parts.append(part)
-        # A chunk of its own for some grid rows, where one sample is large; the last one is padded.
-        values = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-        return values[: len(samples), : layout.grid[0]]
+            yield rows, values[: len(samples), : len(rows)]
 
     def _small_array(self, name: str) -> NDArray[Any]:
         """An array of one chunk with an entry per sample."""

@@ -57,7 +57,7 @@ class CacheDataset(Dataset[Sample]):
         ids = [self._ids[index] for index in indices]
         arrays = self._cache.read([Request(item_id, self._view) for item_id in ids])
         return [
-            (torch.from_numpy(array.copy()), self._labels[item_id])
+            (torch.from_numpy(array), self._labels[item_id])
             for array, item_id in zip(arrays, ids, strict=True)
         ]
 

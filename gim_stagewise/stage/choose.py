@@ -19,7 +19,7 @@ from gim_stagewise.config import ExtractConfig
 from gim_stagewise.memory import available_host_bytes
 from gim_stagewise.stage.extract import Storing, compute_block
 from gim_stagewise.stage.freeze import FrozenModule
-from gim_stagewise.windows import Span
+from gim_stagewise.windows import Span, even_ranges
 
 # Seconds that each thing is done again and again, to be told from noise.
 SECONDS = 0.5
@@ -153,12 +153,12 @@ def measure_choice(
         shape = layout.chunks["activations"][1:]
 
         def read() -> NDArray[np.float32]:
-            parts = []
-            for file in files:
-                part = np.empty(shape, layout.dtype)
-                read_frame(file, part, compressed=layout.codec != "none")
-                parts.append(manifest.precision.decode_array(part))
-            return np.concatenate(parts, axis=1)[:, : layout.grid[0]]
+            outputs = np.empty((count, *layout.grid, *layout.cell), np.float32)
+            for rows, file in zip(even_ranges(layout.grid[0], shape[1]), files, strict=True):
+                part = read_frame(file, shape, layout.dtype, compressed=layout.codec != "none")
+                decoded = manifest.precision.decode_array(part[:, : len(rows)])
+                outputs[:, rows.slice] = decoded
+            return outputs
 
         warm_seconds, outputs = _timed(read)
         cold_seconds, _ = _timed(read, before=lambda: _forget_pages(files))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -48,6 +48,7 @@ from gim_stagewise.stage.freeze import (
     resolve_device,
 )
 from gim_stagewise.stage.workspace import Workspace, open_patches
+from gim_stagewise.windows import Span
 
 # Blocks that a process has in hand: one is computed, the others come or go.
 BLOCKS_AT_ONCE = 2
@@ -187,12 +188,17 @@ class VirtualCache(Cache):
         """
         return self.job.open(self.source)
 
-    def read_stored(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
-        return self._read("activations", requests)
+    def read_stored(
+        self, requests: Sequence[Request], *, empty: Callable[..., NDArray[Any]] = np.empty
+    ) -> list[NDArray[Any]]:
+        return self._read("activations", requests, empty)
 
-    def _read_chunk(self, name: str, view: int, number: int) -> NDArray[Any]:
+    def _read_chunk(
+        self, name: str, view: int, number: int, needed: Span
+    ) -> Iterator[tuple[Span, NDArray[Any]]]:
         if name != "activations":
-            return super()._read_chunk(name, view, number)
+            yield from super()._read_chunk(name, view, number, needed)
+            return
         # The last one is kept: batches in storage order end within a chunk.
         if self._last is None or self._last[0] != (view, number):
             self._last = None
@@ -200,7 +206,7 @@ class VirtualCache(Cache):
             start = number * layout.chunk
             ids = list(self.ids[start : min(start + layout.chunk, layout.samples)])
             self._last = ((view, number), self.worker.compute(ids, view)["activations"])
-        return self._last[1]
+        yield Span(0, self.manifest.layout.grid[0]), self._last[1]
 
 
 class Executor(Protocol):

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gim_stagewise.cache import PLAIN, Cache
+from gim_stagewise.processes import usable_cores
 from gim_stagewise.sources import Request, Source
 from gim_stagewise.stage.extract import VirtualCache
 from gim_stagewise.stage.order import Order
 
-# Decoding lets go of Python's lock, but reading a chunk is over too soon to need many threads.
+# Reading a chunk is over too soon to need many threads.
 MOST_THREADS = 4
 
 
@@ -46,6 +49,7 @@ class SampleReader:
         self.threads = _reading_threads(source)
         self.keeps_all = keeps_all(source, samples=samples, window=window)
         self._pin = pin
+        self._memory = _Recycled()
         self._kept: dict[str, Tensor] = {}  # view 0 is all there is
 
     def read(self, requests: Sequence[Request]) -> list[Tensor]:
@@ -60,17 +64,39 @@ class SampleReader:
 
     def _read(self, requests: Sequence[Request]) -> list[Tensor]:
         source = self.source
-        read = source.read_stored if isinstance(source, Cache) else source.read
-        arrays = read(requests)
-        samples = []
-        for array in arrays:
-            sample = torch.from_numpy(array)
-            if self._pin:
-                sample = torch.empty_like(sample, pin_memory=True).copy_(sample)
-            elif array.base is not None and array.base.nbytes > array.nbytes:
-                sample = sample.clone()  # a view into a chunk would keep all of that
-            samples.append(sample)
-        return samples
+        if isinstance(source, Cache):
+            arrays = source.read_stored(requests, empty=self._memory.empty)
+        else:
+            arrays = source.read(requests)
+        samples = [torch.from_numpy(array) for array in arrays]
+        if not self._pin:
+            return samples
+        # PyTorch uses page-locked memory again by itself, once it was copied from.
+        pinned = [torch.empty_like(s, pin_memory=True).copy_(s) for s in samples]
+        self.give_back(samples)
+        return pinned
+
+    def give_back(self, samples: Sequence[Tensor]) -> None:
+        """Let the memory of samples that nobody uses any more be used again."""
+        if isinstance(self.source, Cache) and not self.keeps_all:
+            self._memory.give_back(s.numpy() for s in samples if not s.is_pinned())
+
+
+class _Recycled:
+    """Arrays that are handed out again, since fresh memory pages cost more than reading does."""
+
+    def __init__(self) -> None:
+        self._free: list[NDArray[Any]] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        try:
+            array = self._free.pop()
+        except IndexError:
+            return np.empty(shape, dtype)
+        return array if (array.shape, array.dtype) == (shape, dtype) else np.empty(shape, dtype)
+
+    def give_back(self, arrays: Iterable[NDArray[Any]]) -> None:
+        self._free.extend(arrays)
 
 
 def _part(sample: Tensor, request: Request) -> Tensor:
@@ -89,7 +115,7 @@ def _reading_threads(source: Source) -> int:
     if isinstance(source, VirtualCache):
         return 0  # the thread count of the frozen forward belongs to the whole process
     if isinstance(source, Cache):
-        return min(MOST_THREADS, os.cpu_count() or 1)
+        return max(1, min(MOST_THREADS, usable_cores() - 1))  # one is for who uses the samples
     return 1
 
 
@@ -163,6 +189,7 @@ def deliver(
                 ask(executor)
             yield samples
             held -= len(samples)
+            reader.give_back(samples)
             del samples
     finally:
         if executor is not None:

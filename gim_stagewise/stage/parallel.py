@@ -6,7 +6,6 @@ the recorded numerics, and only the coordinator commits.
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 from gim_stagewise.cache import Block, StagedBlock
 from gim_stagewise.errors import ConfigError, GimStageError, OverBudgetError, WorkersLostError
+from gim_stagewise.processes import usable_cores
 from gim_stagewise.sources import Source
 from gim_stagewise.stage.cluster import local_cluster
 from gim_stagewise.stage.extract import BLOCKS_AT_ONCE, BlockJob, BlockWorker, Executor, InProcess
@@ -46,13 +46,6 @@ class Workers:
 
     count: int | None = None
     scheduler: str | None = None
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS does not tell
 
 
 def usable_workers(threads: int, worker_bytes: int, host_bytes: int) -> int:
