@@ -26,11 +26,11 @@ from gim_stagewise.stage.fit import (
     plan_training,
     smallest_training,
 )
+from gim_stagewise.stage.forward import block_bytes
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
 from gim_stagewise.stage.loader import loading_quality, positions_of
 from gim_stagewise.stage.needs import cache_layout, chain_needs
 from gim_stagewise.stage.parallel import BASE_BYTES, extraction_workers
-from gim_stagewise.stage.project import block_bytes
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.stage import Stage
 from gim_stagewise.units import format_bytes

@@ -37,8 +37,8 @@ from gim_stagewise.errors import (
 )
 from gim_stagewise.sources import PatchSource, Request, read_stacked
 from gim_stagewise.sources.parts import ArrayPart, PartsSource
-from gim_stagewise.stage.extract import Storing, compute_block
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
+from gim_stagewise.stage.storing import Storing, compute_block
 from gim_stagewise.windows import PatchGrid
 
 SAMPLES = 10

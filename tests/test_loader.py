@@ -19,14 +19,8 @@ from torch import Tensor
 from gim_stagewise.config import TrainConfig
 from gim_stagewise.errors import ConfigError, CorruptCacheError, DataError
 from gim_stagewise.sources import PATCH_AXES, Item, Request, Split
-from gim_stagewise.stage.loader import (
-    Loader,
-    SampleBatch,
-    held_out,
-    loader_bytes,
-    validation_batches,
-    view_of,
-)
+from gim_stagewise.stage.batch import SampleBatch
+from gim_stagewise.stage.loader import Loader, held_out, loader_bytes, validation_batches, view_of
 from gim_stagewise.windows import Span
 
 quick = settings(deadline=None, max_examples=60)

@@ -18,6 +18,7 @@ from gim_stagewise.report.curves import plot_curves
 from gim_stagewise.report.inspect import inspect_cache
 from gim_stagewise.report.record import save_record
 from gim_stagewise.stage.metrics import read_metrics
+from gim_stagewise.stage.storing import compute_block
 from gim_stagewise.status import Removable, pipeline_status, removable, remove
 
 
@@ -62,7 +63,7 @@ def test_each_state_is_named_on_the_way(tiny: Path, tmp_path: Path) -> None:
     assert states(tiny, out)[0] == ("frozen", "its cache is not there yet")
 
     blocks = iter(range(3))
-    compute = extract_room.compute_block
+    compute = compute_block
 
     def fails_later(*arguments: object) -> object:
         if next(blocks, None) is None:

@@ -24,7 +24,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gim_stagewise.cache.precision_error import Account, PrecisionError
 from gim_stagewise.config import BITROUND, PRECISIONS
 
 _STORED = {"float16": "float16", "bfloat16": "uint16", "float8_e4m3": "uint8", "uint8": "uint8"}
@@ -152,7 +152,7 @@ class Precision:
         if self.lossless:
             return values, None
         stored = torch.empty_like(values, dtype=self.stored_torch)
-        error = _Account(values)
+        error = Account(values)
         scale, zero = (
             self._per_channel(self.scale, values),
             self._per_channel(self.zero_point, values),
@@ -165,7 +165,7 @@ class Precision:
             error.add(some, self._decode_into(torch.empty_like(some), kept, scale, zero))
         return stored, error.total()
 
-    def _encoded(self, values: Tensor, scale: Tensor, zero: Tensor, error: _Account) -> Tensor:
+    def _encoded(self, values: Tensor, scale: Tensor, zero: Tensor, error: Account) -> Tensor:
         if self.name == "uint8":
             codes = values.div(scale).round_().add_(zero)
             return error.clamped(codes, 0, 255).to(torch.uint8)
@@ -218,7 +218,7 @@ class Precision:
         return out.copy_(stored)
 
     def _per_channel(self, numbers: Sequence[float], like: Tensor) -> Tensor:
-        return _on_device(tuple(numbers), like.device)[:, None, None]
+        return torch.from_numpy(_array(tuple(numbers))).to(like.device)[:, None, None]
 
     def as_json(self) -> dict[str, Any]:
         """What a manifest says: the name, and how to decode where plain readers cannot."""
@@ -263,105 +263,10 @@ class Precision:
 PLAIN = Precision("float32")
 
 
+# An array and not a tensor, which might be a fake one that counts memory.
 @lru_cache(maxsize=64)
-def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float32, device=device)
-
-
-@dataclass(frozen=True)
-class PrecisionError:
-    """What storing did to values, summed up per channel.
-
-    Parameters
-    ----------
-    squared_error, squared_values : array of float64 [channel]
-    beyond : array of float64 [channel]
-        Values that saturated.
-    values : array of float64 [channel]
-        Values.
-    """
-
-    squared_error: NDArray[np.float64]
-    squared_values: NDArray[np.float64]
-    beyond: NDArray[np.float64]
-    values: NDArray[np.float64]
-
-    @classmethod
-    def load(cls, path: Path) -> PrecisionError:
-        """Read what `save` wrote."""
-        return cls(*np.load(path, allow_pickle=False))
-
-    def save(self, path: Path) -> None:
-        parts = (self.squared_error, self.squared_values, self.beyond, self.values)
-        np.save(path, np.stack(parts), allow_pickle=False)
-
-    def __add__(self, other: PrecisionError) -> PrecisionError:
-        return PrecisionError(
-            self.squared_error + other.squared_error,
-            self.squared_values + other.squared_values,
-            self.beyond + other.beyond,
-            self.values + other.values,
-        )
-
-    @property
-    def relative(self) -> float:
-        """Relative L2 error over all values."""
-        return _ratio(float(self.squared_error.sum()), float(self.squared_values.sum()))
-
-    @property
-    def worst_channel(self) -> tuple[int, float]:
-        """The channel with the largest relative L2 error, and that error."""
-        errors = [
-            _ratio(e, v) for e, v in zip(self.squared_error, self.squared_values, strict=True)
-        ]
-        worst = int(np.argmax(errors))
-        return worst, errors[worst]
-
-    @property
-    def saturated(self) -> int:
-        """Values that were beyond the range that can be stored."""
-        return int(self.beyond.sum())
-
-    def as_json(self) -> dict[str, Any]:
-        channel, error = self.worst_channel
-        return {
-            "relative_l2": self.relative,
-            "worst_channel": channel,
-            "worst_channel_relative_l2": error,
-            "saturated": self.saturated,
-            "values": int(self.values.sum()),
-        }
-
-
-class _Account:
-    """Adds up what storing does, a few rows at a time."""
-
-    def __init__(self, values: Tensor) -> None:
-        channels, each = values.shape[1], values.numel() // values.shape[1]
-        self._error, self._squares, self._beyond = torch.zeros(
-            3, channels, dtype=torch.float64, device=values.device
-        )
-        self._values = torch.full_like(self._error, each)
-
-    def clamped(self, values: Tensor, lowest: float, highest: float) -> Tensor:
-        """Values within a range, and those that were not counted."""
-        if values.amin() < lowest or values.amax() > highest:
-            beyond = (values < lowest) | (values > highest)
-            self._beyond += beyond.sum((0, 2, 3))
-            return values.clamp(lowest, highest)
-        return values
-
-    def add(self, values: Tensor, decoded: Tensor) -> None:
-        self._error += (decoded - values).square_().sum((2, 3)).sum(0, dtype=torch.float64)
-        self._squares += values.square().sum((2, 3)).sum(0, dtype=torch.float64)
-
-    def total(self) -> PrecisionError:
-        parts = (self._error, self._squares, self._beyond, self._values)
-        return PrecisionError(*(part.cpu().numpy() for part in parts))
-
-
-def _ratio(error: float, values: float) -> float:
-    return math.sqrt(error / values) if values > 0 else 0.0
+def _array(numbers: tuple[float, ...]) -> NDArray[np.float32]:
+    return np.array(numbers, np.float32)
 
 
 def _rounded(values: Tensor, bits: int) -> Tensor:

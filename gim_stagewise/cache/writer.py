@@ -25,7 +25,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from gim_stagewise.cache.codecs import codec_pipeline
 from gim_stagewise.cache.layout import Block, create_arrays
 from gim_stagewise.cache.manifest import BuildFolder, Manifest, read_manifest, write_manifest
-from gim_stagewise.cache.precision import PrecisionError
+from gim_stagewise.cache.precision_error import PrecisionError
 from gim_stagewise.durable import fsync_directory, fsync_file, storage_errors
 from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
 from gim_stagewise.sources import SPLITS, Source

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from gim_stagewise.cache import Block, Manifest, create_arrays, read_frame, stage_block
 from gim_stagewise.config import ExtractConfig
 from gim_stagewise.memory import available_host_bytes
-from gim_stagewise.stage.extract import Storing, compute_block
 from gim_stagewise.stage.freeze import FrozenModule
+from gim_stagewise.stage.storing import Storing, compute_block
 from gim_stagewise.windows import Span, even_ranges
 
 # Seconds that each thing is done again and again, to be told from noise.

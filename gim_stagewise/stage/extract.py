@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,9 +20,6 @@ from threading import Event, Lock
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from einops import rearrange
-from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -31,22 +28,20 @@ from gim_stagewise.cache import (
     Cache,
     CacheWriter,
     Manifest,
-    Precision,
-    PrecisionError,
     StagedBlock,
     stage_block,
 )
-from gim_stagewise.config import CacheConfig, ExtractConfig, PipelineConfig
-from gim_stagewise.errors import NonFiniteError, PrecisionLossError, StaleCacheError
-from gim_stagewise.models import INPUT_OPERATIONS, forget_user_code
+from gim_stagewise.config import PipelineConfig
+from gim_stagewise.errors import StaleCacheError
+from gim_stagewise.models import forget_user_code
 from gim_stagewise.progress import Progress
 from gim_stagewise.sources import Request, Source, read_stacked
 from gim_stagewise.stage.freeze import (
     FrozenModule,
     check_numerics,
-    frozen_forward,
     resolve_device,
 )
+from gim_stagewise.stage.storing import Storing, check_error, compute_block
 from gim_stagewise.stage.workspace import Workspace, open_patches
 from gim_stagewise.windows import Span
 
@@ -285,142 +280,3 @@ def extract(
             task.advance(len(staged.block.samples))
     check_error(writer.error(), job.config.stage(job.manifest.module).cache, job.manifest)
     return writer.seal()
-
-
-def check_error(error: PrecisionError | None, cache: CacheConfig, manifest: Manifest) -> None:
-    """Refuse a precision that loses more than ``cache.max_error``.
-
-    Raises
-    ------
-    PrecisionLossError
-        With both numbers.
-    """
-    if error is None or cache.max_error is None or error.relative <= cache.max_error:
-        return
-    channel, worst = error.worst_channel
-    raise PrecisionLossError(
-        f"module {manifest.module}: storing as {cache.precision} changes activations by "
-        f"{error.relative:.2e} (relative L2; channel {channel} by {worst:.2e}, "
-        f"{error.saturated} values saturated), cache.max_error allows {cache.max_error:g}: use a "
-        "finer cache.precision, or allow more"
-    )
-
-
-class Storing:
-    """Makes of a piece's activations what is stored of them, and keeps account of what that does.
-
-    Parameters
-    ----------
-    precision : Precision or None
-        None stores no activations.
-    operation : str or None
-        Applied first; see `gim_stagewise.models.INPUT_OPERATIONS`.
-
-    Attributes
-    ----------
-    finite : list of Tensor
-        For each piece, whether a row is finite: bool [row].
-    error : PrecisionError or None
-        What storing did to all pieces so far; None where nothing is lost.
-    """
-
-    def __init__(self, precision: Precision | None, operation: str | None = None) -> None:
-        self.precision = precision
-        self.operation = operation
-        self.stop: Event | None = None
-        self.finite: list[Tensor] = []
-        self.error: PrecisionError | None = None
-
-    @classmethod
-    def of(cls, manifest: Manifest) -> Storing:
-        """As the cache that a manifest describes has it."""
-        return cls(manifest.precision, manifest.stored_operation)
-
-    def __call__(self, z: Float[Tensor, "row channel height width"]) -> Tensor:
-        if self.stop is not None and self.stop.is_set():
-            raise CancelledError
-        self.finite.append(_finite_rows(z).cpu())
-        if self.precision is None:
-            return z[:, :0]
-        if self.operation is not None:
-            z = INPUT_OPERATIONS[self.operation](z)
-        stored, error = self.precision.encode(z)
-        if error is not None:
-            self.error = error if self.error is None else self.error + error
-        return stored
-
-
-def _finite_rows(z: Tensor) -> Tensor:
-    """Whether all values of a row are finite: bool [row]."""
-    # A sum costs a fraction of looking at every value, and is finite only if they all are.
-    finite = z.flatten(1).sum(1).isfinite()
-    return finite if finite.all() else z.flatten(1).isfinite().all(1)
-
-
-def compute_block(
-    frozen: FrozenModule,
-    samples: NDArray[np.float32],
-    ids: list[str],
-    config: ExtractConfig,
-    storing: Storing,
-) -> dict[str, NDArray[Any]]:
-    """Activations and embeddings of a block's samples.
-
-    Parameters
-    ----------
-    frozen : FrozenModule
-    samples : array
-        The input, [sample, grid_row, grid_col, channel, height, width].
-    ids : list of str
-        The block's samples, in storage order, for errors.
-    config : ExtractConfig
-    storing : Storing
-        A new one.
-
-    Returns
-    -------
-    dict
-        "activations" [sample, grid_row, grid_col, channel, height, width] as they are stored, and
-        "pooled" [sample, grid_row, grid_col, channel], float32.
-
-    Raises
-    ------
-    NonFiniteError
-        If an output is NaN or infinite; the message names the samples.
-    PrecisionLossError
-        If outputs are too large for float16.
-    """
-    count, rows, columns = samples.shape[:3]
-    patches = torch.from_numpy(samples).flatten(0, 2)
-    activations, embeddings = frozen_forward(frozen, patches, config, keep=storing)
-    finite = torch.cat(storing.finite) & embeddings.isfinite().all(1)
-    _refuse_non_finite(finite, ids, rows * columns)
-    _refuse_overflow(storing, ids)
-    sizes = {"s": count, "r": rows, "c": columns}
-    return {
-        "activations": rearrange(activations, "(s r c) ... -> s r c ...", **sizes).numpy(),
-        "pooled": rearrange(embeddings, "(s r c) e -> s r c e", **sizes).numpy(),
-    }
-
-
-def _refuse_non_finite(finite: Tensor, ids: list[str], patches: int) -> None:
-    if finite.all():
-        return
-    bad = sorted({int(row) // patches for row in torch.nonzero(~finite)[:, 0]})
-    named = ", ".join(ids[sample] for sample in bad[:5]) + (" ..." if len(bad) > 5 else "")
-    raise NonFiniteError(
-        f"the frozen module gives NaN or infinity for {len(bad)} samples: {named}; nothing was "
-        "sealed. Look at these samples, or train the module again with a lower train.lr"
-    )
-
-
-def _refuse_overflow(storing: Storing, ids: list[str]) -> None:
-    error = storing.error
-    if error is None or storing.precision is None or storing.precision.has_scales:
-        return
-    if error.saturated:
-        raise PrecisionLossError(
-            f"{error.saturated} values of samples {ids[0]} to {ids[-1]} are beyond what "
-            f"{storing.precision.name} can store; nothing was sealed. Set cache.precision to "
-            '"bfloat16" or "bitround-N", which reach as far as float32'
-        )

@@ -8,14 +8,9 @@ import torch
 
 from gim_stagewise.errors import OverBudgetError
 from gim_stagewise.memory import Budget, resident_bytes
+from gim_stagewise.stage.forward import project_forward
 from gim_stagewise.stage.needs import TrainingNeeds
-from gim_stagewise.stage.project import (
-    NOISE_BYTES,
-    StepMemory,
-    StepSpec,
-    project_forward,
-    project_step,
-)
+from gim_stagewise.stage.project import NOISE_BYTES, StepMemory, StepSpec, project_step
 from gim_stagewise.units import format_bytes
 
 # Measurements that the search for a micro-batch may take.

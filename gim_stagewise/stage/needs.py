@@ -12,8 +12,9 @@ from gim_stagewise.cache import Cache, CacheLayout, Precision, auto_chunk
 from gim_stagewise.config import PipelineConfig
 from gim_stagewise.sources import PatchSource, Source
 from gim_stagewise.stage.extract import VirtualCache
+from gim_stagewise.stage.forward import block_bytes, forward_bytes
 from gim_stagewise.stage.loader import loader_bytes
-from gim_stagewise.stage.project import StepSpec, block_bytes, forward_bytes, step_spec
+from gim_stagewise.stage.project import StepSpec, step_spec
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.workspace import Workspace
 

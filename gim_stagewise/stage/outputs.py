@@ -35,21 +35,15 @@ from gim_stagewise.stage import identity
 from gim_stagewise.stage.calibrate import calibration_samples, value_range
 from gim_stagewise.stage.checkpoint import FrozenWeights
 from gim_stagewise.stage.choose import Choice, measure_choice
-from gim_stagewise.stage.extract import (
-    BLOCKS_AT_ONCE,
-    BlockJob,
-    Storing,
-    VirtualCache,
-    check_error,
-    compute_block,
-    extract,
-)
+from gim_stagewise.stage.extract import BLOCKS_AT_ONCE, BlockJob, VirtualCache, extract
 from gim_stagewise.stage.fit import plan_forward
+from gim_stagewise.stage.forward import block_bytes
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward, numerics
 from gim_stagewise.stage.needs import cache_layout
 from gim_stagewise.stage.parallel import BASE_BYTES, Workers, choose_executor
-from gim_stagewise.stage.project import block_bytes, step_spec
+from gim_stagewise.stage.project import step_spec
 from gim_stagewise.stage.shape import Shape
+from gim_stagewise.stage.storing import Storing, check_error, compute_block
 from gim_stagewise.stage.workspace import Workspace, with_absolute_places
 
 

@@ -26,6 +26,7 @@ from gim_stagewise.objectives import InfoNCE
 from gim_stagewise.progress import Progress, Task
 from gim_stagewise.seeds import derive_seed
 from gim_stagewise.sources import Source
+from gim_stagewise.stage.batch import SampleBatch
 from gim_stagewise.stage.checkpoint import (
     TrainingRecord,
     load_checkpoint,
@@ -34,7 +35,7 @@ from gim_stagewise.stage.checkpoint import (
 )
 from gim_stagewise.stage.feed import SampleReader
 from gim_stagewise.stage.freeze import training_numerics
-from gim_stagewise.stage.loader import Loader, SampleBatch, held_out, validation_batches
+from gim_stagewise.stage.loader import Loader, held_out, validation_batches
 from gim_stagewise.stage.metrics import MetricsLog
 from gim_stagewise.stage.step import (
     MicroBatches,

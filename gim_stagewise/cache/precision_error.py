@@ -1,0 +1,109 @@
+"""What storing did to values, added up per channel."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PrecisionError:
+    """What storing did to values, summed up per channel.
+
+    Parameters
+    ----------
+    squared_error, squared_values : array of float64 [channel]
+    beyond : array of float64 [channel]
+        Values that saturated.
+    values : array of float64 [channel]
+        Values.
+    """
+
+    squared_error: NDArray[np.float64]
+    squared_values: NDArray[np.float64]
+    beyond: NDArray[np.float64]
+    values: NDArray[np.float64]
+
+    @classmethod
+    def load(cls, path: Path) -> PrecisionError:
+        """Read what `save` wrote."""
+        return cls(*np.load(path, allow_pickle=False))
+
+    def save(self, path: Path) -> None:
+        parts = (self.squared_error, self.squared_values, self.beyond, self.values)
+        np.save(path, np.stack(parts), allow_pickle=False)
+
+    def __add__(self, other: PrecisionError) -> PrecisionError:
+        return PrecisionError(
+            self.squared_error + other.squared_error,
+            self.squared_values + other.squared_values,
+            self.beyond + other.beyond,
+            self.values + other.values,
+        )
+
+    @property
+    def relative(self) -> float:
+        """Relative L2 error over all values."""
+        return _ratio(float(self.squared_error.sum()), float(self.squared_values.sum()))
+
+    @property
+    def worst_channel(self) -> tuple[int, float]:
+        """The channel with the largest relative L2 error, and that error."""
+        errors = [
+            _ratio(e, v) for e, v in zip(self.squared_error, self.squared_values, strict=True)
+        ]
+        worst = int(np.argmax(errors))
+        return worst, errors[worst]
+
+    @property
+    def saturated(self) -> int:
+        """Values that were beyond the range that can be stored."""
+        return int(self.beyond.sum())
+
+    def as_json(self) -> dict[str, Any]:
+        channel, error = self.worst_channel
+        return {
+            "relative_l2": self.relative,
+            "worst_channel": channel,
+            "worst_channel_relative_l2": error,
+            "saturated": self.saturated,
+            "values": int(self.values.sum()),
+        }
+
+
+class Account:
+    """Adds up what storing does, a few rows at a time."""
+
+    def __init__(self, values: Tensor) -> None:
+        channels, each = values.shape[1], values.numel() // values.shape[1]
+        self._error, self._squares, self._beyond = torch.zeros(
+            3, channels, dtype=torch.float64, device=values.device
+        )
+        self._values = torch.full_like(self._error, each)
+
+    def clamped(self, values: Tensor, lowest: float, highest: float) -> Tensor:
+        """Values within a range, and those that were not counted."""
+        if values.amin() < lowest or values.amax() > highest:
+            beyond = (values < lowest) | (values > highest)
+            self._beyond += beyond.sum((0, 2, 3))
+            return values.clamp(lowest, highest)
+        return values
+
+    def add(self, values: Tensor, decoded: Tensor) -> None:
+        self._error += (decoded - values).square_().sum((2, 3)).sum(0, dtype=torch.float64)
+        self._squares += values.square().sum((2, 3)).sum(0, dtype=torch.float64)
+
+    def total(self) -> PrecisionError:
+        parts = (self._error, self._squares, self._beyond, self._values)
+        return PrecisionError(*(part.cpu().numpy() for part in parts))
+
+
+def _ratio(error: float, values: float) -> float:
+    return math.sqrt(error / values) if values > 0 else 0.0

@@ -1,0 +1,92 @@
+"""What the forward of a frozen module takes, and a block on its way to the disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from gim_stagewise.cache import CacheLayout, Precision
+from gim_stagewise.memory import (
+    PeakMeter,
+    StorageCounter,
+    make_fake,
+    use_lean_allocator,
+    warm_up,
+)
+from gim_stagewise.processes import in_fresh_process
+from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
+from gim_stagewise.stage.project import NOISE_BYTES, SMALL_BYTES, StepSpec
+
+_known_forwards: dict[tuple[Any, ...], int] = {}
+
+
+def project_forward(spec: StepSpec, *, measure: bool = True) -> int:
+    """Bytes that the frozen module's forward takes for one piece (see `frozen_forward`).
+
+    Without ``measure``, an estimate of the workspace stands for its measurement.
+    """
+    key = (measure, *spec.key)
+    if key not in _known_forwards:
+        _known_forwards[key] = _project_forward(spec, measure=measure)
+    return _known_forwards[key]
+
+
+def _project_forward(spec: StepSpec, *, measure: bool) -> int:
+    try:
+        counted = forward_bytes(
+            spec.module(), spec.cell, spec.config.extract.batch, precision=spec.precision
+        )
+    except Exception:
+        return in_fresh_process(measure_forward, spec)
+    if not measure:
+        return counted + SMALL_BYTES
+    return max(counted, in_fresh_process(measure_forward, spec)) + NOISE_BYTES
+
+
+def forward_bytes(
+    module: nn.Module, cell: tuple[int, ...], piece: int, *, precision: Precision
+) -> int:
+    """Count the tensors of a frozen module's forward on one piece; uses the module up."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    make_fake(module, mode)
+    counter = StorageCounter()
+    with mode, counter:
+        counter.label("parameters", module.parameters())
+        frozen = FrozenModule(module, torch.device("cpu"))
+        counter.restart()
+        z, _ = frozen(torch.randn(piece, *cell))
+        torch.empty_like(z, dtype=precision.stored_torch)
+    return counter.peak
+
+
+def measure_forward(spec: StepSpec) -> int:
+    """Bytes that the forward of pieces really takes; for a fresh process."""
+    device = torch.device(spec.device)
+    if spec.lean:
+        use_lean_allocator()
+    warm_up(device)
+    rows = torch.randn(spec.config.extract.batch, *spec.cell)
+    with PeakMeter(device) as meter:
+        frozen = FrozenModule(spec.module(), device)
+        for _ in range(2):
+            frozen_forward(frozen, rows, spec.config.extract, keep=lambda z: _stored(spec, z))
+    return meter.peak
+
+
+def _stored(spec: StepSpec, z: Tensor) -> Tensor:
+    stored, _ = spec.precision.with_any_scales(z.shape[1]).encode(z)
+    return stored
+
+
+def block_bytes(item_bytes: int, layout: CacheLayout) -> int:
+    """Bytes that one block of samples takes on its way from the input into chunk files.
+
+    Its samples as read and as stacked, the outputs in their stored form, and one chunk's copy while
+    it is encoded, with the encoded bytes with and without checksum.
+    """
+    samples = layout.chunk
+    outputs = samples * (layout.sample_bytes + layout.embedding_bytes)
+    return 2 * samples * item_bytes + 4 * outputs
