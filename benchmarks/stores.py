@@ -99,9 +99,9 @@ def write_memmap(folder: Path, target: Path) -> None:
 
 
 def read_memmap(target: Path, workers: int) -> Epoch:
-    values = np.load(target / "values.npy", mmap_mode="r")
-
     def epoch(number: int) -> Iterator[torch.Tensor]:
+        # Mapped anew: pages that a process has mapped are not dropped from the page cache.
+        values = np.load(target / "values.npy", mmap_mode="r")
         order = np.random.default_rng(number).permutation(len(values))
         for start in range(0, len(order) - BATCH + 1, BATCH):
             yield torch.from_numpy(values[order[start : start + BATCH]])
@@ -112,13 +112,13 @@ def read_memmap(target: Path, workers: int) -> Epoch:
 class _MemmapDataset(Dataset[torch.Tensor]):
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.values = np.load(file, mmap_mode="r")
+        self.count = len(np.load(file, mmap_mode="r"))
 
     def __len__(self) -> int:
-        return len(self.values)
+        return self.count
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(np.array(self.values[index]))
+        return torch.from_numpy(np.array(np.load(self.file, mmap_mode="r")[index]))
 
 
 def read_dataloader(target: Path, workers: int) -> Epoch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,17 +37,67 @@ def storage_errors(what: str) -> Iterator[None]:
         ) from error
 
 
+# Called before and after every operation below, with "before" or "after", its name and its path:
+# a crash can fall between any two of them, and tests make it do so.
+observers: list[Callable[[str, str, Path], None]] = []
+
+
+@contextmanager
+def operation(name: str, path: Path) -> Iterator[None]:
+    """Tell the observers of something that changes the disk."""
+    for observer in observers:
+        observer("before", name, path)
+    yield
+    for observer in observers:
+        observer("after", name, path)
+
+
 def fsync_file(path: Path) -> None:
     """Flush a file's bytes to the device."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with operation("fsync", path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 # A directory can be opened read-only and flushed like a file; this makes renames in it durable.
 fsync_directory = fsync_file
+
+
+def rename(source: Path, target: Path) -> None:
+    """Move a file or folder within a file system, in place of what is there."""
+    with operation("rename", target):
+        source.replace(target)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, and flush it."""
+    with operation("append", path), path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it, if it is there."""
+    with operation("remove", path):
+        if not path.is_dir() or path.is_symlink():
+            path.unlink(missing_ok=True)
+            return
+        try:
+            shutil.rmtree(path)
+        except FileNotFoundError:  # a worker that was lost is cleaning up as well
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def flush_tree(root: Path) -> None:
+    """Flush every file and folder below ``root``."""
+    for folder, _, files in os.walk(root, topdown=False):
+        for file in files:
+            fsync_file(Path(folder) / file)
+        fsync_directory(Path(folder))
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -68,9 +119,10 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            write(temporary)
+            with operation("write", temporary):
+                write(temporary)
             fsync_file(temporary)
-            temporary.replace(path)
+            rename(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         fsync_directory(path.parent)

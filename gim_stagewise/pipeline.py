@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from gim_stagewise.cache import Cache, discard_cache, drop_activations, read_manifest
 from gim_stagewise.config import PipelineConfig, load_pipeline, parse_pipeline
+from gim_stagewise.durable import remove
 from gim_stagewise.errors import ConfigError, OverBudgetError, StaleCacheError
 from gim_stagewise.lock import exclusive
 from gim_stagewise.memory import Budget
@@ -334,9 +334,11 @@ class Pipeline:
     def _drop(self, index: int) -> None:
         """Remove activations that no stage needs any more, so that there is room for others."""
         path = self.workspace.cache_path(index)
-        if index >= 1 and path.exists() and Cache(path).materialized:
+        if index < 1 or not path.exists():
+            return
+        if Cache(path).materialized or (path / "activations").exists():
             before = folder_bytes(path)
-            drop_activations(path, Cache(path))
+            drop_activations(path)
             freed = format_bytes(before - folder_bytes(path))
             self.workspace.progress.note(f"module {index}: activations removed, {freed} free")
 
@@ -344,9 +346,12 @@ class Pipeline:
         """Remove a module's cache, weights, checkpoint and logs."""
         space = self.workspace
         discard_cache(space.cache_path(index))
-        space.weights_path(index).unlink(missing_ok=True)
-        space.checkpoint_path(index).unlink(missing_ok=True)
-        shutil.rmtree(space.logs_path(index), ignore_errors=True)
+        for path in (
+            space.weights_path(index),
+            space.checkpoint_path(index),
+            space.logs_path(index),
+        ):
+            remove(path)
 
 
 def folder_bytes(path: Path) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from gim_stagewise.cache import BuildFolder, read_manifest
+from gim_stagewise.durable import remove as remove_path
+from gim_stagewise.durable import rename
 from gim_stagewise.errors import CorruptCacheError, GimStageError
 from gim_stagewise.pipeline import Pipeline, folder_bytes
 from gim_stagewise.stage.checkpoint import FrozenWeights, TrainingRecord, peek_checkpoint
@@ -223,8 +224,8 @@ def remove(thing: Removable) -> None:
     if thing.path.is_dir():
         # Renamed first: nothing half-removed keeps its name.
         trash = thing.path.with_name(f".{thing.path.name.lstrip('.')}.trash-removed")
-        shutil.rmtree(trash, ignore_errors=True)
-        thing.path.replace(trash)
-        shutil.rmtree(trash)
+        remove_path(trash)
+        rename(thing.path, trash)
+        remove_path(trash)
     else:
-        thing.path.unlink(missing_ok=True)
+        remove_path(thing.path)

@@ -34,7 +34,7 @@ def caches_of(folder: Path) -> dict[str, NDArray[Any]]:
     found = {}
     for path in sorted(folder.glob("m*.zarr")):
         group = zarr.open_group(str(path), mode="r")
-        for name in ("activations", "pooled", "ids", "splits", "labels/class", "checksums"):
+        for name in ("activations", "pooled", "ids", "splits", "labels/class"):
             array: Any = group[name]
             found[f"{path.stem}/{name}"] = array[...]
     return found

@@ -92,6 +92,20 @@ def read_frame(file: Path, shape: tuple[int, ...], dtype: str, *, compressed: bo
     return values.view(dtype).reshape(shape)
 
 
+def announce(file: Path) -> None:
+    """Have the system begin to fetch a file from the disk, where it can be asked to."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except FileNotFoundError:
+        return  # whoever reads it will say so
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(descriptor)
+
+
 def _read_file(file: Path, *, most: int) -> NDArray[np.uint8]:
     """A file's bytes, until this thread reads another one."""
     with file.open("rb", buffering=0) as opened:

@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import uuid
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gim_stagewise.cache.digests import Digest
 from gim_stagewise.cache.layout import FORMAT_VERSION, Block, CacheLayout
 from gim_stagewise.cache.precision import Precision
-from gim_stagewise.durable import fsync_directory, storage_errors, write_atomic, write_json
+from gim_stagewise.durable import (
+    append_line,
+    fsync_directory,
+    remove,
+    storage_errors,
+    write_atomic,
+    write_json,
+)
 from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
 
 KEY = "gim_stage"
@@ -55,6 +61,9 @@ class Manifest:
     layout : CacheLayout
     sealed : bool
         Whether all blocks are there.
+    files : dict
+        SHA-256 of every file but chunks, by its path in the group; known when it is sealed. Chunks
+        have theirs in the arrays ``checksums/activations`` and ``checksums/pooled``.
     """
 
     pipeline: str
@@ -71,6 +80,7 @@ class Manifest:
     calibration: str | None = None
     error: dict[str, Any] | None = None
     choice: dict[str, Any] | None = None
+    files: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -90,6 +100,7 @@ class Manifest:
             "recipe": self.recipe.as_json(),
             "content": self.content.as_json(),
             "layout": asdict(self.layout),
+            "files": self.files,
             "pipeline_text": self.pipeline_text,
         }
 
@@ -180,7 +191,33 @@ def _parse(content: dict[str, Any]) -> Manifest:
         calibration=content["precision"]["calibration"],
         error=content["precision"]["error"],
         choice=content["choice"],
+        files={_inside(name): str(digest) for name, digest in content["files"].items()},
     )
+
+
+def _inside(name: str) -> str:
+    """A path that stays within the group.
+
+    Raises
+    ------
+    ValueError
+        If it does not.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError(f"{name!r} is not a file of a cache")
+    return name
+
+
+def file_digests(path: Path, layout: CacheLayout) -> dict[str, str]:
+    """SHA-256 of the files of a cache that are neither chunks nor the manifest."""
+    found = {}
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        chunk = file.parent.name in layout.shapes and file.name.startswith("c.")
+        if file.is_file() and not chunk and name != "zarr.json":
+            found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
 
 
 class BuildFolder:
@@ -197,14 +234,14 @@ class BuildFolder:
 
     def start(self, content: Digest, blocks: int) -> Path:
         """Begin an empty journal for a cache of ``blocks``; returns this run's staging folder."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove(self.path)
         self._errors.mkdir(parents=True)
         self._append({"content": content.value, "blocks": blocks})
         fsync_directory(self.path)
         fsync_directory(self.path.parent)
         return self._new_staging()
 
-    def resume(self, content: Digest) -> tuple[Path, dict[int, str]] | None:
+    def resume(self, content: Digest) -> tuple[Path, dict[int, dict[str, str]]] | None:
         """Go on with an earlier build of the same content.
 
         Returns
@@ -217,8 +254,8 @@ class BuildFolder:
         if not records or records[0].get("content") != content.value:
             return None
         for leftover in self.path.glob("staging-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        done = {int(r["block"]): str(r["sha256"]) for r in records[1:] if "block" in r}
+            remove(leftover)
+        done = {int(r["block"]): dict(r["sha256"]) for r in records[1:] if "block" in r}
         # Rewritten whole, so that a line torn by a kill is not appended to.
         text = "".join(json.dumps(record) + "\n" for record in records)
         write_atomic(self._journal, lambda path: path.write_text(text, encoding="utf-8"))
@@ -228,9 +265,9 @@ class BuildFolder:
         """Where it is kept what storing did to a block's values, until the cache is sealed."""
         return self._errors / f"{block.index}.npy"
 
-    def record(self, block: Block, sha256: str) -> None:
+    def record(self, block: Block, sha256: Mapping[str, str]) -> None:
         """Note durably that a block's files are in place."""
-        self._append({"block": block.index, "sha256": sha256})
+        self._append({"block": block.index, "sha256": dict(sha256)})
 
     def done_blocks(self, content: Digest) -> tuple[int, int]:
         """How many blocks an unfinished build of this content has, and how many it needs."""
@@ -240,7 +277,7 @@ class BuildFolder:
         return len(records) - 1, int(records[0].get("blocks", 0))
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove(self.path)
 
     def _new_staging(self) -> Path:
         staging = self.path / f"staging-{uuid.uuid4().hex[:12]}"
@@ -248,10 +285,8 @@ class BuildFolder:
         return staging
 
     def _append(self, record: dict[str, Any]) -> None:
-        with storage_errors(str(self._journal)), self._journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with storage_errors(str(self._journal)):
+            append_line(self._journal, json.dumps(record))
 
     def _records(self) -> list[dict[str, Any]]:
         """The journal's whole lines; what follows a torn one is not believed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,25 @@ class PrecisionError:
 
     @classmethod
     def load(cls, path: Path) -> PrecisionError:
-        """Read what `save` wrote."""
-        return cls(*np.load(path, allow_pickle=False))
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        ValueError
+            If the file is damaged.
+        """
+        content = path.read_bytes()
+        values, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+        if hashlib.sha256(values).digest() != digest:
+            raise ValueError(f"{path} is damaged")
+        return cls(*np.load(io.BytesIO(values), allow_pickle=False))
 
     def save(self, path: Path) -> None:
+        """Write a NumPy file, with its hash after it."""
         parts = (self.squared_error, self.squared_values, self.beyond, self.values)
-        np.save(path, np.stack(parts), allow_pickle=False)
+        buffer = io.BytesIO()
+        np.save(buffer, np.stack(parts), allow_pickle=False)
+        path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
 
     def __add__(self, other: PrecisionError) -> PrecisionError:
         return PrecisionError(

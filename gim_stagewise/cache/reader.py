@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from gim_stagewise.cache.codecs import codec_pipeline
 from gim_stagewise.cache.digests import Digest
-from gim_stagewise.cache.frames import FrameError, read_frame
+from gim_stagewise.cache.frames import FrameError, announce, read_frame
 from gim_stagewise.cache.layout import Block
 from gim_stagewise.cache.manifest import Manifest, read_manifest
 from gim_stagewise.cache.precision import Precision
@@ -57,7 +58,18 @@ class Cache:
                 f"{self.path} was begun but never finished; `gim-stage run` or `gim-stage extract` "
                 "goes on where it stopped"
             )
+        self._check_files()
         self._group = self._open_group()
+
+    def _check_files(self) -> None:
+        """Compare all files but the chunks, which are small, with what was sealed."""
+        for name, digest in self.manifest.files.items():
+            try:
+                found = hashlib.sha256((self.path / name).read_bytes()).hexdigest()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise CorruptCacheError(self._damage(name, "is missing")) from None
+            if found != digest:
+                raise CorruptCacheError(self._damage(name, "was altered or damaged"))
 
     def _open_group(self) -> Any:
         try:
@@ -131,6 +143,15 @@ class Cache:
         """
         self._require_activations()
         return self._read("activations", requests, empty)
+
+    def announce(self, requests: Iterable[Request]) -> None:
+        """Say what is going to be read soon, so that the disk is at work before it is."""
+        layout = self.manifest.layout
+        for view, position in {self._place(request) for request in requests}:
+            first = position // layout.chunk * layout.chunk
+            samples = Span(first, min(first + layout.chunk, layout.samples))
+            for file in layout.chunk_files(Block(-1, view, samples), "activations"):
+                announce(self.path / file)
 
     def _require_activations(self) -> None:
         if not self.materialized:

@@ -9,7 +9,6 @@ in the journal is whole, and a cache that is sealed has all its blocks.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -23,10 +22,24 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from gim_stagewise.cache.codecs import codec_pipeline
-from gim_stagewise.cache.layout import Block, create_arrays
-from gim_stagewise.cache.manifest import BuildFolder, Manifest, read_manifest, write_manifest
+from gim_stagewise.cache.layout import Block, CacheLayout, create_arrays
+from gim_stagewise.cache.manifest import (
+    BuildFolder,
+    Manifest,
+    file_digests,
+    read_manifest,
+    write_manifest,
+)
 from gim_stagewise.cache.precision_error import PrecisionError
-from gim_stagewise.durable import fsync_directory, fsync_file, storage_errors
+from gim_stagewise.durable import (
+    flush_tree,
+    fsync_directory,
+    fsync_file,
+    operation,
+    remove,
+    rename,
+    storage_errors,
+)
 from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
 from gim_stagewise.sources import SPLITS, Source
 
@@ -35,13 +48,14 @@ from gim_stagewise.sources import SPLITS, Source
 class StagedBlock:
     """A block's files, complete and flushed, still in the staging area.
 
-    With them lies ``error.npy`` where the precision loses something (see `PrecisionError`).
+    ``sha256`` has a hash for each array. With the files lies ``error.npy`` where something is lost
+    (see `PrecisionError`).
     """
 
     block: Block
     folder: Path
     files: tuple[str, ...]
-    sha256: str
+    sha256: dict[str, str]
 
 
 def stage_block(
@@ -76,7 +90,6 @@ def stage_block(
     # Of its own for each attempt: a block whose worker was lost is computed again by another.
     folder = staging / f"block-{block.index}-{uuid.uuid4().hex[:8]}"
     files = manifest.layout.chunk_files(block)
-    digest = hashlib.sha256()
     with storage_errors(f"writing block {block.index} of {cache}"):
         try:
             folder.mkdir()  # not its parent: if that is gone, another run has taken over
@@ -84,7 +97,7 @@ def stage_block(
                 values = arrays[name]
                 (folder / name).mkdir()
                 shutil.copyfile(cache / name / "zarr.json", folder / name / "zarr.json")
-                with codec_pipeline():
+                with codec_pipeline(), operation("write", folder / name):
                     stored = zarr.open_array(str(folder / name), mode="r+")
                     target = stored.with_config({"write_empty_chunks": True})
                     target[block.view, block.samples.slice] = values
@@ -93,11 +106,11 @@ def stage_block(
                 fsync_file(folder / "error.npy")
             for file in files:
                 fsync_file(folder / file)
-                digest.update((folder / file).read_bytes())
+            sha256 = block_digests(folder, manifest.layout, block)
         except OSError:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
             raise
-    return StagedBlock(block, folder, tuple(files), digest.hexdigest())
+    return StagedBlock(block, folder, tuple(files), sha256)
 
 
 class CacheWriter:
@@ -124,7 +137,7 @@ class CacheWriter:
             if resumed is None:
                 discard_cache(path)
                 self.staging = self._build.start(manifest.content, len(self._blocks))
-                self._done: dict[int, str] = {}
+                self._done: dict[int, dict[str, str]] = {}
                 self._create(source)
             else:
                 self.staging, recorded = resumed
@@ -147,17 +160,14 @@ class CacheWriter:
         same = found.content.value == self.manifest.content.value
         return not found.sealed and same and found.layout == self.manifest.layout
 
-    def _intact(self, block: Block, sha256: str) -> bool:
+    def _intact(self, block: Block, sha256: dict[str, str]) -> bool:
         """Whether a recorded block's files are still those that were recorded."""
-        digest = hashlib.sha256()
-        if self._has_errors and not self._build.error_path(block).is_file():
+        try:
+            if self._has_errors:
+                PrecisionError.load(self._build.error_path(block))
+            return block_digests(self.path, self.manifest.layout, block) == sha256
+        except (FileNotFoundError, ValueError):
             return False
-        for file in self.manifest.layout.chunk_files(block):
-            try:
-                digest.update((self.path / file).read_bytes())
-            except FileNotFoundError:
-                return False
-        return digest.hexdigest() == sha256
 
     def _create(self, source: Source) -> None:
         # Built aside and moved into place whole: a folder at `path` always has its metadata.
@@ -165,8 +175,8 @@ class CacheWriter:
         create_arrays(new, self.manifest.layout, self.manifest.precision)
         _write_samples(new, source)
         write_manifest(new, self.manifest)
-        _flush_tree(new)
-        new.replace(self.path)
+        flush_tree(new)
+        rename(new, self.path)
         fsync_directory(self.path.parent)
 
     @property
@@ -190,17 +200,30 @@ class CacheWriter:
             raise CorruptCacheError(f"another run has begun to build {self.path}; this one ends")
         with storage_errors(f"committing block {staged.block.index} of {self.path}"):
             for file in staged.files:
-                (staged.folder / file).replace(self.path / file)
+                rename(staged.folder / file, self.path / file)
             folders = {(self.path / file).parent for file in staged.files}
             if self._has_errors:
                 kept = self._build.error_path(staged.block)
-                (staged.folder / "error.npy").replace(kept)
+                rename(staged.folder / "error.npy", kept)
                 folders.add(kept.parent)
             for folder in sorted(folders):
                 fsync_directory(folder)
             self._build.record(staged.block, staged.sha256)
-            shutil.rmtree(staged.folder, ignore_errors=True)
+            remove(staged.folder)
         self._done[staged.block.index] = staged.sha256
+
+    def _write_checksums(self) -> None:
+        """Put the blocks' hashes beside the arrays."""
+        aside = self.staging / "seal"
+        group = zarr.open_group(str(aside), mode="w", zarr_format=3).create_group("checksums")
+        for name in self.manifest.layout.shapes:
+            digests = [bytes.fromhex(self._done[block.index][name]) for block in self._blocks]
+            values = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+            _put(group, name, values, ("block", "byte"))
+        flush_tree(aside)
+        remove(self.path / "checksums")
+        rename(aside / "checksums", self.path / "checksums")
+        fsync_directory(self.path)
 
     def error(self) -> PrecisionError | None:
         """What storing did to the values of all blocks that are done; None if nothing."""
@@ -222,54 +245,54 @@ class CacheWriter:
         if self.pending:
             raise RuntimeError(f"{len(self.pending)} blocks of {self.path} are not written yet")
         with storage_errors(f"sealing {self.path}"):
-            checksums = [self._done[block.index] for block in self._blocks]
-            _write_checksums(self.path, checksums, self.staging / "seal")
+            self._write_checksums()
             error = self.error()
-            sealed = replace(self.manifest, sealed=True, error=error.as_json() if error else None)
+            sealed = replace(
+                self.manifest,
+                sealed=True,
+                error=error.as_json() if error else None,
+                files=file_digests(self.path, self.manifest.layout),
+            )
             write_manifest(self.path, sealed)
         self._build.remove()
         return sealed
 
 
-def _write_checksums(path: Path, checksums: list[str], aside: Path) -> None:
-    """Put the blocks' hashes in place of those that are there."""
-    values = np.frombuffer(b"".join(map(bytes.fromhex, checksums)), np.uint8).reshape(-1, 32)
-    group = zarr.open_group(str(aside), mode="w", zarr_format=3)
-    _put(group, "checksums", values, ("block", "byte"))
-    _flush_tree(aside)
-    final = path / "checksums"
-    shutil.rmtree(final, ignore_errors=True)
-    (aside / "checksums").replace(final)
-    fsync_directory(path)
+def block_digests(folder: Path, layout: CacheLayout, block: Block) -> dict[str, str]:
+    """SHA-256 of a block's files, by array.
 
-
-def drop_activations(path: Path, source: Source) -> Manifest:
-    """Remove the activations of a sealed cache; embeddings and all else stay.
-
-    Parameters
-    ----------
-    path : Path
-    source : Source
-        With the cache's samples, such as the cache itself.
+    Raises
+    ------
+    FileNotFoundError
+        If one is missing.
     """
+    found = {}
+    for name in layout.shapes:
+        digest = hashlib.sha256()
+        for file in layout.chunk_files(block, name):
+            digest.update((folder / file).read_bytes())
+        found[name] = digest.hexdigest()
+    return found
+
+
+def drop_activations(path: Path) -> Manifest:
+    """Remove the activations of a sealed cache; embeddings and all else stay."""
     manifest = read_manifest(path)
-    layout = replace(manifest.layout, materialized=False)
-    left = replace(manifest, layout=layout)
+    gone = ("activations/", "checksums/activations/")
+    left = replace(
+        manifest,
+        layout=replace(manifest.layout, materialized=False),
+        files={k: v for k, v in manifest.files.items() if not k.startswith(gone)},
+    )
     aside = path.with_name(f".{path.name}.trash-{uuid.uuid4().hex[:8]}")
     with storage_errors(f"removing the activations of {path}"):
-        checksums = []
-        for block in layout.blocks(source):
-            digest = hashlib.sha256()
-            for file in layout.chunk_files(block):
-                digest.update((path / file).read_bytes())
-            checksums.append(digest.hexdigest())
         aside.mkdir()
         # The manifest first: whatever is interrupted here, nobody takes half an array for a whole.
         write_manifest(path, left)
-        _write_checksums(path, checksums, aside / "seal")
-        if (path / "activations").exists():
-            (path / "activations").replace(aside / "activations")
-        shutil.rmtree(aside, ignore_errors=True)
+        for name in ("activations", "checksums/activations"):
+            if (path / name).exists():
+                rename(path / name, aside / name.replace("/", "-"))
+        remove(aside)
     return left
 
 
@@ -283,7 +306,7 @@ def discard_cache(path: Path) -> None:
     """
     BuildFolder(path).remove()
     for leftover in path.parent.glob(f".{path.name}.trash-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove(leftover)
     if path.exists():
         looks_like_cache = (path / "zarr.json").is_file() or (path / "activations").is_dir()
         if not looks_like_cache and (not path.is_dir() or any(path.iterdir())):
@@ -291,8 +314,8 @@ def discard_cache(path: Path) -> None:
                 f"{path} is in the way and is not a cache; move it, or choose another --dir"
             )
         trash = path.with_name(f".{path.name}.trash-{uuid.uuid4().hex[:8]}")
-        path.replace(trash)
-        shutil.rmtree(trash, ignore_errors=True)
+        rename(path, trash)
+        remove(trash)
 
 
 def _write_samples(path: Path, source: Source) -> None:
@@ -327,11 +350,3 @@ def _put(group: zarr.Group, name: str, values: NDArray[Any], axes: tuple[str, ..
         chunk_key_encoding={"name": "default", "separator": "."},
         config={"write_empty_chunks": True},
     )
-
-
-def _flush_tree(root: Path) -> None:
-    """Flush every file and folder below ``root``."""
-    for folder, _, files in os.walk(root, topdown=False):
-        for file in files:
-            fsync_file(Path(folder) / file)
-        fsync_directory(Path(folder))

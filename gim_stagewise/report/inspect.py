@@ -71,7 +71,7 @@ def _arrays(path: Path, problems: list[str]) -> dict[str, Any]:
     arrays = {}
     for file in sorted(path.rglob("zarr.json")):
         name = file.parent.relative_to(path).as_posix()
-        if name in {".", "labels"}:
+        if name in {".", "labels", "checksums"}:
             continue
         try:
             array = zarr.open_array(str(file.parent), mode="r")

@@ -76,6 +76,11 @@ class SampleReader:
         self.give_back(samples)
         return pinned
 
+    def announce(self, requests: Sequence[Request]) -> None:
+        """Say what is going to be read soon."""
+        if isinstance(self.source, Cache) and not isinstance(self.source, VirtualCache):
+            self.source.announce(r for r in requests if r.id not in self._kept)
+
     def give_back(self, samples: Sequence[Tensor]) -> None:
         """Let the memory of samples that nobody uses any more be used again."""
         if isinstance(self.source, Cache) and not self.keeps_all:
@@ -115,7 +120,7 @@ def _reading_threads(source: Source) -> int:
     if isinstance(source, VirtualCache):
         return 0  # the thread count of the frozen forward belongs to the whole process
     if isinstance(source, Cache):
-        return max(1, min(MOST_THREADS, usable_cores() - 1))  # one is for who uses the samples
+        return min(MOST_THREADS, usable_cores())
     return 1
 
 
@@ -162,6 +167,7 @@ def deliver(
         nonlocal held, asked, largest
         places = places_of(asked)
         requests = [request_of(int(order.arriving[place])) for place in places]
+        reader.announce(requests)
         future = executor.submit(reader.read, requests) if executor and requests else None
         if future is None and requests:
             waiting.update(zip(places, reader.read(requests), strict=True))

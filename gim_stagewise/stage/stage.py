@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 
 from gim_stagewise.cache import Cache, Digest, Manifest
+from gim_stagewise.durable import remove
 from gim_stagewise.errors import (
     CacheNotFoundError,
     ConfigError,
@@ -125,9 +126,9 @@ class Stage:
         checkpoint = self.workspace.checkpoint_path(self.index)
         with exclusive(self.workspace.folder):
             if force:
-                checkpoint.unlink(missing_ok=True)
+                remove(checkpoint)
             weights = self._train()
-            checkpoint.unlink(missing_ok=True)
+            remove(checkpoint)
         return weights, True
 
     def load_weights(self) -> FrozenWeights:
