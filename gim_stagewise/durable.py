@@ -6,6 +6,7 @@ Presence of a file written here means that it is complete, also after a power cu
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gim_stagewise.errors import StorageError
+from gim_stagewise.errors import CorruptCacheError, StorageError
 
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 
@@ -128,7 +129,32 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         fsync_directory(path.parent)
 
 
+def json_checksum(content: dict[str, Any]) -> str:
+    """Hash of JSON content, whatever the order of its keys; "checksum" itself is left out."""
+    own = {key: value for key, value in content.items() if key != "checksum"}
+    text = json.dumps(own, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as JSON, atomically (see `write_atomic`)."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_checked_json(path: Path) -> dict[str, Any]:
+    """Read JSON that carries its own checksum (see `json_checksum`).
+
+    Raises
+    ------
+    CorruptCacheError
+        If it was altered or damaged.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        intact = content["checksum"] == json_checksum(content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptCacheError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+    if not intact:
+        raise CorruptCacheError(f"{path} does not match its checksum: it was altered or damaged")
+    return content

@@ -1,7 +1,9 @@
 """One run at a time in a folder.
 
 The lock is held by the operating system for as long as the process lives, so one that was left
-by a dead process holds nobody up; the file says who holds it.
+by a dead process of this host holds nobody up; the file says who holds it. Not every shared file
+system tells other hosts of a lock: a file that names another host is believed until somebody says
+that it is wrong.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,6 +25,12 @@ from gim_stagewise.errors import FolderInUseError
 # stages within it find it locked by themselves.
 _held: dict[Path, int] = {}
 _guard = threading.Lock()
+_others_ignored = ContextVar("others_ignored", default=False)
+
+
+def ignore_other_hosts() -> None:
+    """Take locks that files say other hosts have; what runs on this host is never ignored."""
+    _others_ignored.set(True)
 
 
 @contextmanager
@@ -65,6 +74,11 @@ def _locked_file(folder: Path) -> Iterator[None]:
             raise FolderInUseError(
                 f"{folder} is in use by {_holder(descriptor)}; wait for it, or choose another --dir"
             ) from None
+        if not _others_ignored.get() and _host(descriptor) not in (None, socket.gethostname()):
+            raise FolderInUseError(
+                f"{folder} is locked by {_holder(descriptor)}; whether that still runs cannot be "
+                "seen from here. If it does not, give the same command with --break-lock"
+            )
         about = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -72,10 +86,19 @@ def _locked_file(folder: Path) -> Iterator[None]:
         }
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(about).encode(), 0)
-        yield
-        os.ftruncate(descriptor, 0)
+        try:
+            yield
+        finally:
+            os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)  # and with it goes the lock
+
+
+def _host(descriptor: int) -> str | None:
+    try:
+        return str(json.loads(os.pread(descriptor, 1000, 0))["host"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _holder(descriptor: int) -> str:

@@ -10,12 +10,16 @@ from gim_stagewise.cache.manifest import BuildFolder, Manifest, read_manifest
 from gim_stagewise.cache.precision import PLAIN, Precision, is_precision
 from gim_stagewise.cache.precision_error import PrecisionError
 from gim_stagewise.cache.reader import Cache, metadata_problem, open_cache
+from gim_stagewise.cache.verify import Damage, find_damage, sealed_digests
 from gim_stagewise.cache.writer import (
     CacheWriter,
     StagedBlock,
+    block_digests,
     discard_cache,
     drop_activations,
     stage_block,
+    write_checksums,
+    write_samples,
 )
 
 __all__ = [
@@ -25,22 +29,28 @@ __all__ = [
     "Cache",
     "CacheLayout",
     "CacheWriter",
+    "Damage",
     "Digest",
     "Manifest",
     "Precision",
     "PrecisionError",
     "StagedBlock",
     "auto_chunk",
+    "block_digests",
     "codec_implementation",
     "create_arrays",
     "discard_cache",
     "drop_activations",
     "encoded_bytes",
+    "find_damage",
     "flatten",
     "is_precision",
     "metadata_problem",
     "open_cache",
     "read_frame",
     "read_manifest",
+    "sealed_digests",
     "stage_block",
+    "write_checksums",
+    "write_samples",
 ]

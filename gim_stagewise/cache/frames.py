@@ -50,6 +50,10 @@ class FrameError(ValueError):
     """A chunk file is not what was written."""
 
 
+class TornFrameError(FrameError):
+    """A chunk file is shorter than what was written."""
+
+
 def read_frame(file: Path, shape: tuple[int, ...], dtype: str, *, compressed: bool) -> NDArray[Any]:
     """Read and decode a chunk file.
 
@@ -75,21 +79,31 @@ def read_frame(file: Path, shape: tuple[int, ...], dtype: str, *, compressed: bo
     """
     expected = math.prod(shape) * np.dtype(dtype).itemsize
     content = _read_file(file, most=expected + _BLOSC_OVERHEAD + _CHECKSUM_BYTES)
-    if len(content) < _CHECKSUM_BYTES or google_crc32c.value(content) != _RESIDUE:
+    _check_length(content, expected, compressed=compressed)
+    if google_crc32c.value(content) != _RESIDUE:
         raise FrameError("has a checksum that does not match")
     frame = content[:-_CHECKSUM_BYTES]
     if not compressed:
         if len(frame) != expected:
             raise FrameError(f"has {len(frame)} bytes of values, not {expected}")
         return frame.view(dtype).reshape(shape)
-    if len(frame) < _BLOSC_HEADER.size:
-        raise FrameError("is too short to be a Blosc frame")
     *_, size, _, packed = _BLOSC_HEADER.unpack_from(frame.data)
     if size != expected or packed != len(frame):
         raise FrameError(f"declares {size} bytes in {packed}, not {expected} in {len(frame)}")
     values = _scratch.get("values", expected)
     blosc.decompress(frame, values)
     return values.view(dtype).reshape(shape)
+
+
+def _check_length(content: NDArray[np.uint8], expected: int, *, compressed: bool) -> None:
+    """Tell a file that was cut off from one that was altered."""
+    declared = expected
+    if compressed:
+        declared = _BLOSC_HEADER.size
+        if len(content) >= declared:
+            declared = _BLOSC_HEADER.unpack_from(content.data)[-1]
+    if len(content) < declared + _CHECKSUM_BYTES:
+        raise TornFrameError(f"is cut off: {len(content)} of {declared + _CHECKSUM_BYTES} bytes")
 
 
 def announce(file: Path) -> None:

@@ -23,15 +23,17 @@ chunks, so that blocks can be written in any order by anyone.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import zarr
 
 from gim_stagewise.cache.codecs import zarr_codecs
 from gim_stagewise.cache.precision import Precision
-from gim_stagewise.sources import Source
+from gim_stagewise.sources import Split
 from gim_stagewise.windows import Span, even_ranges
 
 FORMAT_VERSION = 1
@@ -51,6 +53,15 @@ class Block:
     index: int
     view: int
     samples: Span
+
+
+class Listed(Protocol):
+    """Samples by name, such as a `Source`."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+
+    def split(self, name: Split) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,7 @@ class CacheLayout:
             return {"pooled": pooled}
         return {"activations": (1, self.chunk, rows, self.grid[1], *self.cell), "pooled": pooled}
 
-    def blocks(self, source: Source) -> list[Block]:
+    def blocks(self, source: Listed) -> list[Block]:
         """All blocks, in storage order; a block is there if one of its samples needs that view."""
         ids = source.ids
         labelled = {*source.split("train"), *source.split("test")}

@@ -21,6 +21,7 @@ from gim_stagewise.cache.precision import Precision
 from gim_stagewise.durable import (
     append_line,
     fsync_directory,
+    json_checksum,
     remove,
     storage_errors,
     write_atomic,
@@ -108,7 +109,7 @@ class Manifest:
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write the group's ``zarr.json`` atomically; writing one that is sealed is the seal."""
     content = manifest.as_json()
-    attributes = {KEY: {**content, "checksum": _checksum(content)}}
+    attributes = {KEY: {**content, "checksum": json_checksum(content)}}
     write_json(
         path / "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     )
@@ -146,7 +147,7 @@ def read_manifest(path: Path) -> Manifest:
             "build it again, or use the release that wrote it"
         )
     try:
-        intact = content.pop("checksum") == _checksum(content)
+        intact = content["checksum"] == json_checksum(content)
         manifest = _parse(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptCacheError(
@@ -159,12 +160,6 @@ def read_manifest(path: Path) -> Manifest:
             "build the cache again"
         )
     return manifest
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    """Hash of all that a manifest says."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _parse(content: dict[str, Any]) -> Manifest:
@@ -212,9 +207,10 @@ def _inside(name: str) -> str:
 def file_digests(path: Path, layout: CacheLayout) -> dict[str, str]:
     """SHA-256 of the files of a cache that are neither chunks nor the manifest."""
     found = {}
+    arrays = {path / name for name in layout.shapes}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
-        chunk = file.parent.name in layout.shapes and file.name.startswith("c.")
+        chunk = file.parent in arrays and file.name.startswith("c.")
         if file.is_file() and not chunk and name != "zarr.json":
             found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found

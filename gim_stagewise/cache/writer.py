@@ -173,7 +173,7 @@ class CacheWriter:
         # Built aside and moved into place whole: a folder at `path` always has its metadata.
         new = self.staging / "new"
         create_arrays(new, self.manifest.layout, self.manifest.precision)
-        _write_samples(new, source)
+        write_samples(new, source)
         write_manifest(new, self.manifest)
         flush_tree(new)
         rename(new, self.path)
@@ -215,11 +215,8 @@ class CacheWriter:
     def _write_checksums(self) -> None:
         """Put the blocks' hashes beside the arrays."""
         aside = self.staging / "seal"
-        group = zarr.open_group(str(aside), mode="w", zarr_format=3).create_group("checksums")
-        for name in self.manifest.layout.shapes:
-            digests = [bytes.fromhex(self._done[block.index][name]) for block in self._blocks]
-            values = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
-            _put(group, name, values, ("block", "byte"))
+        zarr.open_group(str(aside), mode="w", zarr_format=3)
+        write_checksums(aside, [self._done[block.index] for block in self._blocks])
         flush_tree(aside)
         remove(self.path / "checksums")
         rename(aside / "checksums", self.path / "checksums")
@@ -256,6 +253,15 @@ class CacheWriter:
             write_manifest(self.path, sealed)
         self._build.remove()
         return sealed
+
+
+def write_checksums(path: Path, digests: list[dict[str, str]]) -> None:
+    """Write the blocks' hashes into a group."""
+    group = zarr.open_group(str(path), mode="r+").create_group("checksums")
+    for name in digests[0]:
+        hashes = b"".join(bytes.fromhex(block[name]) for block in digests)
+        values = np.frombuffer(hashes, np.uint8).reshape(-1, 32)
+        _put(group, name, values, ("block", "byte"))
 
 
 def block_digests(folder: Path, layout: CacheLayout, block: Block) -> dict[str, str]:
@@ -318,8 +324,8 @@ def discard_cache(path: Path) -> None:
         remove(trash)
 
 
-def _write_samples(path: Path, source: Source) -> None:
-    """Write ids, splits and labels."""
+def write_samples(path: Path, source: Source) -> None:
+    """Write ids, splits and labels into a group."""
     group = zarr.open_group(str(path), mode="r+")
     ids = list(source.ids)
     position = {item_id: index for index, item_id in enumerate(ids)}

@@ -62,6 +62,69 @@ def inspect(cache: Path, as_json: bool) -> None:
 
 
 @click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--repair", is_flag=True, help="Compute what is damaged again, from the module and its input."
+)
+@options.pipeline_option
+@options.break_lock_option
+@options.device_option
+@options.quiet_option
+@options.json_option
+def verify(
+    path: Path,
+    repair: bool,
+    pipeline_file: Path | None,
+    device: str,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Check every byte of a cache, or of all caches, weights and records in a run's folder.
+
+    Every missing, torn, altered or non-finite chunk is listed; with any, the exit code is 4.
+
+    \b
+    Examples:
+      gim-stage verify cache/digits/m1.zarr
+      gim-stage verify cache/digits --repair
+    """
+    from gim_stagewise.pipeline import Pipeline
+    from gim_stagewise.verify import mend
+    from gim_stagewise.verify import verify as check
+
+    progress = options.progress_for(quiet=quiet, verbose=False)
+    found = check(path, progress)
+    mended = []
+    if repair:
+        for cache, damage in sorted(found.damage.items()):
+            for one in damage:
+                click.echo(f"{cache / one.file}: {one.kind}: {one.what}", err=True)
+            if pipeline_file is None:
+                pipeline = Pipeline.from_cache(cache, device=device, progress=progress)
+            else:
+                folder = cache.absolute().parent
+                pipeline = Pipeline.from_file(
+                    pipeline_file, folder=folder, device=device, progress=progress
+                )
+            mend(pipeline, cache, damage)
+            mended.append(cache)
+            click.echo(f"{cache}: {len(damage)} files repaired", err=True)
+        found = check(path, progress) if mended else found
+    if as_json:
+        options.show(found.as_json() | {"repaired": [str(cache) for cache in mended]})
+    for file, kind, what in found.problems:
+        click.echo(f"{file}: {kind}: {what}", err=True)
+    for cache in found.unfinished:
+        click.echo(f"{cache}: not sealed yet, not checked", err=True)
+    if found.problems:
+        count = len(found.problems)
+        click.echo(f"error: {count} of the files checked are not what they should be", err=True)
+        raise click.exceptions.Exit(4)
+    if not as_json:
+        click.echo(f"{path}: every byte is what it should be")
+
+
+@click.command()
 @options.pipeline_argument
 @options.folder_option("cache/NAME, with the pipeline's name")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")

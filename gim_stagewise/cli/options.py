@@ -63,6 +63,22 @@ pipeline_option = click.option(
 force_option = click.option("--force", is_flag=True, help="Do it again even if it is current.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Show a line for every epoch.")
+
+
+def _break_lock(context: click.Context, parameter: click.Parameter, given: bool) -> None:
+    if given:
+        from gim_stagewise.lock import ignore_other_hosts
+
+        ignore_other_hosts()
+
+
+break_lock_option = click.option(
+    "--break-lock",
+    is_flag=True,
+    expose_value=False,
+    callback=_break_lock,
+    help="Take a lock that another host left in the folder; only if its run is dead.",
+)
 workers_option = click.option(
     "--workers",
     "worker_count",

@@ -20,6 +20,7 @@ from gim_stagewise.cli import options
 @options.allowed_mem_option
 @options.allowed_host_mem_option
 @options.allowed_disk_option
+@options.break_lock_option
 @options.device_option
 @options.quiet_option
 @options.verbose_option
@@ -150,6 +151,7 @@ def prove(
 @options.folder_option("the input's folder, else cache/NAME")
 @options.allowed_mem_option
 @options.allowed_host_mem_option
+@options.break_lock_option
 @options.device_option
 @options.force_option
 @options.quiet_option
@@ -219,6 +221,7 @@ def train(
 @options.workers_option
 @options.scheduler_option
 @options.allowed_host_mem_option
+@options.break_lock_option
 @options.device_option
 @options.force_option
 @options.quiet_option

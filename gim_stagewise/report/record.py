@@ -10,7 +10,7 @@ import torch
 import zarr
 
 from gim_stagewise import __version__
-from gim_stagewise.durable import write_json
+from gim_stagewise.durable import json_checksum, write_json
 from gim_stagewise.pipeline import Pipeline, RunResult
 
 
@@ -64,5 +64,5 @@ def save_record(pipeline: Pipeline, result: RunResult) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
-    write_json(pipeline.workspace.record_path, record)
+    write_json(pipeline.workspace.record_path, record | {"checksum": json_checksum(record)})
     return record

@@ -25,7 +25,8 @@ from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write training state; the previous checkpoint stays until this one is whole."""
-    write_atomic(path, lambda temporary: torch.save(dict(state), temporary))
+    content = {**state, "checksum": _state_digest(state)}
+    write_atomic(path, lambda temporary: torch.save(content, temporary))
 
 
 def load_checkpoint(path: Path, *, run: str) -> dict[str, Any] | None:
@@ -37,13 +38,58 @@ def load_checkpoint(path: Path, *, run: str) -> dict[str, Any] | None:
     run : str
         Digest of what was trained on what; a checkpoint of anything else is not used.
     """
-    if not path.is_file():
-        return None
+    try:
+        state = check_checkpoint(path)
+    except (FileNotFoundError, CorruptCacheError):
+        return None  # training then starts afresh, and says so
+    return state if state.get("run") == run else None
+
+
+def check_checkpoint(path: Path) -> dict[str, Any]:
+    """The training state at ``path``, whatever it belongs to.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    CorruptCacheError
+        If it is damaged.
+    """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a damaged file can fail in many ways; training then starts afresh
-        return None
-    return state if isinstance(state, dict) and state.get("run") == run else None
+        intact = state.pop("checksum") == _state_digest(state)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file can fail in many ways
+        raise CorruptCacheError(f"{path} is damaged ({type(error).__name__})") from None
+    if not intact:
+        raise CorruptCacheError(f"{path} does not match its checksum: it was altered or damaged")
+    return state
+
+
+def _state_digest(state: Any) -> str:
+    """Hash of nested mappings and sequences of tensors and plain values."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"{tuple(value.shape)}:{value.dtype};".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+        elif isinstance(value, Mapping):
+            digest.update(f"{{{len(value)}".encode())
+            for key in sorted(value, key=str):
+                digest.update(f"{key!r}:".encode())
+                add(value[key])
+        elif isinstance(value, list | tuple):
+            digest.update(f"[{len(value)}".encode())
+            for part in value:
+                add(part)
+        else:
+            digest.update(f"{value!r};".encode())
+
+    add(state)
+    return digest.hexdigest()
 
 
 def peek_checkpoint(path: Path, *, run: str) -> dict[str, Any] | None:
@@ -151,7 +197,9 @@ class FrozenWeights:
             "record": asdict(self.record),
             "weights": self.digest,
         }
-        data = save(self.tensors, metadata={"gim_stage": json.dumps(about)})
+        text = json.dumps(about)
+        metadata = {"gim_stage": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        data = save(self.tensors, metadata=metadata)
         write_atomic(path, lambda temporary: temporary.write_bytes(data))
 
     @classmethod
@@ -169,7 +217,9 @@ class FrozenWeights:
             raise CacheNotFoundError(f"no frozen weights at {path}; train that module first")
         try:
             with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()["gim_stage"])
+                metadata = file.metadata()
+                text = metadata["gim_stage"]
+                about = json.loads(text)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             weights = cls(
                 module=int(about["module"]),
@@ -184,14 +234,18 @@ class FrozenWeights:
                 record=TrainingRecord(**about["record"]),
                 tensors=tensors,
             )
-            intact = weights.digest == about["weights"]
+            described = hashlib.sha256(text.encode()).hexdigest() == metadata["sha256"]
+            intact = described and weights.digest == about["weights"]
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise CorruptCacheError(
                 f"{path} is damaged or not a frozen module of gim-stage "
                 f"({type(error).__name__}: {error}); train the module again"
             ) from None
         if not intact:
-            raise CorruptCacheError(f"{path} is damaged: its weights are not those recorded")
+            what = (
+                "its weights are not those recorded" if described else "its description was altered"
+            )
+            raise CorruptCacheError(f"{path} is damaged: {what}; train the module again")
         return weights
 
 

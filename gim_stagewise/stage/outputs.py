@@ -241,10 +241,11 @@ class StageOutputs:
             host_bytes=space.budget.host_bytes(),
         )
         writer = CacheWriter(space.cache_path(self.index).absolute(), manifest, source)
-        job = self._block_job(weights, manifest, writer.staging)
+        job = self.block_job(weights, manifest, writer.staging)
         return extract(job, writer, source, executor, space.progress)
 
-    def _block_job(self, weights: FrozenWeights, manifest: Manifest, staging: Path) -> BlockJob:
+    def block_job(self, weights: FrozenWeights, manifest: Manifest, staging: Path) -> BlockJob:
+        """What any process needs to compute blocks of a cache."""
         space, source = self.workspace, self.source
         below: Path | BlockJob | None = None
         if isinstance(source, VirtualCache):
@@ -267,7 +268,7 @@ class StageOutputs:
 
     def virtual(self, weights: FrozenWeights) -> VirtualCache:
         """The outputs, computed when they are read."""
-        return VirtualCache(self._block_job(weights, self.manifest(weights), Path()), self.source)
+        return VirtualCache(self.block_job(weights, self.manifest(weights), Path()), self.source)
 
     def current(self, wanted: Manifest) -> tuple[Manifest | None, str]:
         """A cache that can be kept, or gone on with; else None and the reason, if there is one."""

@@ -1,0 +1,177 @@
+"""Whether every byte of a sealed cache is what was sealed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from gim_stagewise.cache.frames import FrameError, TornFrameError, read_frame
+from gim_stagewise.cache.layout import Block
+from gim_stagewise.cache.manifest import Manifest, read_manifest
+from gim_stagewise.errors import PartialCacheError
+from gim_stagewise.processes import usable_cores
+from gim_stagewise.progress import Progress
+from gim_stagewise.sources import SPLITS, Split
+from gim_stagewise.windows import even_ranges
+
+Kind = Literal["missing", "torn", "altered", "non-finite"]
+# Each holds one chunk, so that memory stays bounded.
+_MOST_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something in a sealed cache that is not what was sealed.
+
+    Parameters
+    ----------
+    file : str
+        Path below the cache, with forward slashes.
+    kind : str
+        *missing*: it is not there. *torn*: it is cut off. *altered*: its bytes are others.
+        *non-finite*: its values are NaN or infinite.
+    what : str
+        For people.
+    block : Block or None
+        The block it belongs to, if it is a chunk.
+    """
+
+    file: str
+    kind: Kind
+    what: str
+    block: Block | None = None
+
+
+class StoredSamples:
+    """Ids and splits as a cache has them on disk, whether they can be believed or not."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.ids: Sequence[str] = [str(number) for number in range(manifest.layout.samples)]
+        self._mask: NDArray[Any] | None = None
+        if manifest.layout.views > 1:
+            array: Any = zarr.open_array(str(path / "splits"), mode="r")
+            self._mask = array[...]
+
+    def split(self, name: Split) -> list[str]:
+        """Numbers of the samples of a split."""
+        if self._mask is None:
+            return []
+        chosen = np.flatnonzero(self._mask & (1 << SPLITS.index(name)))
+        return [str(number) for number in chosen]
+
+
+def find_damage(path: Path, progress: Progress) -> list[Damage]:
+    """Check all files of a sealed cache, several blocks at a time.
+
+    Parameters
+    ----------
+    path : Path
+    progress : Progress
+
+    Returns
+    -------
+    list of Damage
+        All there is, in storage order; empty if the cache is what was sealed.
+
+    Raises
+    ------
+    CacheNotFoundError, CorruptCacheError
+        If there is no manifest that can be read: nothing can be compared with anything then.
+    PartialCacheError
+        If it was never sealed.
+    """
+    manifest = read_manifest(path)
+    if not manifest.sealed:
+        raise PartialCacheError(f"{path} was never sealed: there is nothing to compare it with")
+    found = [
+        damage for name, digest in manifest.files.items() if (damage := _file(path, name, digest))
+    ]
+    broken = {damage.file.split("/")[0] for damage in found}
+    if "splits" in broken and manifest.layout.views > 1:
+        return found  # nobody can say which blocks there should be
+    blocks = manifest.layout.blocks(StoredSamples(path, manifest))
+    recorded = None if "checksums" in broken else sealed_digests(path, manifest)
+    with (
+        progress.task(f"verify {path.name}", total=len(blocks), unit="block") as task,
+        ThreadPoolExecutor(min(_MOST_THREADS, usable_cores()), "verify") as executor,
+    ):
+
+        def check(block: Block) -> list[Damage]:
+            return _block(path, manifest, block, recorded[block.index] if recorded else None)
+
+        parts = []
+        for part in executor.map(check, blocks):
+            parts.append(part)
+            task.advance()
+    return [*found, *chain.from_iterable(parts)]
+
+
+def sealed_digests(path: Path, manifest: Manifest) -> list[dict[str, str]]:
+    """SHA-256 of every block's files, by array, as they were sealed."""
+    columns = {}
+    for name in manifest.layout.shapes:
+        array: Any = zarr.open_array(str(path / "checksums" / name), mode="r")
+        columns[name] = [bytes(row).hex() for row in array[...]]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _file(path: Path, name: str, digest: str) -> Damage | None:
+    try:
+        content = (path / name).read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return Damage(name, "missing", "is missing")
+    if hashlib.sha256(content).hexdigest() != digest:
+        return Damage(name, "altered", "is not what was sealed")
+    return None
+
+
+def _block(
+    path: Path, manifest: Manifest, block: Block, recorded: dict[str, str] | None
+) -> list[Damage]:
+    """What is wrong with a block's files."""
+    found: list[Damage] = []
+    for name in manifest.layout.shapes:
+        files = manifest.layout.chunk_files(block, name)
+        own = [
+            d for number in range(len(files)) if (d := _chunk(path, manifest, block, name, number))
+        ]
+        if not own and recorded is not None:
+            digest = hashlib.sha256()
+            for file in files:
+                digest.update((path / file).read_bytes())
+            if digest.hexdigest() != recorded[name]:
+                what = "is whole, but not what was sealed"
+                own = [Damage(file, "altered", what, block) for file in files]
+        found += own
+    return found
+
+
+def _chunk(path: Path, manifest: Manifest, block: Block, name: str, number: int) -> Damage | None:
+    layout = manifest.layout
+    file = layout.chunk_files(block, name)[number]
+    shape = layout.chunks[name][1:]
+    dtype = layout.dtype if name == "activations" else "float32"
+    try:
+        values = read_frame(path / file, shape, dtype, compressed=layout.codec != "none")
+    except FileNotFoundError:
+        return Damage(file, "missing", "is missing", block)
+    except TornFrameError as error:
+        return Damage(file, "torn", str(error), block)
+    except (FrameError, RuntimeError) as error:
+        return Damage(file, "altered", str(error), block)
+    rows = even_ranges(layout.grid[0], shape[1])[number]
+    values = values[: len(block.samples), : len(rows)]
+    if name == "activations":
+        values = manifest.precision.decode_array(values)
+    if not np.isfinite(values).all():
+        return Damage(file, "non-finite", "has values that are NaN or infinite", block)
+    return None

@@ -1,0 +1,116 @@
+"""Check every byte of a cache, or of a whole run, and mend what can be computed again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gim_stagewise.cache import Damage, find_damage, read_manifest
+from gim_stagewise.durable import read_checked_json
+from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError, PartialCacheError
+from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.progress import Progress
+from gim_stagewise.stage.checkpoint import FrozenWeights, check_checkpoint
+from gim_stagewise.stage.repair import repair
+
+
+@dataclass
+class Verification:
+    """What was checked, and what was found.
+
+    Parameters
+    ----------
+    checked : list of Path
+        Caches and files that were looked at.
+    problems : list of (Path, str, str)
+        File, kind (see `Damage`) and words.
+    damage : dict
+        By cache, what is wrong with its files.
+    unfinished : list of Path
+        Caches that were never sealed, and so could not be checked.
+    """
+
+    checked: list[Path] = field(default_factory=list)
+    problems: list[tuple[Path, str, str]] = field(default_factory=list)
+    damage: dict[Path, list[Damage]] = field(default_factory=dict)
+    unfinished: list[Path] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "checked": [str(path) for path in self.checked],
+            "unfinished": [str(path) for path in self.unfinished],
+            "problems": [
+                {"file": str(file), "kind": kind, "what": what}
+                for file, kind, what in self.problems
+            ],
+        }
+
+
+def verify(path: Path, progress: Progress) -> Verification:
+    """Check a cache, or everything in a run's folder.
+
+    Raises
+    ------
+    CacheNotFoundError
+        If there is neither.
+    PartialCacheError
+        If it is a cache that was never sealed.
+    """
+    found = Verification()
+    if not path.is_dir():
+        raise CacheNotFoundError(f"no cache and no run's folder at {path}")
+    if (path / "zarr.json").exists() or path.suffix == ".zarr":
+        _cache(path, found, progress)
+        return found
+    caches = sorted(path.glob("m*.zarr"))
+    others = [*path.glob("m*.safetensors"), *path.glob("checkpoints/m*.pt"), *path.glob("run.json")]
+    if not caches and not others:
+        raise CacheNotFoundError(f"no cache and no run's folder at {path}")
+    for cache in caches:
+        try:
+            _cache(cache, found, progress)
+        except PartialCacheError:
+            found.unfinished.append(cache)
+    for file in sorted(others):
+        _file(file, found)
+    return found
+
+
+def _cache(path: Path, found: Verification, progress: Progress) -> None:
+    found.checked.append(path)
+    try:
+        damage = find_damage(path, progress)
+    except CorruptCacheError as error:
+        found.problems.append((path / "zarr.json", "altered", str(error)))
+        return
+    if damage:
+        found.damage[path] = damage
+        found.problems += [(path / one.file, one.kind, one.what) for one in damage]
+
+
+def _file(path: Path, found: Verification) -> None:
+    found.checked.append(path)
+    check = {".safetensors": FrozenWeights.load, ".pt": check_checkpoint}
+    try:
+        check.get(path.suffix, read_checked_json)(path)
+    except CorruptCacheError as error:
+        found.problems.append((path, "altered", str(error)))
+
+
+def mend(pipeline: Pipeline, path: Path, damage: list[Damage]) -> None:
+    """Compute again what is damaged in a cache, from its module and input beside it.
+
+    Raises
+    ------
+    CacheNotFoundError, StaleCacheError, CorruptCacheError
+        If what is needed is not there, or would not give what was sealed.
+    """
+    index = read_manifest(path).module
+    if path.absolute() != pipeline.workspace.cache_path(index).absolute():
+        raise CacheNotFoundError(
+            f"{path} cannot be repaired where it lies: its weights and input are looked for beside "
+            f"it, and it would be {pipeline.workspace.cache_path(index)}"
+        )
+    stage = pipeline.stage(index)
+    repair(stage.outputs, stage.load_weights(), damage)
