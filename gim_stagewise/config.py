@@ -45,7 +45,8 @@ _T = TypeVar("_T", bound=_Table)
 class SourceConfig(_Table):
     """Where samples come from; see `gim_stagewise.sources.open_source` for the kinds.
 
-    ``root``, ``options`` and ``splits`` are passed on to the source, which checks them.
+    ``root``, ``options`` and ``splits`` are passed on to the source, which checks them. ``digest``
+    says how much of the data decides its identity (see `gim_stagewise.sources.parts.PartsSource`).
     """
 
     kind: str
@@ -53,6 +54,7 @@ class SourceConfig(_Table):
     download: bool = False
     options: dict[str, Any] = {}
     splits: dict[Literal["unlabeled", "train", "test"], dict[str, Any]] = {}
+    digest: Literal["full", "sampled"] = "full"
 
 
 class AugmentConfig(_Table):
@@ -138,6 +140,8 @@ class CacheConfig(_Table):
     operation that the next module begins with. ``chunk`` counts samples; "auto" aims at 4 MB or
     more. With ``materialize = "never"`` embeddings alone are stored, and the next module's input is
     computed whenever it is read; "auto" measures which of the two is faster here, and keeps to it.
+    ``verify_reads = false`` trusts the storage: chunks are not compared with their checksums when
+    they are read.
     """
 
     precision: Annotated[str, AfterValidator(_known_precision)] = "uint8"
@@ -146,6 +150,7 @@ class CacheConfig(_Table):
     codec: Literal["lz4", "zstd", "none"] = "lz4"
     chunk: PositiveInt | Literal["auto"] = "auto"
     materialize: Literal["always", "never", "auto"] = "always"
+    verify_reads: bool = True
 
 
 class ExtractConfig(_Table):

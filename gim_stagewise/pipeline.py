@@ -187,7 +187,8 @@ class Pipeline:
             size = self.config.patches.size
             cell = (self.source.channels, size, size)
             return Stage(self.workspace, 1, self.source, self.source.extent, cell)
-        cache = Cache(input_path or self.workspace.cache_path(index - 1))
+        verify = self.config.stage(index - 1).cache.verify_reads
+        cache = Cache(input_path or self.workspace.cache_path(index - 1), verify=verify)
         if cache.manifest.module != index - 1:
             raise ConfigError(
                 f"{cache.path} holds the outputs of module {cache.manifest.module}; module {index} "

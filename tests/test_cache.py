@@ -25,6 +25,7 @@ from gim_stagewise.cache import (
     Precision,
     StagedBlock,
     discard_cache,
+    open_cache,
     read_manifest,
     stage_block,
 )
@@ -141,11 +142,26 @@ def test_every_flipped_bit_is_noticed_on_reading(tmp_path: Path, name: str) -> N
         damaged = bytearray(whole)
         damaged[position] ^= 1 << position % 8
         file.write_bytes(bytes(damaged))
-        with pytest.raises(CorruptCacheError, match="build it again"):
+        with pytest.raises(CorruptCacheError, match=r"verify .* --repair"):
             read_everything(Cache(tmp_path / "m1.zarr"))
     file.unlink()
     with pytest.raises(CorruptCacheError, match="is missing"):
         read_everything(Cache(tmp_path / "m1.zarr"))
+
+
+def test_trusted_storage_is_not_checked(tmp_path: Path) -> None:
+    whole = build(tmp_path / "m1.zarr", codec="none").read([Request("train/0")])[0]
+    file = tmp_path / "m1.zarr" / "activations" / "c.0.0.0.0.0.0.0"
+    content = bytearray(file.read_bytes())
+    content[1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CorruptCacheError, match="checksum"):
+        open_cache(tmp_path / "m1.zarr").read([Request("train/0")])
+    trusted = open_cache(tmp_path / "m1.zarr", verify=False)
+    assert (trusted.read([Request("train/0")])[0] != whole).sum() == 1
+    file.write_bytes(content[:-1])
+    with pytest.raises(CorruptCacheError, match="bytes"):
+        trusted.read([Request("train/0")])
 
 
 def read_everything(cache: Cache) -> None:
@@ -349,7 +365,7 @@ def test_a_chunk_file_that_was_cut_off_is_an_error(tmp_path: Path, size: int) ->
     cache = build(tmp_path / "m1.zarr")
     file = cache.path / "activations" / "c.0.1.0.0.0.0.0"
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(CorruptCacheError, match="checksum"):
+    with pytest.raises(CorruptCacheError, match="cut off"):
         cache.read([Request("train/5")])
 
 

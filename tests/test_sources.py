@@ -27,6 +27,7 @@ from gim_stagewise.sources import (
     Request,
     Source,
     open_source,
+    parts,
     read_stacked,
 )
 from gim_stagewise.sources.arrays import NpyFile
@@ -71,7 +72,7 @@ class UnevenPart:
     def labels(self) -> NDArray[np.int64] | None:
         return None
 
-    def digest(self) -> str:
+    def digest(self, images: Sequence[int]) -> str:
         return "uneven"
 
 
@@ -902,11 +903,10 @@ def make_dataset(root: Path, kind: str, images: NDArray[Any], labels: Sequence[i
         save(root / f"labels.{kind}", np.array(labels))
 
 
-def digest_of(root: Path, kind: str) -> str:
-    if kind == "folder":
-        return open_source(image_folder(root)).content_digest()
+def digest_of(root: Path, kind: str, how: str = "full") -> str:
     table = {"images": f"images.{kind}", "labels": f"labels.{kind}"}
-    return open_source(arrays(root, kind, train=table)).content_digest()
+    config = image_folder(root) if kind == "folder" else arrays(root, kind, train=table)
+    return open_source(config.model_copy(update={"digest": how})).content_digest()
 
 
 @pytest.mark.parametrize("kind", ["npy", "zarr", "folder"])
@@ -925,6 +925,49 @@ def test_content_is_what_is_in_the_data_and_not_where_it_lies(tmp_path: Path, ki
     make_dataset(tmp_path / "fewer", kind, images[:2], labels[:2])
     digests = {digest_of(tmp_path / name, kind) for name in ("first", "pixel", "label", "fewer")}
     assert len(digests) == 4
+
+
+@pytest.mark.parametrize("kind", ["npy", "zarr", "folder"])
+def test_a_sampled_digest_covers_what_it_says(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "SAMPLED_IMAGES", 3)  # of 6: the first, the third and the last
+    images, labels = pixels(6, 4, 4), [0, 0, 0, 0, 1, 1]
+
+    def changed(image: int) -> Path:
+        root = tmp_path / f"changed{image}"
+        make_dataset(root, kind, images, labels)
+        if kind == "folder":  # a byte of the file, which keeps its size
+            file = root / f"class{labels[image]}" / f"{image}.png"
+            file.write_bytes(file.read_bytes()[:-1] + b"!")
+        else:
+            other = images.copy()
+            other[image, 0, 0] ^= 1
+            save(root / f"images.{kind}", other)
+        return root
+
+    make_dataset(tmp_path / "same", kind, images, labels)
+    make_dataset(tmp_path / "labels", kind, images, [0, 0, 0, 1, 1, 1])
+    make_dataset(tmp_path / "fewer", kind, images[:5], labels[:5])
+    for how in ("full", "sampled"):
+        same = digest_of(tmp_path / "same", kind, how)
+        assert digest_of(tmp_path / "labels", kind, how) != same
+        assert digest_of(tmp_path / "fewer", kind, how) != same
+        for image in (0, 2, 5):
+            assert digest_of(changed(image), kind, how) != same
+            shutil.rmtree(tmp_path / f"changed{image}")
+        # What lies between is not looked at where only a sample is.
+        assert (digest_of(changed(1), kind, how) == same) == (how == "sampled")
+        shutil.rmtree(tmp_path / "changed1")
+    assert digest_of(tmp_path / "same", kind) != digest_of(tmp_path / "same", kind, "sampled")
+
+
+def test_a_file_with_another_name_is_another_image(tmp_path: Path) -> None:
+    """Ids are names, and what is drawn for a sample follows from its id."""
+    make_dataset(tmp_path / "data", "folder", pixels(2, 4, 4), [0, 1])
+    digest = digest_of(tmp_path / "data", "folder")
+    (tmp_path / "data" / "class0" / "0.png").rename(tmp_path / "data" / "class0" / "00.png")
+    assert digest_of(tmp_path / "data", "folder") != digest
 
 
 def test_how_an_array_is_chunked_and_packed_is_not_content(tmp_path: Path) -> None:

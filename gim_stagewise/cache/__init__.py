@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from gim_stagewise.cache.codecs import codec_implementation, encoded_bytes
+from gim_stagewise.cache.columns import metadata_problem
 from gim_stagewise.cache.digests import Digest, flatten
 from gim_stagewise.cache.frames import read_frame
 from gim_stagewise.cache.layout import Block, CacheLayout, auto_chunk, create_arrays
 from gim_stagewise.cache.manifest import BuildFolder, Manifest, read_manifest
 from gim_stagewise.cache.precision import PLAIN, Precision, is_precision
 from gim_stagewise.cache.precision_error import PrecisionError
-from gim_stagewise.cache.reader import Cache, metadata_problem, open_cache
+from gim_stagewise.cache.reader import Cache, open_cache
 from gim_stagewise.cache.verify import Damage, find_damage, sealed_digests
 from gim_stagewise.cache.writer import (
     CacheWriter,

@@ -18,6 +18,9 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 # Level of each Blosc compressor; benchmarks/results/precision.md has the alternatives.
 _LEVELS: dict[str, int] = {"lz4": 5, "zstd": 1}
+CODECS = (*_LEVELS, "none")
+# Blosc takes no more at a time.
+MOST_CHUNK_BYTES = 2**31 - 1 - 16
 
 
 def zarr_codecs(codec: str, itemsize: int) -> list[Any]:

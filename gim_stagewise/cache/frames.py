@@ -20,9 +20,9 @@ import numpy as np
 from numcodecs import blosc
 from numpy.typing import NDArray
 
-_CHECKSUM_BYTES = 4
+CHECKSUM_BYTES = 4
 # The CRC-32C of anything that is followed by its own CRC-32C.
-_RESIDUE = 0x48674BC7
+RESIDUE = 0x48674BC7
 # Two versions, flags, type size; bytes of values, of a Blosc block, and of the whole frame.
 _BLOSC_HEADER = struct.Struct("<BBBBIII")
 
@@ -54,7 +54,9 @@ class TornFrameError(FrameError):
     """A chunk file is shorter than what was written."""
 
 
-def read_frame(file: Path, shape: tuple[int, ...], dtype: str, *, compressed: bool) -> NDArray[Any]:
+def read_frame(
+    file: Path, shape: tuple[int, ...], dtype: str, *, compressed: bool, verify: bool = True
+) -> NDArray[Any]:
     """Read and decode a chunk file.
 
     Parameters
@@ -64,6 +66,8 @@ def read_frame(file: Path, shape: tuple[int, ...], dtype: str, *, compressed: bo
         Of a whole chunk.
     compressed : bool
         Whether values went through Blosc.
+    verify : bool
+        Whether the checksum is compared; sizes always are.
 
     Returns
     -------
@@ -78,11 +82,11 @@ def read_frame(file: Path, shape: tuple[int, ...], dtype: str, *, compressed: bo
         If its checksum does not match, or it does not hold a chunk of that size.
     """
     expected = math.prod(shape) * np.dtype(dtype).itemsize
-    content = _read_file(file, most=expected + _BLOSC_OVERHEAD + _CHECKSUM_BYTES)
+    content = _read_file(file, most=expected + _BLOSC_OVERHEAD + CHECKSUM_BYTES)
     _check_length(content, expected, compressed=compressed)
-    if google_crc32c.value(content) != _RESIDUE:
+    if verify and google_crc32c.value(content) != RESIDUE:
         raise FrameError("has a checksum that does not match")
-    frame = content[:-_CHECKSUM_BYTES]
+    frame = content[:-CHECKSUM_BYTES]
     if not compressed:
         if len(frame) != expected:
             raise FrameError(f"has {len(frame)} bytes of values, not {expected}")
@@ -102,8 +106,8 @@ def _check_length(content: NDArray[np.uint8], expected: int, *, compressed: bool
         declared = _BLOSC_HEADER.size
         if len(content) >= declared:
             declared = _BLOSC_HEADER.unpack_from(content.data)[-1]
-    if len(content) < declared + _CHECKSUM_BYTES:
-        raise TornFrameError(f"is cut off: {len(content)} of {declared + _CHECKSUM_BYTES} bytes")
+    if len(content) < declared + CHECKSUM_BYTES:
+        raise TornFrameError(f"is cut off: {len(content)} of {declared + CHECKSUM_BYTES} bytes")
 
 
 def announce(file: Path) -> None:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
+from gim_stagewise.cache.codecs import CODECS, MOST_CHUNK_BYTES
 from gim_stagewise.cache.digests import Digest
 from gim_stagewise.cache.layout import FORMAT_VERSION, Block, CacheLayout
 from gim_stagewise.cache.precision import Precision
@@ -163,14 +167,14 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _parse(content: dict[str, Any]) -> Manifest:
-    layout = dict(content["layout"])
-    layout["grid"] = tuple(layout["grid"])
-    layout["cell"] = tuple(layout["cell"])
+    layout = _parse_layout(content["layout"])
     if not isinstance(content["sealed"], bool):
         raise TypeError("sealed is neither true nor false")
     precision = Precision.from_json(content["precision"])
-    if precision.has_scales and content["sealed"] and len(precision.scale) != layout["cell"][0]:
-        raise ValueError(f"{len(precision.scale)} scales for {layout['cell'][0]} channels")
+    if precision.has_scales and content["sealed"] and len(precision.scale) != layout.cell[0]:
+        raise ValueError(f"{len(precision.scale)} scales for {layout.cell[0]} channels")
+    if precision.stored_dtype != layout.dtype:
+        raise ValueError(f"{precision.name} is not stored as {layout.dtype!r}")
     return Manifest(
         pipeline=str(content["pipeline"]),
         module=int(content["module"]),
@@ -181,13 +185,39 @@ def _parse(content: dict[str, Any]) -> Manifest:
         precision=precision,
         stored_operation=content["stored_operation"],
         encoding=str(content["encoding"]),
-        layout=CacheLayout(**layout),
+        layout=layout,
         sealed=content["sealed"],
         calibration=content["precision"]["calibration"],
         error=content["precision"]["error"],
         choice=content["choice"],
         files={_inside(name): str(digest) for name, digest in content["files"].items()},
     )
+
+
+def _parse_layout(content: dict[str, Any]) -> CacheLayout:
+    """A layout that a cache can have.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If it says anything else.
+    """
+    layout = CacheLayout(
+        **{**content, "grid": tuple(content["grid"]), "cell": tuple(content["cell"])}
+    )
+    sizes = (layout.samples, layout.views, layout.chunk, layout.embedding)
+    for size in (*sizes, *layout.grid, *layout.cell):
+        if type(size) is not int or size < 1:
+            raise ValueError(f"a size of {size!r}")
+    if len(layout.grid) != 2 or len(layout.cell) != 3:
+        raise ValueError(f"a grid of {layout.grid} and cells of {layout.cell}")
+    if layout.codec not in CODECS or type(layout.materialized) is not bool:
+        raise ValueError(f"a codec {layout.codec!r}")
+    for name, chunk in layout.chunks.items():
+        itemsize = np.dtype(layout.dtype if name == "activations" else "float32").itemsize
+        if math.prod(chunk) * itemsize > MOST_CHUNK_BYTES:
+            raise ValueError(f"chunks of {name} with {chunk} values: too large")
+    return layout
 
 
 def _inside(name: str) -> str:

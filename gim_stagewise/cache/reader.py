@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
@@ -14,6 +15,7 @@ import zarr
 from numpy.typing import NDArray
 
 from gim_stagewise.cache.codecs import codec_pipeline
+from gim_stagewise.cache.columns import metadata_problem, read_numbers, read_strings
 from gim_stagewise.cache.digests import Digest
 from gim_stagewise.cache.frames import FrameError, announce, read_frame
 from gim_stagewise.cache.layout import Block
@@ -31,12 +33,15 @@ class Cache:
     """Stored activations of one module, read as the input of the next.
 
     Values come decoded, float32 [grid_row, grid_col, channel, height, width] per sample, unless the
-    stored form is asked for; every chunk's checksum is verified before it is used.
+    stored form is asked for.
 
     Parameters
     ----------
     path : Path
         A sealed cache.
+    verify : bool
+        Whether every chunk is compared with its checksum before it is used. Arrays from ``dask``
+        and ``activations`` always are.
 
     Raises
     ------
@@ -50,8 +55,9 @@ class Cache:
 
     axes = PATCH_AXES
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, verify: bool = True) -> None:
         self.path = Path(path)
+        self._verify = verify
         self.manifest: Manifest = read_manifest(self.path)
         if not self.manifest.sealed:
             raise PartialCacheError(
@@ -59,7 +65,8 @@ class Cache:
                 "goes on where it stopped"
             )
         self._check_files()
-        self._group = self._open_group()
+        if problem := metadata_problem(self.path, self.manifest):
+            raise CorruptCacheError(self._damage(*problem.split(" ", 1)))
 
     def _check_files(self) -> None:
         """Compare all files but the chunks, which are small, with what was sealed."""
@@ -70,13 +77,6 @@ class Cache:
                 raise CorruptCacheError(self._damage(name, "is missing")) from None
             if found != digest:
                 raise CorruptCacheError(self._damage(name, "was altered or damaged"))
-
-    def _open_group(self) -> Any:
-        try:
-            with codec_pipeline():
-                return zarr.open_group(str(self.path), mode="r")
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise CorruptCacheError(f"{self.path} cannot be opened ({error})") from None
 
     @property
     def chunk_items(self) -> int:
@@ -93,8 +93,8 @@ class Cache:
     @cached_property
     def ids(self) -> Sequence[str]:
         """Ids of all samples, in storage order."""
-        ids: list[str] = self._small_array("ids").tolist()
-        return ids
+        with self._naming("ids"):
+            return read_strings(self.path / "ids", self.manifest.layout.samples)
 
     @cached_property
     def _position(self) -> dict[str, int]:
@@ -105,7 +105,7 @@ class Cache:
         return UniformItems(self.ids, layout.grid, layout.cell[0], "float32")
 
     def split(self, name: Split) -> Sequence[str]:
-        mask = self._small_array("splits")
+        mask = self._small_array("splits", "uint8")
         return list(compress(self.ids, mask & (1 << SPLITS.index(name))))
 
     @property
@@ -118,7 +118,7 @@ class Cache:
             raise DataError(
                 f"no labels called {name!r} in {self.path}; there are: {self.label_names}"
             )
-        return self._small_array(f"labels/{name}")
+        return self._small_array(f"labels/{name}", "int64")
 
     @property
     def materialized(self) -> bool:
@@ -171,7 +171,8 @@ class Cache:
 
         self._require_activations()
         with codec_pipeline():
-            return DecodedArray(self._group["activations"], self.precision)
+            stored = zarr.open_array(str(self.path / "activations"), mode="r")
+            return DecodedArray(stored, self.precision)
 
     def dataset(self, split: Split, *, view: int = 0) -> CacheDataset:
         """Samples and labels of a split for a ``torch.utils.data.DataLoader``."""
@@ -255,7 +256,9 @@ class Cache:
             if rows.stop <= needed.start or rows.start >= needed.stop:
                 continue
             try:
-                values = read_frame(self.path / file, shape, dtype, compressed=compressed)
+                values = read_frame(
+                    self.path / file, shape, dtype, compressed=compressed, verify=self._verify
+                )
             except FileNotFoundError:
                 # Zarr reads an absent chunk as the fill value; here it is a loss.
                 raise CorruptCacheError(self._damage(file, "is missing")) from None
@@ -263,50 +266,29 @@ class Cache:
                 raise CorruptCacheError(self._damage(file, str(error))) from None
             yield rows, values[: len(samples), : len(rows)]
 
-    def _small_array(self, name: str) -> NDArray[Any]:
-        """An array of one chunk with an entry per sample."""
-        if not (self.path / name / "c.0").is_file():
-            raise CorruptCacheError(self._damage(name, "is missing"))
+    def _small_array(self, name: str, dtype: str) -> NDArray[Any]:
+        """An array with an entry per sample."""
+        _ = self.ids  # they confirm how many samples there are
+        with self._naming(name):
+            return read_numbers(self.path / name, (self.manifest.layout.samples,), dtype)
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
         try:
-            values: NDArray[Any] = self._group[name][...]
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise CorruptCacheError(self._damage(name, f"cannot be read ({error})")) from None
-        if values.shape != (self.manifest.layout.samples,):
-            raise CorruptCacheError(
-                self._damage(name, f"has shape {values.shape}, not one entry per sample")
-            )
-        return values
+            yield
+        except FileNotFoundError:
+            raise CorruptCacheError(self._damage(name, "is missing")) from None
+        except ValueError as error:
+            raise CorruptCacheError(self._damage(name, str(error))) from None
 
     def _damage(self, where: str, what: str) -> str:
-        module = self.manifest.module
-        below = self.path.parent / f"m{module - 1}.zarr"
-        source = "--pipeline FILE" if module == 1 else f"--input {below}"
         return (
-            f"cache {self.path}: {where} {what}; build it again with `gim-stage extract "
-            f"--module {module} {source} --dir {self.path.parent} --force`"
+            f"cache {self.path}: {where} {what}; `gim-stage verify {self.path} --repair` looks for "
+            "more of that and computes it again"
         )
 
 
-def metadata_problem(path: Path, manifest: Manifest) -> str:
-    """What is wrong with the array metadata of a cache; empty if nothing is."""
-    layout = manifest.layout
-    for name in (*layout.shapes, "ids", "splits"):
-        try:
-            array = zarr.open_array(str(path / name), mode="r")
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            return f"{name} cannot be opened ({(str(error).splitlines() or ['?'])[0]})"
-        if array.shape != layout.shapes.get(name, (layout.samples,)):
-            return f"{name} has shape {array.shape}"
-        if name in layout.chunks and array.chunks != layout.chunks[name]:
-            return f"{name} has chunks of {array.chunks}"
-        if name == "activations" and array.dtype != layout.dtype:
-            return f"{name} has values of type {array.dtype}"
-        if name not in layout.chunks and not (path / name / "c.0").is_file():
-            return f"{name} has lost its values"
-    return ""
-
-
-def open_cache(path: str | Path) -> Cache:
+def open_cache(path: str | Path, *, verify: bool = True) -> Cache:
     """Open a sealed cache (see `Cache`).
 
     Raises
@@ -314,4 +296,4 @@ def open_cache(path: str | Path) -> Cache:
     CacheNotFoundError, PartialCacheError, CorruptCacheError
         If it cannot be used.
     """
-    return Cache(path)
+    return Cache(path, verify=verify)

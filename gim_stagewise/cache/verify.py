@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
+from gim_stagewise.cache.columns import read_numbers, read_strings
 from gim_stagewise.cache.frames import FrameError, TornFrameError, read_frame
 from gim_stagewise.cache.layout import Block
 from gim_stagewise.cache.manifest import Manifest, read_manifest
-from gim_stagewise.errors import PartialCacheError
+from gim_stagewise.errors import CorruptCacheError, PartialCacheError
 from gim_stagewise.processes import usable_cores
 from gim_stagewise.progress import Progress
 from gim_stagewise.sources import SPLITS, Split
@@ -26,6 +27,8 @@ from gim_stagewise.windows import even_ranges
 Kind = Literal["missing", "torn", "altered", "non-finite"]
 # Each holds one chunk, so that memory stays bounded.
 _MOST_THREADS = 8
+# Blocks that are looked for on the word of the layout alone, which might be anyone's.
+_MOST_UNCONFIRMED = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,11 @@ class StoredSamples:
     """Ids and splits as a cache has them on disk, whether they can be believed or not."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.ids: Sequence[str] = [str(number) for number in range(manifest.layout.samples)]
+        self.ids: Sequence[str] = []
         self._mask: NDArray[Any] | None = None
         if manifest.layout.views > 1:
-            array: Any = zarr.open_array(str(path / "splits"), mode="r")
-            self._mask = array[...]
+            self.ids = [str(number) for number in range(manifest.layout.samples)]
+            self._mask = read_numbers(path / "splits", (manifest.layout.samples,), "uint8")
 
     def split(self, name: Split) -> list[str]:
         """Numbers of the samples of a split."""
@@ -96,10 +99,10 @@ def find_damage(path: Path, progress: Progress) -> list[Damage]:
         damage for name, digest in manifest.files.items() if (damage := _file(path, name, digest))
     ]
     broken = {damage.file.split("/")[0] for damage in found}
-    if "splits" in broken and manifest.layout.views > 1:
-        return found  # nobody can say which blocks there should be
+    if not _confirmed(path, manifest, broken):
+        return found
     blocks = manifest.layout.blocks(StoredSamples(path, manifest))
-    recorded = None if "checksums" in broken else sealed_digests(path, manifest)
+    recorded = None if "checksums" in broken else sealed_digests(path, manifest, len(blocks))
     with (
         progress.task(f"verify {path.name}", total=len(blocks), unit="block") as task,
         ThreadPoolExecutor(min(_MOST_THREADS, usable_cores()), "verify") as executor,
@@ -115,12 +118,44 @@ def find_damage(path: Path, progress: Progress) -> list[Damage]:
     return [*found, *chain.from_iterable(parts)]
 
 
-def sealed_digests(path: Path, manifest: Manifest) -> list[dict[str, str]]:
-    """SHA-256 of every block's files, by array, as they were sealed."""
+def _confirmed(path: Path, manifest: Manifest, broken: set[str]) -> bool:
+    """Whether it can be known which blocks there should be, whatever the layout claims.
+
+    Raises
+    ------
+    CorruptCacheError
+        If the layout claims more or fewer samples than there are.
+    """
+    if "splits" in broken and manifest.layout.views > 1:
+        return False
+    if "ids" not in broken:
+        try:
+            read_strings(path / "ids", manifest.layout.samples)
+        except (FileNotFoundError, ValueError) as error:
+            raise CorruptCacheError(f"{path}: ids {error}") from None
+        return True
+    blocks = math.ceil(manifest.layout.samples / manifest.layout.chunk)
+    if "checksums" not in broken and manifest.layout.views == 1:
+        sealed_digests(path, manifest, blocks)
+        return True
+    return blocks <= _MOST_UNCONFIRMED
+
+
+def sealed_digests(path: Path, manifest: Manifest, blocks: int) -> list[dict[str, str]]:
+    """SHA-256 of every block's files, by array, as they were sealed.
+
+    Raises
+    ------
+    CorruptCacheError
+        If there are not so many.
+    """
     columns = {}
     for name in manifest.layout.shapes:
-        array: Any = zarr.open_array(str(path / "checksums" / name), mode="r")
-        columns[name] = [bytes(row).hex() for row in array[...]]
+        try:
+            rows = read_numbers(path / "checksums" / name, (blocks, 32), "uint8")
+        except (FileNotFoundError, ValueError) as error:
+            raise CorruptCacheError(f"{path}: checksums/{name} cannot be read ({error})") from None
+        columns[name] = [bytes(row).hex() for row in rows]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 

@@ -48,7 +48,8 @@ def open_arrays(config: SourceConfig) -> PartsSource:
     if unknown:
         raise ConfigError("unknown key; known: axes", key=f"source.options.{sorted(unknown)[0]}")
     return PartsSource(
-        {split: _open_part(config, split, table) for split, table in config.splits.items()}
+        {split: _open_part(config, split, table) for split, table in config.splits.items()},
+        config.digest,
     )
 
 
@@ -205,5 +206,8 @@ class _StoredPart:
     def labels(self) -> NDArray[np.int64] | None:
         return self._labels
 
-    def digest(self) -> str:
-        return array_digest(self._images, self._labels)
+    def digest(self, images: Sequence[int]) -> str:
+        try:
+            return array_digest(self._images, images, self._labels)
+        except (ValueError, RuntimeError, KeyError, OSError) as error:
+            raise DataError(f"{self._where} cannot be read ({error})") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, overload
+from typing import Any, Literal, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from gim_stagewise.sources.base import (
     Request,
     Split,
 )
+
+SAMPLED_IMAGES = 1000
+_RUN_BYTES = 16_000_000
 
 
 class Part(Protocol):
@@ -42,8 +45,8 @@ class Part(Protocol):
     def labels(self) -> NDArray[np.int64] | None:
         """One label per image, or None."""
 
-    def digest(self) -> str:
-        """Hash of images and labels."""
+    def digest(self, images: Sequence[int]) -> str:
+        """Hash of these images, in this order, and of all labels."""
 
 
 class ArrayPart:
@@ -70,8 +73,8 @@ class ArrayPart:
     def labels(self) -> NDArray[np.int64] | None:
         return self._labels
 
-    def digest(self) -> str:
-        return array_digest(self._images, self._labels)
+    def digest(self, images: Sequence[int]) -> str:
+        return array_digest(self._images, images, self._labels)
 
 
 class PartsSource:
@@ -83,6 +86,9 @@ class PartsSource:
     ----------
     parts : mapping
         From split name to its images; at least one of *unlabeled* and *train*.
+    digest : {"full", "sampled"}
+        What `content_digest` covers: all images, or the names of all and the pixels of
+        `SAMPLED_IMAGES` in each split, evenly spaced, the first and the last among them.
 
     Raises
     ------
@@ -94,7 +100,10 @@ class PartsSource:
     chunk_items = 1
     views = 0
 
-    def __init__(self, parts: Mapping[Split, Part]) -> None:
+    def __init__(
+        self, parts: Mapping[Split, Part], digest: Literal["full", "sampled"] = "full"
+    ) -> None:
+        self._digest = digest
         # Unlabeled samples first, so that views beyond the evaluation view fill whole chunks.
         self._parts = {name: parts[name] for name in SPLITS if name in parts and len(parts[name])}
         if "unlabeled" not in self._parts and "train" not in self._parts:
@@ -171,9 +180,14 @@ class PartsSource:
         raise DataError(f"no sample {item_id!r} in this source")
 
     def content_digest(self) -> str:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(f"{self._digest};".encode())
         for name, part in self._parts.items():
-            digest.update(f"{name}:{len(part)}:{part.digest()};".encode())
+            count = len(part)
+            sampled = self._digest == "sampled" and count > SAMPLED_IMAGES
+            images = evenly_spaced(count, SAMPLED_IMAGES) if sampled else range(count)
+            digest.update(f"{name}:{count}:{part.digest(images)};".encode())
+            for own in part.names() or ():
+                digest.update(f"{own}\n".encode())
         return digest.hexdigest()
 
 
@@ -207,14 +221,23 @@ class _PartItems(Sequence[Item]):
         return (self[index] for index in range(len(self)))
 
 
-def array_digest(*arrays: NDArray[Any] | None) -> str:
-    """Hash of arrays: their shapes, dtypes and values."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        if array is None:
-            digest.update(b"none;")
-            continue
-        digest.update(f"{array.shape}{array.dtype.str};".encode())
-        for row in array:  # row by row: an array on disk never has to fit in memory
-            digest.update(np.ascontiguousarray(row).data)
+def evenly_spaced(count: int, chosen: int) -> list[int]:
+    """``chosen`` of ``count`` numbers, the first and the last among them."""
+    return [number * (count - 1) // (chosen - 1) for number in range(chosen)]
+
+
+def array_digest(array: Any, images: Sequence[int], labels: NDArray[np.int64] | None) -> str:
+    """Hash of rows of an array, which may lie on disk, and of labels."""
+    digest = hashlib.sha256(f"{array.shape}{array.dtype.str};".encode())
+    if len(images) == array.shape[0]:
+        # A run of rows at a time: nothing has to fit in memory, and no chunk is read twice.
+        row_bytes = math.prod(array.shape[1:]) * array.dtype.itemsize
+        chunk = getattr(array, "chunks", (1,))[0]
+        run = chunk * max(1, _RUN_BYTES // max(1, chunk * row_bytes))
+        for start in range(0, array.shape[0], run):
+            digest.update(np.ascontiguousarray(array[start : start + run]).data)
+    else:
+        for image in images:
+            digest.update(np.ascontiguousarray(array[image]).data)
+    digest.update(b"none" if labels is None else np.ascontiguousarray(labels).data)
     return digest.hexdigest()

@@ -52,7 +52,7 @@ def open_torchvision(config: SourceConfig, name: str) -> PartsSource:
         with suppress(ConfigError):
             own = {"split": "unlabeled"}
             parts["unlabeled"] = _open_part(constructor, config, "unlabeled", own)
-    return PartsSource(parts)
+    return PartsSource(parts, config.digest)
 
 
 def _default_splits(accepted: Any) -> dict[Split, dict[str, Any]]:
@@ -187,18 +187,22 @@ class _DatasetPart:
                     return labels.astype(np.int64)
         return None
 
-    def digest(self) -> str:
+    def digest(self, images: Sequence[int]) -> str:
         data = getattr(self._dataset, "data", None)
         if data is not None and hasattr(data, "__array__"):
-            return array_digest(np.asarray(data), self.labels())
+            return array_digest(np.asarray(data), images, self.labels())
         digest = hashlib.sha256()
         if (files := self._files()) is not None:
             for path, label in files:
-                digest.update(
-                    f"{label}:{hashlib.sha256(Path(path).read_bytes()).hexdigest()};".encode()
-                )
+                digest.update(f"{label}:{Path(path).stat().st_size};".encode())
+            for image in images:
+                with self._naming_the_image(image):
+                    digest.update(hashlib.sha256(Path(files[image][0]).read_bytes()).digest())
         else:
-            for index in range(len(self)):
-                digest.update(array_digest(self.read(index)).encode())
-            digest.update(array_digest(self.labels()).encode())
+            for image in images:
+                pixels = self.read(image)
+                digest.update(f"{pixels.shape}{pixels.dtype.str};".encode())
+                digest.update(np.ascontiguousarray(pixels).data)
+            labels = self.labels()
+            digest.update(b"none" if labels is None else labels.data)
         return digest.hexdigest()

@@ -119,7 +119,10 @@ class BlockJob:
     def _open_input(self) -> Source:
         if isinstance(self.input, BlockJob):
             return VirtualCache(self.input, self.input._open_input())
-        return Cache(self.input) if self.input else open_patches(self.config)
+        if self.input is None:
+            return open_patches(self.config)
+        below = self.config.stage(self.manifest.module - 1)
+        return Cache(self.input, verify=below.cache.verify_reads)
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ def _source_table(config: PipelineConfig) -> dict[str, Any]:
     return {
         "source": {
             "kind": source.kind,
+            "digest": source.digest,
             "options": _without_places(source.options),
             "splits": {name: _without_places(table) for name, table in source.splits.items()},
         },

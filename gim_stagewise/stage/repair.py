@@ -97,7 +97,8 @@ class _Repair:
         self._small([name for name in files if not name.startswith("checksums")])
         blocks = {one.block.index: one.block for one in damage if one.block is not None}
         known = not any(name.startswith("checksums") for name in files)
-        digests = sealed_digests(self.path, self.manifest) if known else None
+        count = len(self.manifest.layout.blocks(self.outputs.source))
+        digests = sealed_digests(self.path, self.manifest, count) if known else None
         if blocks:
             self._blocks(list(blocks.values()), digests)
         if not known:

@@ -1,0 +1,127 @@
+"""Metadata and small arrays of a cache, read without believing what they say about themselves.
+
+A cache may come from anyone. What its metadata declares is compared with the manifest's layout
+before Zarr opens an array, and what a compressed file declares with what it can hold before
+anything is allocated for it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs import VLenUTF8, Zstd
+from numpy.typing import NDArray
+
+from gim_stagewise.cache.frames import CHECKSUM_BYTES, RESIDUE
+from gim_stagewise.cache.manifest import Manifest
+
+# What decodes values; nothing that Zarr or its extensions know besides is ever called.
+_CODECS = {"bytes", "vlen-utf8", "blosc", "zstd", "crc32c"}
+_ZSTD_MAGIC = 0xFD2FB528
+# No two ids are equal, so no file of them is compressed by more than this.
+_MOST_COMPRESSED = 1000
+_SMALL = 1_000_000
+
+
+def metadata_problem(path: Path, manifest: Manifest) -> str:
+    """What is wrong with the array metadata of a cache; empty if nothing is."""
+    layout = manifest.layout
+    names = [*layout.shapes, "ids", "splits"]
+    names += [f"labels/{file.parent.name}" for file in path.glob("labels/*/zarr.json")]
+    for name in names:
+        shape = layout.shapes.get(name, (layout.samples,))
+        chunks = layout.chunks.get(name, shape)
+        types = {"activations": layout.dtype, "pooled": "float32", "ids": "string"}
+        dtype = types.get(name, "uint8" if name == "splits" else "int64")
+        if problem := _array_problem(path / name, shape, chunks, dtype):
+            return f"{name} {problem}"
+        if name not in layout.chunks and not (path / name / "c.0").is_file():
+            return f"{name} has lost its values"
+    return ""
+
+
+def _array_problem(path: Path, shape: Sequence[int], chunks: Sequence[int], dtype: str) -> str:
+    try:
+        content = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
+        found = {
+            "shape": tuple(content["shape"]),
+            "chunks": tuple(content["chunk_grid"]["configuration"]["chunk_shape"]),
+            "values of type": content["data_type"],
+        }
+        codecs = [codec["name"] for codec in content["codecs"]]
+        kinds = content["zarr_format"], content["node_type"], content["chunk_grid"]["name"]
+    except FileNotFoundError:
+        return "has lost its metadata"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"has metadata that cannot be read ({type(error).__name__}: {error})"
+    if kinds != (3, "array", "regular"):
+        return "is not a Zarr v3 array with a regular grid of chunks"
+    expected = {"shape": tuple(shape), "chunks": tuple(chunks), "values of type": dtype}
+    for what, value in expected.items():
+        if found[what] != value:
+            return f"has {what} {found[what]}, not {value}"
+    if unknown := [name for name in codecs if name not in _CODECS]:
+        return f"would be decoded by {unknown[0]!r}, which no cache uses"
+    return ""
+
+
+def read_numbers(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    """Numbers of an array with one chunk.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the chunk is not there.
+    ValueError
+        If it is damaged, or holds anything else.
+    """
+    expected = math.prod(shape) * np.dtype(dtype).itemsize
+    content = _decoded(path / ".".join(["c", *["0"] * len(shape)]), expected)
+    if len(content) != expected:
+        raise ValueError(f"holds {len(content)} bytes, not {expected}")
+    return np.frombuffer(content, dtype).reshape(shape)
+
+
+def read_strings(path: Path, count: int) -> list[str]:
+    """Strings of an array with one chunk; errors as of `read_numbers`."""
+    file = path / "c.0"
+    content = _decoded(file, _MOST_COMPRESSED * file.stat().st_size + _SMALL)
+    if len(content) < 4 + 4 * count or struct.unpack_from("<I", content)[0] != count:
+        raise ValueError(f"does not hold {count} strings")
+    strings: list[str] = VLenUTF8().decode(content).tolist()
+    return strings
+
+
+def _decoded(file: Path, most: int) -> bytes:
+    content = file.read_bytes()
+    if google_crc32c.value(content) != RESIDUE:
+        raise ValueError("has a checksum that does not match")
+    frame = content[:-CHECKSUM_BYTES]
+    size = _declared_size(frame)
+    if size > most:
+        raise ValueError(f"declares {size} bytes, more than it can hold")
+    try:
+        decoded = Zstd().decode(frame)
+    except RuntimeError as error:
+        raise ValueError(f"cannot be decompressed ({error})") from None
+    return bytes(decoded)
+
+
+def _declared_size(frame: bytes) -> int:
+    """Bytes that a Zstandard frame says it holds (RFC 8878, section 3.1.1.1)."""
+    if len(frame) < 5 or int.from_bytes(frame[:4], "little") != _ZSTD_MAGIC:
+        raise ValueError("is not compressed with Zstandard")
+    descriptor = frame[4]
+    single = descriptor >> 5 & 1
+    start = 5 + (1 - single) + (0, 1, 2, 4)[descriptor & 3]
+    width = (single, 2, 4, 8)[descriptor >> 6]
+    if not width:
+        raise ValueError("does not say how much it holds")
+    return int.from_bytes(frame[start : start + width], "little") + 256 * (width == 2)
