@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from gim_stagewise.cache import open_cache
     from gim_stagewise.pipeline import Pipeline
     from gim_stagewise.stage.encoder import load_encoder
-    from gim_stagewise.stage.parallel import Workers
+    from gim_stagewise.stage.extraction_plan import Workers
 
 __version__ = "0.1.0"
 __all__ = ["Pipeline", "Workers", "__version__", "load_encoder", "open_cache"]
 
 _PLACES = {
     "Pipeline": "gim_stagewise.pipeline",
-    "Workers": "gim_stagewise.stage.parallel",
+    "Workers": "gim_stagewise.stage.extraction_plan",
     "load_encoder": "gim_stagewise.stage.encoder",
     "open_cache": "gim_stagewise.cache",
 }

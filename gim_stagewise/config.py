@@ -81,6 +81,11 @@ class AugmentConfig(_Table):
     def _both_or_none(self) -> AugmentConfig:
         if (self.mean is None) != (self.std is None) or len(self.mean or ()) != len(self.std or ()):
             raise ValueError("mean and std are given together, one number per channel each")
+        if self.views > 1 and not self.random:
+            raise ValueError(
+                f"views = {self.views} without crop or flip: nothing is drawn, and all views would "
+                "be the same; set one of them, or leave views out"
+            )
         return self
 
     @property

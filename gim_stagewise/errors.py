@@ -72,7 +72,7 @@ class WorkersLostError(GimStageError, RuntimeError):
 class OverBudgetError(GimStageError, MemoryError):
     """What is asked for needs more memory or disk than is allowed.
 
-    ``needed`` is the smallest budget in bytes that would do, where no setting but the budget helps.
+    ``needed`` is what it takes, in bytes.
     """
 
     exit_code = 3

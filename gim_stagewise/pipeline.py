@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,19 +11,20 @@ from pathlib import Path
 from gim_stagewise.cache import Cache, discard_cache, drop_activations, read_manifest
 from gim_stagewise.config import PipelineConfig, load_pipeline, parse_pipeline
 from gim_stagewise.durable import remove
-from gim_stagewise.errors import ConfigError, OverBudgetError, StaleCacheError
+from gim_stagewise.errors import ConfigError, CorruptCacheError, OverBudgetError, StaleCacheError
 from gim_stagewise.lock import exclusive
 from gim_stagewise.memory import Budget
 from gim_stagewise.progress import Progress, Silent
 from gim_stagewise.sources import PatchSource
 from gim_stagewise.stage.checkpoint import TrainingRecord
-from gim_stagewise.stage.fit import plan_forward, plan_training
+from gim_stagewise.stage.disk import CacheSize, DiskPlan, folder_bytes, plan_disk
+from gim_stagewise.stage.extraction_plan import Workers, plan_extraction
+from gim_stagewise.stage.fit import plan_training
 from gim_stagewise.stage.freeze import resolve_device
 from gim_stagewise.stage.identity import cache_recipe, recipe_differences
 from gim_stagewise.stage.lineage import foreign_content
 from gim_stagewise.stage.loader import check_loading, held_out_count
 from gim_stagewise.stage.needs import chain_needs
-from gim_stagewise.stage.parallel import Workers
 from gim_stagewise.stage.probe import probe_chain
 from gim_stagewise.stage.shape import Shape, check_shape
 from gim_stagewise.stage.stage import Stage
@@ -236,15 +236,18 @@ class Pipeline:
             chunk_bytes = shapes[-1].chunk_bytes(module.cache, len(self.source.ids))
         return shapes
 
-    def check_budget(self, shapes: list[Shape], *, start: int | None = None) -> None:
-        """Refuse a budget that a stage still to be made does not fit, before any work.
+    def check_budget(
+        self, shapes: list[Shape], *, first: int = 1, workers: Workers | None = None
+    ) -> None:
+        """Refuse a budget that a stage does not fit, before any work.
 
         Parameters
         ----------
         shapes : list of Shape
             Of the modules that are asked for.
-        start : int, optional
-            Modules from this one on will be made again.
+        first : int
+            The first module that is to be made; those below are there.
+        workers : Workers, optional
 
         Raises
         ------
@@ -253,18 +256,38 @@ class Pipeline:
         """
         errors = []
         budget = self.workspace.budget
-        for needs in chain_needs(self.workspace, self.source, shapes):
-            index = needs.spec.index
-            anew = start is not None and index >= start
+        stored = {index: self._is_materialized(index) for index in range(1, first)}
+        for needs in chain_needs(self.workspace, self.source, shapes, stored)[first - 1 :]:
             try:
-                if anew or not self.workspace.weights_path(index).exists():
-                    plan_training(needs, recorded=None, budget=budget)
-                if anew or not self.workspace.cache_path(index).exists():
-                    plan_forward(needs.spec, budget)
+                plan_training(needs, recorded=None, budget=budget)
+                plan_extraction(needs, budget=budget, workers=workers)
             except OverBudgetError as error:
                 errors.append(error)
         if errors:
             raise max(errors, key=lambda error: error.needed)
+
+    def plan_disk(self, shapes: list[Shape], *, first: int, last: int) -> DiskPlan:
+        """What the caches up to ``last`` take, those below ``first`` being there already."""
+        there = {index: self.workspace.cache_path(index) for index in range(1, first)}
+        return plan_disk(self.workspace, self.source, shapes, last=last, there=there)
+
+    def _is_materialized(self, index: int) -> bool:
+        return Cache(self.workspace.cache_path(index)).materialized
+
+    def first_to_make(self, last: int) -> int:
+        """The lowest module up to ``last`` of which something is missing or stale; else beyond."""
+        for index in range(1, last + 1):
+            try:
+                stage = self.stage(index)
+                weights, _ = stage.current_weights()
+                if weights is None:
+                    return index
+                cache, _ = stage.outputs.current(stage.outputs.manifest(weights))
+            except (StaleCacheError, CorruptCacheError):
+                return index
+            if cache is None or not cache.sealed:
+                return index
+        return last + 1
 
     def run(
         self, *, start: int | None = None, until: int | None = None, workers: Workers | None = None
@@ -299,13 +322,20 @@ class Pipeline:
         if start is not None and start > last:
             raise ConfigError(f"is {start}, above --until {last}: nothing to make", key="--from")
         shapes = self.check()
-        self.check_budget(shapes[:last], start=start)
+        first = min(start or last + 1, self.first_to_make(last))
+        self.check_budget(shapes[:last], first=first, workers=workers)
+        disk = self.plan_disk(shapes, first=first, last=last)
+        if first <= last:
+            disk.check(self.workspace)
         with exclusive(self.workspace.folder):
             if start is not None:
                 self.stage(start)  # what the first forgotten module needs is there
                 for index in range(start, len(self.config.module) + 1):
                     self.forget(index)
-            stages = [self._run_stage(index, workers or Workers()) for index in range(1, last + 1)]
+            stages = [
+                self._run_stage(index, workers or Workers(), above=disk.caches[index:])
+                for index in range(1, last + 1)
+            ]
             in_channels = [shape.cell_in[0] for shape in shapes[:last]]
             scores = probe_chain(self.workspace, self.source, in_channels)
         if scores is not None:
@@ -319,12 +349,13 @@ class Pipeline:
         seconds = time.monotonic() - started
         return RunResult(self.config.name, self.workspace.folder, stages, raw, seconds)
 
-    def _run_stage(self, index: int, workers: Workers) -> StageResult:
+    def _run_stage(self, index: int, workers: Workers, above: list[CacheSize]) -> StageResult:
         stage = self.stage(index)
         weights, trained = stage.train()
         if self.config.keep != "all":
             self._drop(index - 2)
-        _, extracted = stage.extract(weights, workers=workers)
+        reserved = sum(cache.bytes for cache in above)
+        _, extracted = stage.extract(weights, workers=workers, reserved=reserved)
         if self.config.keep == "last":
             self._drop(index - 1)
         path = self.workspace.cache_path(index)
@@ -353,12 +384,3 @@ class Pipeline:
             space.logs_path(index),
         ):
             remove(path)
-
-
-def folder_bytes(path: Path) -> int:
-    """Bytes of all files below a folder."""
-    total = 0
-    for file in path.rglob("*"):
-        with suppress(FileNotFoundError):  # a run that is at work moves files
-            total += file.stat().st_size if file.is_file() else 0
-    return total

@@ -3,71 +3,26 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import numpy as np
 import torch
-from einops import rearrange
 
-from gim_stagewise.cache import CacheLayout, Precision, encoded_bytes, read_manifest
-from gim_stagewise.errors import GimStageError, OverBudgetError
 from gim_stagewise.memory import Budget
-from gim_stagewise.models import INPUT_OPERATIONS
-from gim_stagewise.pipeline import Pipeline, folder_bytes
-from gim_stagewise.sources import PatchSource, Request, read_stacked
-from gim_stagewise.stage.choose import Choice
-from gim_stagewise.stage.extract import BLOCKS_AT_ONCE
+from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.sources import Request, read_stacked
+from gim_stagewise.stage.choose import Choice, input_seconds
+from gim_stagewise.stage.disk import DiskPlan, plan_disk
+from gim_stagewise.stage.extraction_plan import ExtractionPlan, plan_extraction
 from gim_stagewise.stage.fit import (
     TrainingPlan,
-    plan_forward,
     plan_training,
     smallest_training,
 )
-from gim_stagewise.stage.forward import block_bytes
-from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
+from gim_stagewise.stage.freeze import FrozenModule
 from gim_stagewise.stage.loader import loading_quality, positions_of
-from gim_stagewise.stage.needs import cache_layout, chain_needs
-from gim_stagewise.stage.parallel import BASE_BYTES, extraction_workers
+from gim_stagewise.stage.needs import chain_needs
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.stage import Stage
-from gim_stagewise.units import format_bytes
-
-# Samples that an estimate of a cache's size looks at, within so many bytes.
-SAMPLES_SEEN = 16
-SAMPLE_BYTES_SEEN = 32_000_000
-
-
-@dataclass(frozen=True)
-class ExtractionPlan:
-    """What extracting a cache will take.
-
-    Parameters
-    ----------
-    forward : int
-        Bytes of the frozen module's forward, on the device.
-    block : int
-        Bytes of the blocks that are on their way from input to disk in one process, on the host.
-    workers : int
-        Processes besides this one; 0 for this one alone.
-    base : int
-        Bytes of a process before it begins.
-    on_gpu : bool
-    """
-
-    forward: int
-    block: int
-    workers: int
-    base: int
-    on_gpu: bool
-
-    @property
-    def host(self) -> int:
-        """Bytes on the host, all processes together."""
-        each = self.block + (0 if self.on_gpu else self.forward)
-        return self.base + (self.workers * (self.base + each) if self.workers else each)
 
 
 @dataclass(frozen=True)
@@ -83,10 +38,9 @@ class StagePlan:
         On disk.
     cache_basis : str
         How that was found.
-    pooled_bytes : int
-        Of it, what stays when activations may go.
-    patches : int
-        Patches of one sample.
+    forward_flops, backward_flops : int
+        Floating-point operations of training on one sample; the forward is done twice where there
+        are micro-batches. 0 where they could not be counted.
     shuffle_quality : float
         How often batches will repeat a chunk of the input, against a perfect shuffle.
     choice : Choice or None
@@ -98,8 +52,8 @@ class StagePlan:
     extraction: ExtractionPlan
     cache_bytes: int
     cache_basis: str
-    pooled_bytes: int
-    patches: int
+    forward_flops: int
+    backward_flops: int
     shuffle_quality: float
     choice: Choice | None = None
 
@@ -121,24 +75,7 @@ class PipelinePlan:
     pipeline: str
     device: str
     stages: list[StagePlan]
-
-    def disk(self, keep: str) -> int:
-        """The most bytes of caches on disk at once.
-
-        Parameters
-        ----------
-        keep : "all", "last-two" or "last"
-            Which activations stay: a stage needs those of the one below, and none before them.
-            Embeddings always stay.
-        """
-        sizes = [stage.cache_bytes for stage in self.stages]
-        if keep == "all":
-            return sum(sizes)
-        pooled = [stage.pooled_bytes for stage in self.stages]
-        return max(
-            sum(sizes[max(0, top - 1) : top + 1]) + sum(pooled[: max(0, top - 1)])
-            for top in range(len(sizes))
-        )
+    disk: DiskPlan
 
 
 def plan_pipeline(pipeline: Pipeline) -> PipelinePlan:
@@ -148,56 +85,61 @@ def plan_pipeline(pipeline: Pipeline) -> PipelinePlan:
     ------
     OverBudgetError
         If a stage does not fit the budget of the pipeline's workspace.
+    StorageError
+        If the disk surely has no room for the caches.
     GimStageError
         For whatever else does not fit together.
     """
     shapes = pipeline.check()
     space, source = pipeline.workspace, pipeline.source
-    pipeline.check_budget(shapes, start=1)
+    pipeline.check_budget(shapes)
+    first = pipeline.first_to_make(len(shapes))
     choices = _choices(pipeline, shapes)
-    sizes = _cache_sizes(pipeline, shapes, choices)
+    there = {index: space.cache_path(index) for index in range(1, first)}
+    disk = plan_disk(space, source, shapes, last=len(shapes), there=there, choices=choices)
+    allowed = space.budget.disk
+    for index in sorted(choices, reverse=True):
+        over = 0 if allowed is None else disk.needed(space.config.keep) - allowed
+        if over > 0 and choices[index].store:
+            room = max(0, disk.caches[index - 1].bytes - over)
+            choices[index] = replace(choices[index], room=room)
+            disk = plan_disk(space, source, shapes, last=len(shapes), there=there, choices=choices)
+    stored = {index: choice.store for index, choice in choices.items()}
     stages = []
-    item_bytes, chunk_items = source.item_bytes, 1
+    chunk_items = 1
     unlabeled = positions_of(source, source.split("unlabeled"))
-    for needs, shape in zip(chain_needs(space, source, shapes), shapes, strict=True):
+    for needs, shape, cache in zip(
+        chain_needs(space, source, shapes, stored), shapes, disk.caches, strict=True
+    ):
         spec = needs.spec
         index = spec.index
-        layout = cache_layout(space, index, shape, source)
+        train = space.module_config(index).train
         training = plan_training(needs, recorded=None, budget=space.budget)
-        on_gpu = space.device.type == "cuda"
-        forward = plan_forward(spec, space.budget)
-        block = BLOCKS_AT_ONCE * block_bytes(item_bytes, layout)
-        workers = extraction_workers(
-            threads=space.config.extract.threads,
-            on_gpu=on_gpu,
-            worker_bytes=BASE_BYTES + block + (0 if on_gpu else forward),
-            host_bytes=space.budget.host_bytes(),
-        )
-        cache_bytes, basis = sizes[index - 1]
+        patches = math.prod(shape.trained_grid)
+        forwards = 1 if training.micro_batch >= spec.rows else 2
         stages.append(
             StagePlan(
                 module=index,
                 training=training,
-                extraction=ExtractionPlan(forward, block, workers, BASE_BYTES, on_gpu),
-                cache_bytes=cache_bytes,
-                cache_basis=basis,
-                pooled_bytes=_stored_samples(source, layout) * layout.embedding_bytes,
-                patches=math.prod(shape.grid),
+                extraction=plan_extraction(needs, budget=space.budget),
+                cache_bytes=cache.bytes,
+                cache_basis=cache.basis,
+                forward_flops=forwards * patches * training.step.forward_flops,
+                backward_flops=patches * training.step.backward_flops,
                 shuffle_quality=loading_quality(
                     unlabeled,
-                    batch=space.module_config(index).train.batch,
-                    window=space.module_config(index).train.shuffle_window,
-                    item_bytes=item_bytes,
+                    batch=train.batch,
+                    window=train.shuffle_window,
+                    item_bytes=needs.item_bytes,
                     chunk_items=chunk_items,
                     seed=space.config.seed,
                 ),
                 choice=choices.get(index),
             )
         )
-        item_bytes, chunk_items = layout.sample_bytes, layout.chunk
-    plan = PipelinePlan(space.config.name, str(space.device), stages)
-    _check_disk(pipeline, plan)
-    return plan
+        chunk_items = needs.layout.chunk
+    disk.check(space)
+    return PipelinePlan(space.config.name, str(space.device), stages, disk)
 
 
 def smallest_budget(pipeline: Pipeline) -> Budget:
@@ -213,25 +155,11 @@ def smallest_budget(pipeline: Pipeline) -> Budget:
             *(budget.device or 0 for budget in least),
             *(stage.extraction.forward for stage in plan.stages),
         ),
-        host=max(budget.host or 0 for budget in least),
-        disk=plan.disk("last"),
-    )
-
-
-def _check_disk(pipeline: Pipeline, plan: PipelinePlan) -> None:
-    allowed, keep = pipeline.workspace.budget.disk, pipeline.config.keep
-    needed = plan.disk(keep)
-    if allowed is None or needed <= allowed:
-        return
-    others = [
-        f'keep = "{name}" needs {format_bytes(plan.disk(name))}'
-        for name in ("last-two", "last")
-        if name != keep and plan.disk(name) <= allowed
-    ]
-    advice = others or ["store less, with fewer views or another cache.codec"]
-    raise OverBudgetError(
-        f"the caches project {format_bytes(needed)} on disk, allowed {format_bytes(allowed)}: "
-        f"{advice[0]}, or allow --allowed-disk {-(-needed // 1_000_000)}MB"
+        host=max(
+            *(budget.host or 0 for budget in least),
+            *(stage.extraction.host_alone for stage in plan.stages),
+        ),
+        disk=plan.disk.needed("last"),
     )
 
 
@@ -245,9 +173,8 @@ def _choices(pipeline: Pipeline, shapes: list[Shape]) -> dict[int, Choice]:
     if not asked or space.device.type == "cuda":
         return {}
     count = max(1, config.extract.batch // math.prod(shapes[0].grid))
-    started = time.perf_counter()
     samples = read_stacked(source, [Request(item_id) for item_id in source.ids[:count]])
-    seconds = (time.perf_counter() - started) / len(samples)
+    seconds = input_seconds(source, 0)
     found: dict[int, Choice] = {}
     for index, shape in enumerate(shapes[:-1], start=1):
         frozen = FrozenModule(space.build(index, shape.cell_in[0]), torch.device("cpu"))
@@ -260,70 +187,3 @@ def _choices(pipeline: Pipeline, shapes: list[Shape]) -> dict[int, Choice]:
         ).cache.materialize == "always"
         seconds = choice.read_warm if stored else choice.compute
     return found
-
-
-def _cache_sizes(
-    pipeline: Pipeline, shapes: list[Shape], choices: dict[int, Choice]
-) -> list[tuple[int, str]]:
-    """Bytes on disk of each cache, and how they were found."""
-    space, source = pipeline.workspace, pipeline.source
-    sizes: list[tuple[int, str]] = []
-    estimates = _encoded_bytes(pipeline, shapes)
-    for index, (shape, (encoded, seen)) in enumerate(zip(shapes, estimates, strict=True), start=1):
-        path = space.cache_path(index)
-        if _is_sealed(path):
-            sizes.append((folder_bytes(path), "the sealed cache that is there"))
-            continue
-        layout = cache_layout(space, index, shape, source)
-        stored = _stored_samples(source, layout)
-        if not layout.materialized or (index in choices and not choices[index].store):
-            sizes.append((stored * layout.embedding_bytes, "embeddings alone"))
-            continue
-        many = "sample" if seen == 1 else "samples"
-        sizes.append(
-            (
-                round(stored * (encoded + layout.embedding_bytes)),
-                f"{seen} {many} through untrained modules, encoded",
-            )
-        )
-    return sizes
-
-
-def _is_sealed(path: Path) -> bool:
-    try:
-        return read_manifest(path).sealed
-    except GimStageError:
-        return False
-
-
-def _stored_samples(source: PatchSource, layout: CacheLayout) -> int:
-    """Samples that are written, once for each view."""
-    return sum(len(block.samples) for block in layout.blocks(source))
-
-
-def _encoded_bytes(pipeline: Pipeline, shapes: list[Shape]) -> Iterator[tuple[float, int]]:
-    """Bytes of one sample's encoded activations for each module, and the samples looked at."""
-    space, source = pipeline.workspace, pipeline.source
-    largest = max(source.item_bytes, *(_sample_bytes(shape) for shape in shapes))
-    count = max(1, min(SAMPLES_SEEN, SAMPLE_BYTES_SEEN // largest, len(source.ids)))
-    ids = [source.ids[int(i)] for i in np.linspace(0, len(source.ids) - 1, count)]
-    batch = read_stacked(source, [Request(item_id) for item_id in ids])
-    rows = torch.from_numpy(rearrange(batch, "s r c ch h w -> (s r c) ch h w"))
-    for index, shape in enumerate(shapes, start=1):
-        # Smaller pieces than in extraction: their bits decide nothing here, their memory does.
-        config = space.config.extract.model_copy(
-            update={"batch": min(space.config.extract.batch, len(rows))}
-        )
-        frozen = FrozenModule(space.build(index, shape.cell_in[0]), torch.device("cpu"))
-        cache = space.module_config(index).cache
-        rows, _ = frozen_forward(frozen, rows, config)
-        op = shapes[index].input_op if index < len(shapes) else None
-        if op is not None and cache.stored_operation == "auto":
-            rows = INPUT_OPERATIONS[op](rows)
-        extremes = rows.transpose(0, 1).flatten(1).aminmax(dim=1)
-        stored, _ = Precision(cache.precision).calibrated(*extremes).encode(rows)
-        yield encoded_bytes(stored.numpy(), cache.codec) / count, count
-
-
-def _sample_bytes(shape: Shape) -> int:
-    return 4 * math.prod(shape.grid) * math.prod(shape.cell_out)

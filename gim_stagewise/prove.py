@@ -14,6 +14,8 @@ import numpy as np
 from gim_stagewise.cache import Cache
 from gim_stagewise.config import PipelineConfig
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.stage.fit import plan_training
+from gim_stagewise.stage.needs import chain_needs
 from gim_stagewise.stage.workspace import open_patches
 
 # Steps of an epoch, and epochs, of the slice that is trained both ways.
@@ -59,6 +61,7 @@ def prove(pipeline: Pipeline) -> list[Proof]:
         For whatever is wrong with the pipeline.
     """
     samples = _slice(pipeline)
+    pipeline = _with_micro_batches(pipeline)
     folder = pipeline.workspace.folder
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".prove-") as place:
@@ -75,6 +78,26 @@ def prove(pipeline: Pipeline) -> list[Proof]:
         )
         for index, (one, other) in enumerate(zip(stored, computed, strict=True), start=1)
     ]
+
+
+def _with_micro_batches(pipeline: Pipeline) -> Pipeline:
+    """The pipeline with every "auto" replaced by what fits where all inputs are computed.
+
+    That leaves a step less room than where they are stored; what is proven is that the input is
+    the same, and so the micro-batch has to be.
+    """
+    space = pipeline.workspace
+    config = _short(space.config, "never")
+    shapes = pipeline.check()
+    needs = chain_needs(replace(space, config=config), pipeline.source, shapes)
+    modules = dict(space.config.module)
+    for index, module in modules.items():
+        if module.train.micro_batch == "auto":
+            plan = plan_training(needs[index - 1], recorded=None, budget=space.budget)
+            train = module.train.model_copy(update={"micro_batch": plan.micro_batch})
+            modules[index] = module.model_copy(update={"train": train})
+    config = space.config.model_copy(update={"module": modules})
+    return Pipeline(replace(space, config=config))
 
 
 def _slice(pipeline: Pipeline) -> list[str]:

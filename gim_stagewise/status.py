@@ -11,8 +11,9 @@ from gim_stagewise.cache import BuildFolder, read_manifest
 from gim_stagewise.durable import remove as remove_path
 from gim_stagewise.durable import rename
 from gim_stagewise.errors import CorruptCacheError, GimStageError
-from gim_stagewise.pipeline import Pipeline, folder_bytes
+from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.stage.checkpoint import FrozenWeights, TrainingRecord, peek_checkpoint
+from gim_stagewise.stage.disk import folder_bytes
 from gim_stagewise.stage.identity import cache_recipe, recipe_differences, stage_recipe
 from gim_stagewise.stage.stage import Stage
 

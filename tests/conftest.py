@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 # Before torch is imported, here and in the processes that tests start: the same thread count
@@ -68,10 +69,21 @@ def make_images(folder: Path, *, train: int = 40, test: int = 12) -> None:
         np.save(folder / f"{split}_labels.npy", labels)
 
 
+def write_tiny(folder: Path) -> Path:
+    """A pipeline file with three modules, and its data beside it."""
+    make_images(folder)
+    file = folder / "tiny.toml"
+    file.write_text(TINY.format(root=folder))
+    return file
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """Path of a pipeline file with three modules and its data beside it."""
-    make_images(tmp_path)
-    file = tmp_path / "tiny.toml"
-    file.write_text(TINY.format(root=tmp_path))
-    return file
+    """Path of a pipeline file of this test's own."""
+    return write_tiny(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def new_tiny() -> Callable[[Path], Path]:
+    """Writes such a file and its data into a folder, for runs that several tests look at."""
+    return write_tiny

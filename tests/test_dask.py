@@ -271,7 +271,11 @@ def test_ctrl_c_ends_at_once_with_130_and_says_how_to_go_on(
 ) -> None:
     command = [sys.executable, "-m", "gim_stagewise.cli", "run", slow, "--dir", tmp_path / "out"]
     process = subprocess.Popen(
-        [*map(str, command), "--workers", workers], stderr=subprocess.PIPE, text=True
+        [*map(str, command), "--workers", workers],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore it, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_until(lambda: blocks_done(tmp_path / "out" / "m1.zarr") >= 2)
     children = descendants(process.pid)

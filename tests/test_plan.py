@@ -12,7 +12,7 @@ import torch
 from helpers import edit, weights_of
 from test_cli import gim_stage, one_error
 
-from gim_stagewise.cache import Cache
+from gim_stagewise.cache import Cache, CacheLayout
 from gim_stagewise.config import parse_pipeline
 from gim_stagewise.errors import OverBudgetError
 from gim_stagewise.memory import Budget
@@ -21,7 +21,7 @@ from gim_stagewise.plan import plan_pipeline
 from gim_stagewise.processes import in_fresh_process
 from gim_stagewise.stage.fit import plan_training
 from gim_stagewise.stage.freeze import FrozenModule
-from gim_stagewise.stage.needs import TrainingNeeds
+from gim_stagewise.stage.needs import StageNeeds
 from gim_stagewise.stage.project import StepSpec, count_step, measure_step, project_step
 from gim_stagewise.stage.stage import Stage
 
@@ -55,11 +55,12 @@ def spec(micro_batch: int, *, shape: tuple[int, ...] = (8, 4, 4), lean: bool = T
     )
 
 
-def needs(spec: StepSpec, *, asked: int | Literal["auto"] | None = None) -> TrainingNeeds:
+def needs(spec: StepSpec, *, asked: int | Literal["auto"] | None = None) -> StageNeeds:
     train = spec.config.stage(1).train.model_copy(update={"micro_batch": asked})
     module = spec.config.stage(1).model_copy(update={"train": train})
     config = spec.config.model_copy(update={"module": {1: module}})
-    return TrainingNeeds(replace(spec, config=config), loader=0, chain=0)
+    layout = CacheLayout(8, 1, (4, 4), (128, 8, 8), 128, 1, "lz4")
+    return StageNeeds(replace(spec, config=config), 0, 0, item_bytes=1024, layout=layout)
 
 
 def test_a_count_has_parameters_gradients_and_optimizer_to_the_byte() -> None:
@@ -162,7 +163,7 @@ def test_plan_says_what_it_knows(tiny: Path, tmp_path: Path) -> None:
     assert disk["last"] <= disk["last-two"] < disk["all"]
     table = gim_stage("plan", tiny, "--dir", out, "--device", "cpu").stdout
     assert "micro-batch" in table
-    assert "the sealed cache that is there" in " ".join(table.split())
+    assert "the cache that is there" in " ".join(table.split())
 
 
 @pytest.mark.parametrize(
@@ -303,7 +304,7 @@ def test_too_many_workers_for_the_memory_are_refused(tiny: Path, tmp_path: Path)
     done = gim_stage("extract", *arguments, "--workers", "2", "--allowed-host-mem", "1.4GB")
     error = one_error(done, 3)
     assert "with 2 workers projects" in error
-    assert "use 1 or less" in error
+    assert "use --workers 1 or less" in error
 
 
 def test_a_run_reports_what_was_projected_and_measured(tiny: Path, tmp_path: Path) -> None:

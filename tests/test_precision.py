@@ -20,6 +20,7 @@ from torch import Tensor
 from gim_stagewise.cache import Cache, Precision, PrecisionError, open_cache, read_manifest
 from gim_stagewise.errors import (
     CorruptCacheError,
+    NonFiniteError,
     PrecisionLossError,
     StaleCacheError,
 )
@@ -287,6 +288,39 @@ class Bright(nn.Module):
 """
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_outputs_that_are_not_finite_name_their_samples(
+    tiny: Path, tmp_path: Path, name: str, value: str
+) -> None:
+    (tmp_path / "nets.py").write_text(
+        "from pathlib import Path\n"
+        "import torch\n"
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, in_channels):\n"
+        "        super().__init__()\n"
+        "        self.conv = nn.Conv2d(in_channels, 4, 3)\n"
+        "    def forward(self, x):\n"
+        "        z = self.conv(x)\n"
+        f"        if not Path('{tmp_path}/trained').exists():\n"
+        "            return z\n"
+        f"        return torch.where(x.amax((1, 2, 3), True) > 0.95, float('{value}'), z)\n"
+    )
+    edit(tiny, 'build = "residual"\noptions = { stem = 4, channels = 6 }', 'build = "nets:Net"')
+    with_cache(tiny, f'precision = "{name}"')
+    tiny.write_text(tiny.read_text().partition("[module.2]")[0])
+    stage = Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").stage(1)
+    weights, _ = stage.train()
+    (tmp_path / "trained").touch()
+    with pytest.raises(NonFiniteError, match=r"NaN or infinity for .* samples: train/"):
+        stage.extract(weights)
+    assert (
+        not (tmp_path / "out" / "m1.zarr" / "zarr.json").exists()
+        or not read_manifest(tmp_path / "out" / "m1.zarr").sealed
+    )
+
+
 def test_values_beyond_the_precision_are_an_error(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "bright.py").write_text(BRIGHT)
     file = tmp_path / "bright.toml"
@@ -317,3 +351,52 @@ def test_inspect_shows_what_was_lost(tiny: Path, tmp_path: Path) -> None:
     assert "uint8" in done.stdout
     assert "relative L2 error" in done.stdout
     assert "after relu" in done.stdout
+
+
+@pytest.mark.parametrize("magnitude", [1e-37, 1e-25, 1e20, 1e37])
+@pytest.mark.parametrize("name", ["bfloat16", "float8_e4m3", "uint8", "bitround-7"])
+def test_the_error_is_known_at_any_magnitude(name: str, magnitude: float) -> None:
+    values = activations(1, signed=True) * (magnitude / 300)
+    form = calibrated(name, values)
+    stored, found = form.encode(values)
+    assert found is not None
+    difference = form.decode(stored).double() - values.double()
+    expected = difference.norm() / values.double().norm()
+    assert found.relative == pytest.approx(float(expected), rel=1e-5)
+    if magnitude > 1e-30:
+        assert 1e-4 < found.relative < 0.1
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "bitround-7"])
+def test_what_would_round_to_infinity_is_counted(name: str) -> None:
+    values = torch.tensor([1.0, 3.402e38, -3.402e38])[:, None, None, None]
+    stored, error = Precision(name).encode(values)
+    assert error is not None
+    assert error.saturated == 2
+    assert Precision(name).decode(stored).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["uint8", "float8_e4m3"])
+def test_a_channel_that_was_zero_in_calibration_is_not_lost(name: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    values = torch.rand(21, 5, 3, 2, generator=draw)
+    seen = values.clone()
+    seen[:, 2] = 0
+    form = calibrated(name, seen)
+    stored, _ = form.encode(values)
+    kept = form.decode(stored)[:, 2]
+    assert (kept - values[:, 2]).norm() < 0.1 * values[:, 2].norm()
+    dead = Precision(name).calibrated(torch.zeros(3), torch.zeros(3))
+    assert all(0 < scale < math.inf for scale in dead.scale)
+
+
+@given(
+    lowest=st.floats(-(2.0**100), 0, width=32, allow_subnormal=False),
+    highest=st.floats(0, 2.0**100, width=32, allow_subnormal=False),
+)
+def test_the_ends_of_what_was_seen_do_not_saturate(lowest: float, highest: float) -> None:
+    ends = torch.tensor([lowest, highest])
+    form = Precision("uint8").calibrated(ends[:1], ends[1:])
+    _, error = form.encode(ends[:, None, None, None])
+    assert error is not None
+    assert error.saturated == 0

@@ -13,10 +13,10 @@ import torch
 from helpers import assert_same_run, edit
 
 from gim_stagewise.cache import BuildFolder, Cache, read_manifest
-from gim_stagewise.errors import PartialCacheError
+from gim_stagewise.errors import NonFiniteError, PartialCacheError
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.report.record import save_record
-from gim_stagewise.stage.parallel import Workers
+from gim_stagewise.stage.extraction_plan import Workers
 
 # Runs a pipeline, counts the work as it is done, and kills itself without warning at a point.
 SCRIPT = """
@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.progress import Silent, Task
 from gim_stagewise.report.record import save_record
-from gim_stagewise.stage.parallel import Workers
+from gim_stagewise.stage.extraction_plan import Workers
 
 file, folder, label, limit, log, workers = sys.argv[1:7]
 log = open(log, "a")
@@ -159,3 +159,67 @@ def test_a_partial_cache_of_other_content_is_begun_again(tiny: Path, tmp_path: P
     Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run()
     Pipeline.from_file(tiny, folder=tmp_path / "fresh", device="cpu").run()
     assert_same_run(tmp_path / "out", tmp_path / "fresh")
+
+
+EXPLODES = """
+import torch
+from torch import nn
+
+
+class Explode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, at):
+        ctx.at = at
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (float("inf") if ctx.at else 1.0), None
+
+
+class Net(nn.Module):
+    def __init__(self, in_channels, what, step):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, 4, 3)
+        self.what, self.step, self.forwards = what, step, 0
+
+    def forward(self, x):
+        z = self.conv(x)
+        if self.training and torch.is_grad_enabled():
+            self.forwards += 1
+        now = self.training and self.forwards >= self.step
+        if self.what == "loss" and now:
+            return z * float("nan")
+        if self.what == "validation loss" and not self.training and self.forwards >= self.step:
+            return z * float("inf")
+        return Explode.apply(z, self.what == "weights" and now)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("loss", "the loss became nan at step"),
+        ("validation loss", "the validation loss became nan at step"),
+        ("weights", "weights became NaN or infinite at step"),
+    ],
+)
+def test_training_that_diverges_says_where_and_keeps_the_last_good_checkpoint(
+    tiny: Path, tmp_path: Path, what: str, said: str
+) -> None:
+    (tmp_path / "nets.py").write_text(EXPLODES)
+    options = f'options = {{ what = "{what}", step = 4 }}'
+    edit(
+        tiny,
+        'build = "residual"\noptions = { stem = 4, channels = 6 }',
+        f'build = "nets:Net"\n{options}',
+    )
+    tiny.write_text(tiny.read_text().partition("[module.2]")[0])
+    with pytest.raises(NonFiniteError, match=said) as caught:
+        Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run()
+    checkpoint = tmp_path / "out" / "checkpoints" / "m1.pt"
+    assert "lr 0.003" in str(caught.value)
+    assert f"the last good checkpoint is {checkpoint}" in str(caught.value)
+    state = torch.load(checkpoint, weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in state["module"].values())
+    assert not (tmp_path / "out" / "m1.safetensors").exists()

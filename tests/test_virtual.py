@@ -20,7 +20,7 @@ from gim_stagewise.errors import DataError, StaleCacheError
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.sources import Request
 from gim_stagewise.stage.extract import VirtualCache
-from gim_stagewise.stage.parallel import Workers
+from gim_stagewise.stage.extraction_plan import Workers
 
 
 def never(file: Path) -> Path:
@@ -169,14 +169,14 @@ def test_prove_tells_when_the_two_ways_differ(
 ) -> None:
     from gim_stagewise.prove import prove
 
-    original = VirtualCache._read_chunk
+    original = VirtualCache.read_chunk
 
     def off_by_a_bit(self: VirtualCache, name: str, *chunk: Any) -> Iterator[Any]:
         for rows, values in original(self, name, *chunk):
             other = values ^ 1 if values.dtype == np.uint8 else values
             yield rows, other
 
-    monkeypatch.setattr(VirtualCache, "_read_chunk", off_by_a_bit)
+    monkeypatch.setattr(VirtualCache, "read_chunk", off_by_a_bit)
     proofs = prove(Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu"))
     assert [proof.equal for proof in proofs] == [True, False, False]
 

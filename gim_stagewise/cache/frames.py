@@ -12,6 +12,7 @@ import math
 import os
 import struct
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,11 @@ def announce(file: Path) -> None:
         return
     try:
         descriptor = os.open(file, os.O_RDONLY)
-    except FileNotFoundError:
+    except OSError:
         return  # whoever reads it will say so
     try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        with suppress(OSError):  # not every file system knows how
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
     finally:
         os.close(descriptor)
 

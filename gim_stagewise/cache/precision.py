@@ -38,6 +38,7 @@ from gim_stagewise.config import BITROUND, PRECISIONS
 _STORED = {"float16": "float16", "bfloat16": "uint16", "float8_e4m3": "uint8", "uint8": "uint8"}
 _LARGEST_FLOAT8 = 448.0
 _LARGEST_FLOAT16 = 65504.0
+_LARGEST_BFLOAT16 = (2 - 2.0**-7) * 2.0**127
 # How far beyond what was seen in calibration values may go before they saturate. A float8 has range
 # to spare; each code of a uint8 counts.
 _FLOAT8_MARGIN = 4.0
@@ -116,13 +117,14 @@ class Precision:
             return self
         lowest, highest = lowest.double().clamp(max=0), highest.double().clamp(min=0)
         if self.name == "float8_e4m3":
-            reach = torch.maximum(-lowest, highest) * _FLOAT8_MARGIN / _LARGEST_FLOAT8
-            scale = [2.0 ** math.ceil(math.log2(r)) if r > 0 else 1.0 for r in reach.tolist()]
-            return replace(self, scale=tuple(scale))
-        step = (highest - lowest) * _UINT8_MARGIN / 255
-        step = torch.where(step > 0, step, 1.0).float()
-        # Rounded to a whole code, so that 0 is a code of its own.
-        zero = torch.ceil(-lowest * _UINT8_MARGIN / step.double()).clamp(0, 255)
+            reach = _some_reach(torch.maximum(-lowest, highest))
+            powers = torch.log2(reach * _FLOAT8_MARGIN / _LARGEST_FLOAT8).ceil()
+            return replace(self, scale=tuple(torch.exp2(powers).tolist()))
+        reach = _some_reach(highest - lowest) * _UINT8_MARGIN
+        step = (reach / 255).float()
+        # Rounded to a whole code, so that 0 is a code of its own, and both ends have one.
+        zero = torch.ceil(-lowest * _UINT8_MARGIN / step.double())
+        zero = zero.minimum(255 - torch.round(highest / step.double())).clamp(0, 255)
         return replace(
             self, scale=tuple(step.tolist()), zero_point=tuple(int(z) for z in zero.tolist())
         )
@@ -175,10 +177,15 @@ class Precision:
         if self.name == "float16":
             return error.clamped(values, -_LARGEST_FLOAT16, _LARGEST_FLOAT16).half()
         if self.name == "bfloat16":
-            return values.bfloat16().view(torch.uint16)
+            return (
+                error.clamped(values, -_LARGEST_BFLOAT16, _LARGEST_BFLOAT16)
+                .bfloat16()
+                .view(torch.uint16)
+            )
         bits = _mantissa_bits(self.name)
         assert bits is not None
-        return _rounded(values, bits)
+        largest = (2 - 2.0**-bits) * 2.0**127
+        return _rounded(error.clamped(values, -largest, largest), bits)
 
     def decode(
         self, stored: Tensor, *, out: Tensor | None = None
@@ -261,6 +268,16 @@ class Precision:
 
 
 PLAIN = Precision("float32")
+
+
+def _some_reach(reach: Tensor) -> Tensor:
+    """Of each channel; one that is 0 on the sample, and may not be elsewhere, is like the others.
+
+    None is so small that its scale could not be told from 0 in float32.
+    """
+    alive = reach[reach > 0]
+    typical = alive.median() if len(alive) else torch.ones((), dtype=reach.dtype)
+    return torch.where(reach > 0, reach, typical).clamp(min=2.0**-100)
 
 
 # An array and not a tensor, which might be a fake one that counts memory.

@@ -114,12 +114,18 @@ class Account:
         return values
 
     def add(self, values: Tensor, decoded: Tensor) -> None:
-        self._error += (decoded - values).square_().sum((2, 3)).sum(0, dtype=torch.float64)
-        self._squares += values.square().sum((2, 3)).sum(0, dtype=torch.float64)
+        # In float64: squares of float32 values leave the range of float32 at both ends.
+        self._error += _squares(decoded - values)
+        self._squares += _squares(values)
 
     def total(self) -> PrecisionError:
         parts = (self._error, self._squares, self._beyond, self._values)
         return PrecisionError(*(part.cpu().numpy() for part in parts))
+
+
+def _squares(values: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(values, dim=(2, 3), dtype=torch.float64)
+    return norms.square_().sum(0)
 
 
 def _ratio(error: float, values: float) -> float:

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
-from gim_stagewise.cache.codecs import codec_pipeline
 from gim_stagewise.cache.columns import metadata_problem, read_numbers, read_strings
 from gim_stagewise.cache.digests import Digest
 from gim_stagewise.cache.frames import FrameError, announce, read_frame
@@ -40,8 +38,7 @@ class Cache:
     path : Path
         A sealed cache.
     verify : bool
-        Whether every chunk is compared with its checksum before it is used. Arrays from ``dask``
-        and ``activations`` always are.
+        Whether every chunk is compared with its checksum before it is used.
 
     Raises
     ------
@@ -105,6 +102,8 @@ class Cache:
         return UniformItems(self.ids, layout.grid, layout.cell[0], "float32")
 
     def split(self, name: Split) -> Sequence[str]:
+        if name not in SPLITS:
+            raise DataError(f"no split {name!r}; there are: {', '.join(SPLITS)}")
         mask = self._small_array("splits", "uint8")
         return list(compress(self.ids, mask & (1 << SPLITS.index(name))))
 
@@ -170,9 +169,7 @@ class Cache:
         from gim_stagewise.cache.views import DecodedArray
 
         self._require_activations()
-        with codec_pipeline():
-            stored = zarr.open_array(str(self.path / "activations"), mode="r")
-            return DecodedArray(stored, self.precision)
+        return DecodedArray(self, "activations")
 
     def dataset(self, split: Split, *, view: int = 0) -> CacheDataset:
         """Samples and labels of a split for a ``torch.utils.data.DataLoader``."""
@@ -182,9 +179,17 @@ class Cache:
         return CacheDataset(self, split, view)
 
     def dask(self, name: str = "activations") -> Any:
-        """An array of the cache as a lazy ``dask.array.Array``."""
+        """Values called "activations" or "pooled" as a lazy ``dask.array.Array``, float32.
+
+        Raises
+        ------
+        DataError
+            If there is no such array.
+        """
         from gim_stagewise.cache.views import dask_array
 
+        if name not in ("activations", "pooled"):
+            raise DataError(f'no array {name!r} of values; there are "activations" and "pooled"')
         if name == "activations":
             self._require_activations()
         return dask_array(self, name)
@@ -214,7 +219,7 @@ class Cache:
                 min(rows.start for _, _, rows, _ in members),
                 max(rows.stop for _, _, rows, _ in members),
             )
-            for part, values in self._read_chunk(name, view, chunk, needed):
+            for part, values in self.read_chunk(name, view, chunk, needed):
                 for number, place, rows, columns in members:
                     start, stop = max(rows.start, part.start), min(rows.stop, part.stop)
                     if start >= stop:
@@ -226,18 +231,29 @@ class Cache:
                     samples[number][start - rows.start : stop - rows.start] = there
         return samples
 
+    @cached_property
+    def _stored(self) -> set[tuple[int, int]]:
+        blocks = self.manifest.layout.blocks(self)
+        return {(block.view, block.samples.start // self.chunk_items) for block in blocks}
+
+    def is_stored(self, view: int, chunk: int) -> bool:
+        """Whether a view is stored for a chunk of samples; only unlabeled ones have several."""
+        return self.manifest.layout.views == 1 or (view, chunk) in self._stored
+
     def _place(self, request: Request) -> tuple[int, int]:
         position = self._position.get(request.id)
         if position is None:
             raise DataError(f"no sample {request.id!r} in {self.path}")
         if not 0 <= request.view <= self.views:
             raise DataError(f"no view {request.view} in {self.path}; it has 0 to {self.views}")
+        if not self.is_stored(request.view, position // self.chunk_items):
+            raise DataError(f"view {request.view} of {request.id!r} is not stored in {self.path}")
         return request.view, position
 
-    def _read_chunk(
+    def read_chunk(
         self, name: str, view: int, number: int, needed: Span
     ) -> Iterator[tuple[Span, NDArray[Any]]]:
-        """Values of a chunk's samples, by grid rows; those that are needed, and others with them.
+        """Stored values of a chunk's samples, by grid rows; those needed, and others with them.
 
         Yields
         ------

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gim_stagewise.memory import Budget
     from gim_stagewise.pipeline import Pipeline
     from gim_stagewise.progress import Progress
-    from gim_stagewise.stage.parallel import Workers
+    from gim_stagewise.stage.extraction_plan import Workers
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _PATH = click.Path(path_type=Path)
@@ -152,7 +152,7 @@ def limited(pipeline: Pipeline, sizes: Sizes, smallest: Callable[[], Budget]) ->
 
 def workers_from(count: int | None, scheduler: str | None) -> Workers:
     """Who extracts, from ``--workers`` and ``--scheduler``."""
-    from gim_stagewise.stage.parallel import Workers
+    from gim_stagewise.stage.extraction_plan import Workers
 
     if count is not None and scheduler is not None:
         raise click.UsageError("--workers and --scheduler exclude each other")

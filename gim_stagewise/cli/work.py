@@ -52,7 +52,7 @@ def run(
       gim-stage run pipelines/digits.toml --allowed-host-mem 2GB
     """
     from gim_stagewise.pipeline import Pipeline
-    from gim_stagewise.plan import plan_pipeline, smallest_budget
+    from gim_stagewise.plan import smallest_budget
     from gim_stagewise.report.record import save_record
     from gim_stagewise.report.tables import results_table
 
@@ -62,8 +62,6 @@ def run(
     with options.naming(pipeline_file):
         sizes = options.Sizes(allowed_mem, allowed_host_mem, allowed_disk)
         pipeline = options.limited(pipeline, sizes, lambda: smallest_budget(pipeline))
-        if allowed_disk is not None:
-            plan_pipeline(pipeline)
         result = pipeline.run(start=start, until=until, workers=workers)
     record = save_record(pipeline, result)
     options.show(record if as_json else results_table(result))
@@ -246,7 +244,7 @@ def extract(
       gim-stage extract --module 1 --pipeline pipelines/digits.toml
       gim-stage extract --module 2 --input cache/digits/m1.zarr --workers 2
     """
-    from gim_stagewise.pipeline import folder_bytes
+    from gim_stagewise.stage.disk import folder_bytes
     from gim_stagewise.stage.fit import smallest_training
     from gim_stagewise.units import format_bytes
 

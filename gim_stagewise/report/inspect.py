@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import zarr
 
-from gim_stagewise.cache import BuildFolder, Manifest, Precision, read_manifest
+from gim_stagewise.cache import BuildFolder, Manifest, StoredSamples, read_frame, read_manifest
 from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
-from gim_stagewise.pipeline import folder_bytes
+from gim_stagewise.stage.disk import folder_bytes
 
 # Statistics come from so many chunks, spread over the cache.
 SAMPLED_CHUNKS = 8
@@ -56,11 +56,9 @@ def inspect_cache(path: str | Path) -> dict[str, Any]:
             done, total = BuildFolder(path).done_blocks(manifest.content)
             found["blocks"] = {"done": done, "total": total}
         else:
-            _count_chunks(found, manifest, problems)
-    form = Precision("float32") if manifest is None else manifest.precision
-    channels = _channel_statistics(path, form, problems)
-    if channels:
-        found["channels"] = channels
+            _count_chunks(path, manifest, problems)
+        if channels := _channel_statistics(path, manifest, problems):
+            found["channels"] = channels
     found["problems"] = problems
     if problems and state == "sealed":
         found["state"] = "corrupt"
@@ -91,49 +89,40 @@ def _arrays(path: Path, problems: list[str]) -> dict[str, Any]:
     return arrays
 
 
-def _count_chunks(found: dict[str, Any], manifest: Manifest, problems: list[str]) -> None:
+def _count_chunks(path: Path, manifest: Manifest, problems: list[str]) -> None:
     """A sealed cache with a chunk missing is damaged, even if nobody has read that chunk yet."""
     layout = manifest.layout
+    try:
+        blocks = layout.blocks(StoredSamples(path, manifest))
+    except (FileNotFoundError, ValueError) as error:
+        problems.append(f"splits {_first_line(error)}")
+        return
     for name in layout.shapes:
-        stored = found["arrays"].get(name, {}).get("stored_chunks", 0)
-        whole = int(
-            np.prod(
-                [-(-s // c) for s, c in zip(layout.shapes[name], layout.chunks[name], strict=True)]
-            )
-        )
-        # Views beyond the evaluation view leave out chunks without unlabeled samples.
-        if stored < whole and layout.views == 1:
-            problems.append(f"{name}: {whole - stored} of {whole} chunks are missing")
+        there = {file.name for file in _chunk_files(path / name)}
+        files = [file for block in blocks for file in layout.chunk_files(block, name)]
+        missing = sum(file.partition("/")[2] not in there for file in files)
+        if missing:
+            problems.append(f"{name}: {missing} of {len(files)} chunks are missing")
 
 
 def _channel_statistics(
-    path: Path, precision: Precision, problems: list[str]
+    path: Path, manifest: Manifest, problems: list[str]
 ) -> list[dict[str, float]]:
-    if not (path / "activations").is_dir():
-        return []
-    try:
-        array: Any = zarr.open_array(str(path / "activations"), mode="r")
-    except (ValueError, KeyError, TypeError, OSError):
-        return []
-    files = _chunk_files(path / "activations")
+    layout = manifest.layout
+    files = _chunk_files(path / "activations") if layout.materialized else []
     chosen = files[:: max(1, len(files) // SAMPLED_CHUNKS)][:SAMPLED_CHUNKS]
     parts = []
     for file in chosen:
-        view, sample, row = (int(n) for n in file.name.split(".")[1:4])
-        size = array.chunks
+        sample, row = (int(n) for n in file.name.split(".")[2:4])
+        shape = layout.chunks["activations"][1:]
         try:
-            part = np.asarray(
-                array[
-                    view,
-                    sample * size[1] : (sample + 1) * size[1],
-                    row * size[2] : (row + 1) * size[2],
-                ]
-            )
+            part = read_frame(file, shape, layout.dtype, compressed=layout.codec != "none")
         except (ValueError, RuntimeError, OSError) as error:
             problems.append(f"activations/{file.name} is damaged ({_first_line(error)})")
             continue
-        if precision.stored_dtype == part.dtype:
-            part = precision.decode_array(part)
+        samples = min(layout.chunk, layout.samples - sample * layout.chunk)
+        rows = min(shape[1], layout.grid[0] - row * shape[1])
+        part = manifest.precision.decode_array(part[:samples, :rows].copy())
         parts.append(np.moveaxis(part, 3, 0).reshape(part.shape[3], -1))
     if not parts:
         return []

@@ -10,11 +10,11 @@ from rich.table import Table
 
 from gim_stagewise.plan import PipelinePlan, StagePlan
 from gim_stagewise.prove import Proof
+from gim_stagewise.stage.disk import KEEPS
 from gim_stagewise.units import format_bytes
 
 # From here on it is said: negatives come from the batch, and are too alike.
 POOR_SHUFFLE = 1.5
-KEEPS = ("all", "last-two", "last")
 
 
 def plan_record(plan: PipelinePlan) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def plan_record(plan: PipelinePlan) -> dict[str, Any]:
         "pipeline": plan.pipeline,
         "device": plan.device,
         "modules": [_stage_record(stage) for stage in plan.stages],
-        "disk": {keep: plan.disk(keep) for keep in KEEPS},
+        "disk": {keep: plan.disk.needed(keep) for keep in KEEPS},
     }
 
 
@@ -55,8 +55,8 @@ def _stage_record(stage: StagePlan) -> dict[str, Any]:
         "choice": stage.choice.as_json() if stage.choice else None,
         "cache_bytes": stage.cache_bytes,
         "cache_basis": stage.cache_basis,
-        "forward_flops": stage.patches * training.step.forward_flops,
-        "backward_flops": stage.patches * training.step.backward_flops,
+        "forward_flops": stage.forward_flops,
+        "backward_flops": stage.backward_flops,
     }
 
 
@@ -79,7 +79,9 @@ def plan_report(plan: PipelinePlan) -> Iterator[Table | str]:
                 f"    batches repeat a chunk {stage.shuffle_quality:.1f} times as often as a "
                 "perfect shuffle: give train.shuffle_window more, or store fewer samples a chunk"
             )
-    sizes = ", ".join(f'{format_bytes(plan.disk(keep))} with keep = "{keep}"' for keep in KEEPS)
+    sizes = ", ".join(
+        f'{format_bytes(plan.disk.needed(keep))} with keep = "{keep}"' for keep in KEEPS
+    )
     yield f"most disk space at once: {sizes}"
 
 
@@ -89,7 +91,6 @@ def _table(plan: PipelinePlan) -> Table:
     for name in names:
         table.add_column(name, justify="right")
     for stage in plan.stages:
-        step = stage.training.step
         table.add_row(
             str(stage.module),
             str(stage.training.micro_batch),
@@ -97,7 +98,7 @@ def _table(plan: PipelinePlan) -> Table:
             format_bytes(stage.host_mem),
             str(stage.extraction.workers),
             format_bytes(stage.cache_bytes),
-            _work(stage.patches * step.forward_flops, stage.patches * step.backward_flops),
+            _work(stage.forward_flops, stage.backward_flops),
         )
     return table
 

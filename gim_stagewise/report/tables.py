@@ -129,8 +129,9 @@ def _precision(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if precision["calibration"]:
         yield "calibrated on", precision["calibration"]
     if error := precision["error"]:
+        seen = f"error on {error['sampled']} samples" if "sampled" in error else "error"
         yield (
-            "relative L2 error",
+            f"relative L2 {seen}",
             f"{error['relative_l2']:.2e}; worst channel, {error['worst_channel']}: "
             f"{error['worst_channel_relative_l2']:.2e}",
         )

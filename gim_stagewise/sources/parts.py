@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal, Protocol, overload
 
 import numpy as np
@@ -180,6 +181,10 @@ class PartsSource:
         raise DataError(f"no sample {item_id!r} in this source")
 
     def content_digest(self) -> str:
+        return self._content
+
+    @cached_property
+    def _content(self) -> str:
         digest = hashlib.sha256(f"{self._digest};".encode())
         for name, part in self._parts.items():
             count = len(part)

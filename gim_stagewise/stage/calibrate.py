@@ -10,6 +10,7 @@ from gim_stagewise.config import ExtractConfig
 from gim_stagewise.models import INPUT_OPERATIONS
 from gim_stagewise.sources import Request, Source, read_stacked
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
+from gim_stagewise.stage.storing import refuse_non_finite
 from gim_stagewise.windows import even_ranges
 
 # More of them hardly change the range, which has a margin anyway.
@@ -68,6 +69,11 @@ def value_range(
     -------
     (Tensor, Tensor)
         float32 [channel], on the CPU.
+
+    Raises
+    ------
+    NonFiniteError
+        If a value is NaN or infinite; the message names the samples.
     """
 
     def extremes(z: Tensor) -> Tensor:
@@ -80,6 +86,7 @@ def value_range(
         samples = read_stacked(source, [Request(item_id, view) for item_id in some])
         rows = torch.from_numpy(samples).flatten(0, 2)
         pairs, _ = frozen_forward(frozen, rows, config, keep=extremes)
+        refuse_non_finite(pairs.flatten(1).isfinite().all(1), some, len(rows) // len(some))
         found.append(torch.stack([pairs[:, 0].amin(0), pairs[:, 1].amax(0)]))
     lowest, highest = torch.stack(found).unbind(1)
     return lowest.amin(0), highest.amax(0)

@@ -17,12 +17,18 @@ from numpy.typing import NDArray
 from gim_stagewise.cache import Block, Manifest, create_arrays, read_frame, stage_block
 from gim_stagewise.config import ExtractConfig
 from gim_stagewise.memory import available_host_bytes
+from gim_stagewise.sources import Request, Source, read_stacked
 from gim_stagewise.stage.freeze import FrozenModule
 from gim_stagewise.stage.storing import Storing, compute_block
+from gim_stagewise.units import format_bytes
 from gim_stagewise.windows import Span, even_ranges
 
 # Seconds that each thing is done again and again, to be told from noise.
 SECONDS = 0.5
+
+# Inputs that are read to find how long that takes: whole chunks, up to so much together.
+_INPUT_SAMPLES = 16
+_INPUT_BYTES = 64_000_000
 
 T = TypeVar("T")
 
@@ -46,6 +52,10 @@ class Choice:
         How often the next stage reads all of them: its epochs, and its own extraction.
     memory : int
         Bytes that the page cache may have.
+    embedding_bytes : int
+        Of all samples' embeddings, which are stored in any case.
+    room : int or None
+        Bytes that the disk budget leaves, where storing would take more than that.
     """
 
     compute: float
@@ -56,6 +66,13 @@ class Choice:
     samples: int
     passes: int
     memory: int
+    embedding_bytes: int = 0
+    room: int | None = None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the cache if outputs are stored."""
+        return self.samples * self.sample_bytes + self.embedding_bytes
 
     @property
     def read(self) -> float:
@@ -79,8 +96,8 @@ class Choice:
 
     @property
     def store(self) -> bool:
-        """Whether storing is the faster."""
-        return self.stored <= self.computed
+        """Whether storing is the faster, and there is room for it."""
+        return self.stored <= self.computed and self.room is None
 
     def as_json(self) -> dict[str, Any]:
         own = {"store": self.store, "stored": self.stored, "computed": self.computed}
@@ -90,11 +107,32 @@ class Choice:
         chosen, other = ("stored", "computing") if self.store else ("computed", "storing")
         mine, its = (self.stored, self.computed) if self.store else (self.computed, self.stored)
         where = "memory" if self.fits else "disk"
+        if self.room is not None:
+            return (
+                f"outputs are computed: storing them takes {format_bytes(self.stored_bytes)}, and "
+                f"the disk budget leaves {format_bytes(self.room)}; {self.passes} passes over "
+                f"{self.samples} samples take about {mine:.0f} s, storing {its:.0f} s"
+            )
         return (
             f"outputs are {chosen}: {self.passes} passes over {self.samples} samples take about "
             f"{mine:.0f} s, {other} {its:.0f} s (a sample: {1e3 * self.compute:.1f} ms to compute, "
             f"{1e3 * self.read:.1f} ms to read from {where}, {1e3 * self.write:.1f} ms to write)"
         )
+
+
+def input_seconds(source: Source, view: int) -> float:
+    """Seconds to read a sample where whole chunks are read, as a stage reads them."""
+    ids = source.split("unlabeled") or source.ids
+    chunks = max(1, min(_INPUT_SAMPLES // source.chunk_items, _INPUT_BYTES // source.item_bytes))
+    count = chunks * source.chunk_items
+    # The first ones only warm up: files are opened, a module below is loaded.
+    first, second = ids[:count], ids[count : 2 * count]
+    if len(second) == count:
+        read_stacked(source, [Request(item_id, view) for item_id in first])
+        first = second
+    started = time.perf_counter()
+    read_stacked(source, [Request(item_id, view) for item_id in first])
+    return (time.perf_counter() - started) / len(first)
 
 
 def measure_choice(
@@ -174,6 +212,7 @@ def measure_choice(
         samples=samples_in_all,
         passes=passes,
         memory=available_host_bytes(),
+        embedding_bytes=samples_in_all * layout.embedding_bytes,
     )
     return choice, outputs
 

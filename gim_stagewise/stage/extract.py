@@ -45,7 +45,7 @@ from gim_stagewise.stage.storing import Storing, check_error, compute_block
 from gim_stagewise.stage.workspace import Workspace, open_patches
 from gim_stagewise.windows import Span
 
-# Blocks that a process has in hand: one is computed, the others come or go.
+# Blocks that a process has in hand: one is computed, the other comes or goes.
 BLOCKS_AT_ONCE = 2
 
 
@@ -191,11 +191,11 @@ class VirtualCache(Cache):
     ) -> list[NDArray[Any]]:
         return self._read("activations", requests, empty)
 
-    def _read_chunk(
+    def read_chunk(
         self, name: str, view: int, number: int, needed: Span
     ) -> Iterator[tuple[Span, NDArray[Any]]]:
         if name != "activations":
-            yield from super()._read_chunk(name, view, number, needed)
+            yield from super().read_chunk(name, view, number, needed)
             return
         # The last one is kept: batches in storage order end within a chunk.
         if self._last is None or self._last[0] != (view, number):

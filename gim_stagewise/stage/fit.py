@@ -8,9 +8,14 @@ import torch
 
 from gim_stagewise.errors import OverBudgetError
 from gim_stagewise.memory import Budget, resident_bytes
-from gim_stagewise.stage.forward import project_forward
-from gim_stagewise.stage.needs import TrainingNeeds
-from gim_stagewise.stage.project import NOISE_BYTES, StepMemory, StepSpec, project_step
+from gim_stagewise.stage.needs import StageNeeds
+from gim_stagewise.stage.project import (
+    StepMemory,
+    StepSpec,
+    load_counting,
+    project_step,
+    round_up,
+)
 from gim_stagewise.units import format_bytes
 
 # Measurements that the search for a micro-batch may take.
@@ -69,18 +74,20 @@ class _Room:
     bytes: int
     beside: int
     option: str
+    chain: int
+    loader: int
 
     @property
     def allowed(self) -> int:
         return self.bytes + self.beside
 
 
-def plan_training(needs: TrainingNeeds, *, recorded: int | None, budget: Budget) -> TrainingPlan:
+def plan_training(needs: StageNeeds, *, recorded: int | None, budget: Budget) -> TrainingPlan:
     """Choose the micro-batch, and check it against the budget.
 
     Parameters
     ----------
-    needs : TrainingNeeds
+    needs : StageNeeds
     recorded : int or None
         What "auto" came to when a training that is unfinished began; it is not changed.
     budget : Budget
@@ -110,12 +117,13 @@ def plan_training(needs: TrainingNeeds, *, recorded: int | None, budget: Budget)
             f"({format_bytes(plan.base)} the process, {format_bytes(plan.loader)} samples to be "
             f"mixed), allowed {format_bytes(allowed_host)}: lower "
             f"module.{spec.index}.train.shuffle_window, or allow --allowed-host-mem "
-            f"{_round_up(plan.host)}"
+            f"{round_up(plan.host)}",
+            needed=plan.host,
         )
     return plan
 
 
-def smallest_training(needs: TrainingNeeds) -> Budget:
+def smallest_training(needs: StageNeeds) -> Budget:
     """The smallest budgets that a training works with, the micro-batch as the file asks for it."""
     spec = needs.spec
     asked = spec.config.stage(spec.index).train.micro_batch
@@ -124,7 +132,8 @@ def smallest_training(needs: TrainingNeeds) -> Budget:
     return Budget(plan.device, plan.host)
 
 
-def _plan(needs: TrainingNeeds, size: int, step: StepMemory) -> TrainingPlan:
+def _plan(needs: StageNeeds, size: int, step: StepMemory) -> TrainingPlan:
+    load_counting()  # what it loads stays, and is part of the process from now on
     # The best weights so far, and those that are about to replace them.
     weights = 2 * sum(parameter.nbytes for parameter in needs.spec.module().parameters())
     on_gpu = needs.spec.device == "cuda"
@@ -135,10 +144,16 @@ def _room(plan: TrainingPlan, budget: Budget) -> _Room:
     device = budget.device_bytes(torch.device("cuda" if plan.on_gpu else "cpu"))
     by_device = None
     if device is not None:
-        by_device = _Room(device - plan.chain, plan.chain, "--allowed-mem")
+        by_device = _Room(device - plan.chain, plan.chain, "--allowed-mem", plan.chain, 0)
     if plan.on_gpu and by_device is not None:
         return by_device
-    by_host = _Room(budget.host_bytes() - plan.host, plan.host, "--allowed-host-mem")
+    by_host = _Room(
+        budget.host_bytes() - plan.host,
+        plan.host,
+        "--allowed-host-mem",
+        0 if plan.on_gpu else plan.chain,
+        plan.loader,
+    )
     if by_device is None or by_host.bytes < by_device.bytes:
         return by_host
     return by_device
@@ -160,7 +175,8 @@ def _largest_micro_batch(spec: StepSpec, step: StepMemory, room: _Room) -> tuple
             f"module {spec.index} needs {format_bytes(needed)} for training even with "
             f"micro_batch = 1 ({format_bytes(room.beside)} beside the step, {format_bytes(fixed)} "
             f"parameters, gradients and optimizer), allowed {format_bytes(room.allowed)}: the "
-            f"smallest workable value with it is {room.option} {_round_up(needed)}",
+            f"smallest workable value with it is {room.option} {round_up(needed)}"
+            f"{_beside_remedy(spec, room)}",
             needed=needed,
         )
     # Bytes grow evenly with the micro-batch, so that two of them say where the room ends.
@@ -176,26 +192,6 @@ def _largest_micro_batch(spec: StepSpec, step: StepMemory, room: _Room) -> tuple
     return 1, one
 
 
-def plan_forward(spec: StepSpec, budget: Budget) -> int:
-    """Bytes that the frozen module takes on the device while it extracts.
-
-    Raises
-    ------
-    OverBudgetError
-        If that is more than is allowed there.
-    """
-    forward = project_forward(spec, measure=budget.lean)
-    allowed = budget.device_bytes(torch.device(spec.device))
-    if allowed is not None and forward > allowed:
-        raise OverBudgetError(
-            f"module {spec.index} projects {format_bytes(forward)} for extraction, allowed "
-            f"{format_bytes(allowed)}: lower extract.batch from {spec.config.extract.batch}, "
-            f"or allow --allowed-mem {_round_up(forward)}",
-            needed=forward,
-        )
-    return forward
-
-
 def _refuse(
     spec: StepSpec,
     step: StepMemory,
@@ -209,19 +205,25 @@ def _refuse(
     if recorded:
         remedy = (
             f"its training was begun with micro_batch = {spec.micro_batch}, which is not changed; "
-            f"allow {room.option} {_round_up(total)}, or begin again with --from {spec.index}"
+            f"allow {room.option} {round_up(total)}, or begin again with --from {spec.index}"
         )
     else:
         remedy = (
             f"set module.{spec.index}.train.micro_batch to {size} or less, "
-            f"or allow {room.option} {_round_up(total)}"
+            f"or allow {room.option} {round_up(total)}"
         )
     raise OverBudgetError(
         f"module {spec.index} projects {format_bytes(total)} for training, "
-        f"allowed {format_bytes(room.allowed)}: {remedy}"
+        f"allowed {format_bytes(room.allowed)}: {remedy}",
+        needed=total,
     )
 
 
-def _round_up(count: int) -> str:
-    """A size for a command line that is enough, also if it is measured again."""
-    return f"{-(-(count + 2 * NOISE_BYTES) // 1_000_000)}MB"
+def _beside_remedy(spec: StepSpec, room: _Room) -> str:
+    """What else could be lowered, where most of it is not the step's."""
+    if room.chain > room.beside // 2:
+        below = spec.index - 1
+        return f', or store its input (module.{below}.cache.materialize = "always")'
+    if room.loader > room.beside // 2:
+        return f", or lower module.{spec.index}.train.shuffle_window"
+    return ""

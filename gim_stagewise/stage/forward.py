@@ -23,18 +23,19 @@ from gim_stagewise.stage.project import NOISE_BYTES, SMALL_BYTES, StepSpec
 _known_forwards: dict[tuple[Any, ...], int] = {}
 
 
-def project_forward(spec: StepSpec, *, measure: bool = True) -> int:
+def project_forward(spec: StepSpec, *, measure: bool = True, margin: bool = True) -> int:
     """Bytes that the frozen module's forward takes for one piece (see `frozen_forward`).
 
-    Without ``measure``, an estimate of the workspace stands for its measurement.
+    Without ``measure`` an estimate of the workspace stands for its measurement, and without
+    ``margin`` nothing does. A module that has to run to be counted is measured in any case.
     """
-    key = (measure, *spec.key)
+    key = (measure, margin, *spec.key)
     if key not in _known_forwards:
-        _known_forwards[key] = _project_forward(spec, measure=measure)
+        _known_forwards[key] = _project_forward(spec, measure=measure, margin=margin)
     return _known_forwards[key]
 
 
-def _project_forward(spec: StepSpec, *, measure: bool) -> int:
+def _project_forward(spec: StepSpec, *, measure: bool, margin: bool) -> int:
     try:
         counted = forward_bytes(
             spec.module(), spec.cell, spec.config.extract.batch, precision=spec.precision
@@ -42,7 +43,7 @@ def _project_forward(spec: StepSpec, *, measure: bool) -> int:
     except Exception:
         return in_fresh_process(measure_forward, spec)
     if not measure:
-        return counted + SMALL_BYTES
+        return counted + (SMALL_BYTES if margin else 0)
     return max(counted, in_fresh_process(measure_forward, spec)) + NOISE_BYTES
 
 

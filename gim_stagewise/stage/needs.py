@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from gim_stagewise.cache import Cache, CacheLayout, Precision, auto_chunk
-from gim_stagewise.config import PipelineConfig
 from gim_stagewise.sources import PatchSource, Source
 from gim_stagewise.stage.extract import VirtualCache
-from gim_stagewise.stage.forward import block_bytes, forward_bytes
+from gim_stagewise.stage.forward import block_bytes, project_forward
 from gim_stagewise.stage.loader import loader_bytes
 from gim_stagewise.stage.project import StepSpec, step_spec
-from gim_stagewise.stage.shape import Shape
+from gim_stagewise.stage.shape import Shape, check_shape
 from gim_stagewise.stage.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class TrainingNeeds:
-    """What decides the memory of a module's training.
+class StageNeeds:
+    """What decides the memory of a module's training and extraction.
 
     Parameters
     ----------
@@ -31,15 +30,21 @@ class TrainingNeeds:
         Bytes of samples that its loader holds.
     chain : int
         Bytes of the modules below, where their outputs are not stored.
+    item_bytes : int
+        Of one sample of its input, as it is stored.
+    layout : CacheLayout
+        Of its outputs.
     """
 
     spec: StepSpec
     loader: int
     chain: int
+    item_bytes: int
+    layout: CacheLayout
 
 
-def stage_needs(workspace: Workspace, index: int, shape: Shape, source: Source) -> TrainingNeeds:
-    """What training a module on the input that is there will need."""
+def stage_needs(workspace: Workspace, index: int, shape: Shape, source: Source) -> StageNeeds:
+    """What a module on the input that is there will need."""
     loader = loader_bytes(
         workspace.module_config(index).train,
         samples=len(source.split("unlabeled")),
@@ -47,14 +52,28 @@ def stage_needs(workspace: Workspace, index: int, shape: Shape, source: Source) 
         chunk_items=source.chunk_items,
         views=source.views,
     )
-    return TrainingNeeds(step_spec(workspace, index, shape), loader, chain_bytes(source))
+    spec, layout = step_spec(workspace, index, shape), cache_layout(workspace, index, shape, source)
+    return StageNeeds(spec, loader, chain_bytes(source), source.item_bytes, layout)
 
 
 def chain_needs(
-    workspace: Workspace, source: PatchSource, shapes: list[Shape]
-) -> list[TrainingNeeds]:
-    """What training each module will need, before anything is there."""
-    needs: list[TrainingNeeds] = []
+    workspace: Workspace,
+    source: PatchSource,
+    shapes: list[Shape],
+    stored: Mapping[int, bool] | None = None,
+) -> list[StageNeeds]:
+    """What each module will need, before anything is there.
+
+    Parameters
+    ----------
+    workspace : Workspace
+    source : PatchSource
+    shapes : list of Shape
+    stored : mapping, optional
+        Whether outputs are stored, of modules where that is known. Where it is not, with
+        ``materialize = "auto"``, they count as computed again, which takes more.
+    """
+    needs: list[StageNeeds] = []
     item_bytes, chunk_items, views = source.item_bytes, 1, source.views
     chain = 0
     for index, shape in enumerate(shapes, start=1):
@@ -65,16 +84,14 @@ def chain_needs(
             chunk_items=chunk_items,
             views=views,
         )
-        needs.append(TrainingNeeds(step_spec(workspace, index, shape), held, chain))
+        spec = step_spec(workspace, index, shape)
         layout = cache_layout(workspace, index, shape, source)
-        if layout.materialized:
+        needs.append(StageNeeds(spec, held, chain, item_bytes, layout))
+        always = workspace.module_config(index).cache.materialize == "always"
+        if (stored or {}).get(index, always):
             chain = 0
-        else:
-            module = workspace.build(index, shape.cell_in[0])
-            precision = Precision(workspace.module_config(index).cache.precision)
-            chain += virtual_bytes(
-                module, shape.cell_in, workspace.config, item_bytes, layout, precision
-            )
+        elif index < len(shapes):
+            chain += virtual_bytes(spec, item_bytes, layout)
         item_bytes, chunk_items, views = layout.sample_bytes, layout.chunk, layout.views - 1
     return needs
 
@@ -84,34 +101,23 @@ def chain_bytes(source: Source) -> int:
     total = 0
     while isinstance(source, VirtualCache):
         job, below = source.job, source.source
-        space = Workspace(job.config, "", Path(), job.code_folder, torch.device("cpu"))
-        module = space.build(job.manifest.module, job.in_channels)
+        space = Workspace(job.config, "", Path(), job.code_folder, torch.device(job.device))
         size = job.config.patches.size
-        cell = (
-            below.manifest.layout.cell
+        grid, cell = (
+            (below.manifest.layout.grid, below.manifest.layout.cell)
             if isinstance(below, Cache)
-            else (job.in_channels, size, size)
+            else (source.manifest.layout.grid, (job.in_channels, size, size))
         )
-        layout, precision = source.manifest.layout, source.precision
-        total += virtual_bytes(module, cell, job.config, below.item_bytes, layout, precision)
+        shape = check_shape(space, job.manifest.module, grid, cell)
+        spec = step_spec(space, job.manifest.module, shape)
+        total += virtual_bytes(spec, below.item_bytes, source.manifest.layout)
         source = below
     return total
 
 
-def virtual_bytes(
-    module: nn.Module,
-    cell: tuple[int, ...],
-    config: PipelineConfig,
-    item_bytes: int,
-    layout: CacheLayout,
-    precision: Precision,
-) -> int:
-    """Bytes that one frozen module takes to compute blocks on demand; uses the module up."""
-    try:
-        forward = forward_bytes(module, cell, config.extract.batch, precision=precision)
-    except Exception:  # a module that has to run to be counted
-        forward = sum(parameter.nbytes for parameter in module.parameters())
-    return forward + block_bytes(item_bytes, layout)
+def virtual_bytes(spec: StepSpec, item_bytes: int, layout: CacheLayout) -> int:
+    """Bytes that one frozen module takes to compute blocks on demand."""
+    return project_forward(spec, measure=False, margin=False) + block_bytes(item_bytes, layout)
 
 
 def cache_layout(workspace: Workspace, index: int, shape: Shape, source: Source) -> CacheLayout:

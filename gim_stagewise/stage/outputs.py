@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -34,14 +33,19 @@ from gim_stagewise.sources import Request, Source, read_stacked
 from gim_stagewise.stage import identity
 from gim_stagewise.stage.calibrate import calibration_samples, value_range
 from gim_stagewise.stage.checkpoint import FrozenWeights
-from gim_stagewise.stage.choose import Choice, measure_choice
-from gim_stagewise.stage.extract import BLOCKS_AT_ONCE, BlockJob, VirtualCache, extract
-from gim_stagewise.stage.fit import plan_forward
-from gim_stagewise.stage.forward import block_bytes
+from gim_stagewise.stage.choose import Choice, input_seconds, measure_choice
+from gim_stagewise.stage.disk import (
+    bytes_of_caches,
+    folder_bytes,
+    require_free,
+    sampled_bytes,
+    stored_samples,
+)
+from gim_stagewise.stage.extract import BlockJob, VirtualCache, extract
+from gim_stagewise.stage.extraction_plan import Workers, plan_extraction
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward, numerics
-from gim_stagewise.stage.needs import cache_layout
-from gim_stagewise.stage.parallel import BASE_BYTES, Workers, choose_executor
-from gim_stagewise.stage.project import step_spec
+from gim_stagewise.stage.needs import cache_layout, stage_needs
+from gim_stagewise.stage.parallel import choose_executor
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.storing import Storing, check_error, compute_block
 from gim_stagewise.stage.workspace import Workspace, with_absolute_places
@@ -80,9 +84,16 @@ class StageOutputs:
         return found
 
     def extract(
-        self, weights: FrozenWeights, *, force: bool = False, workers: Workers
+        self,
+        weights: FrozenWeights,
+        *,
+        force: bool = False,
+        workers: Workers,
+        reserved: int = 0,
     ) -> tuple[Manifest, bool]:
         """Build the module's cache, or go on building it, unless a valid one is there.
+
+        ``reserved`` bytes of the disk budget belong to caches above.
 
         Returns
         -------
@@ -106,7 +117,9 @@ class StageOutputs:
             else:
                 manifest = self._calibrated(frozen, manifest)
                 if self._config.cache.materialize == "auto":
-                    manifest = self._chosen(frozen, manifest)
+                    manifest = self._chosen(frozen, manifest, reserved)
+                manifest = self._with_sampled_error(frozen, manifest)
+                self._check_free(frozen, manifest)
             del frozen
             return self._extract(weights, manifest, workers), True
 
@@ -119,6 +132,7 @@ class StageOutputs:
             layout=replace(wanted.layout, materialized=stored),
             precision=begun.precision,
             calibration=begun.calibration,
+            error=begun.error,
             choice=begun.choice,
         )
 
@@ -134,45 +148,71 @@ class StageOutputs:
         )
 
     def _calibrated(self, frozen: FrozenModule, manifest: Manifest) -> Manifest:
-        """With scales, and an error within what is allowed, both found on a few samples."""
-        cache = self._config.cache
+        """With scales, found on a few samples."""
         if manifest.precision.lossless:
             return manifest
-        config, operation = self.workspace.config.extract, manifest.stored_operation
-        ids, view = calibration_samples(self.source, math.prod(self.shape.grid), config)
-        lowest, highest = value_range(frozen, self.source, ids, view, config, operation)
+        ids, view = self._calibration_samples()
+        lowest, highest = value_range(
+            frozen, self.source, ids, view, self.workspace.config.extract, manifest.stored_operation
+        )
         precision = manifest.precision.calibrated(lowest, highest)
         count = sum(map(len, ids))
         said = f"{count} samples, evenly spaced, view {view}" if precision.has_scales else None
-        manifest = replace(manifest, precision=precision, calibration=said)
-        if cache.max_error is not None:
-            errors = []
-            for some in ids:
-                storing = Storing.of(manifest)
-                requests = [Request(item_id, view) for item_id in some]
-                samples = read_stacked(self.source, requests)
-                compute_block(frozen, samples, some, config, storing)
-                assert storing.error is not None
-                errors.append(storing.error)
-            check_error(sum(errors[1:], start=errors[0]), cache, manifest)
-        return manifest
+        return replace(manifest, precision=precision, calibration=said)
 
-    def _chosen(self, frozen: FrozenModule, manifest: Manifest) -> Manifest:
+    def _calibration_samples(self) -> tuple[list[list[str]], int]:
+        config = self.workspace.config.extract
+        return calibration_samples(self.source, math.prod(self.shape.grid), config)
+
+    def _with_sampled_error(self, frozen: FrozenModule, manifest: Manifest) -> Manifest:
+        """With the error that storing makes on a few samples, refused if that is not allowed.
+
+        What is stored is measured whole; what is computed whenever it is read is not seen whole
+        before, though it goes through the same precision.
+        """
+        cache, stored = self._config.cache, manifest.layout.materialized
+        if manifest.precision.lossless or (stored and cache.max_error is None):
+            return manifest
+        ids, view = self._calibration_samples()
+        errors = []
+        for some in ids:
+            storing = Storing.of(manifest)
+            samples = read_stacked(self.source, [Request(item_id, view) for item_id in some])
+            compute_block(frozen, samples, some, self.workspace.config.extract, storing)
+            assert storing.error is not None
+            errors.append(storing.error)
+        error = sum(errors[1:], start=errors[0])
+        check_error(error, cache, manifest)
+        if stored:
+            return manifest
+        return replace(manifest, error={**error.as_json(), "sampled": sum(map(len, ids))})
+
+    def _chosen(self, frozen: FrozenModule, manifest: Manifest, reserved: int) -> Manifest:
         """With the faster of storing and computing again; the last module's outputs are stored."""
         space = self.workspace
         if self.index + 1 not in space.config.module:
             return manifest
-        ids, view = calibration_samples(
-            self.source, math.prod(self.shape.grid), space.config.extract
-        )
-        requests = [Request(item_id, view) for item_id in ids[0]]
-        started = time.perf_counter()
-        samples = read_stacked(self.source, requests)
-        seconds = time.perf_counter() - started
-        choice, _ = self._measured(frozen, samples, seconds / len(samples), manifest)
+        ids, view = self._calibration_samples()
+        samples = read_stacked(self.source, [Request(item_id, view) for item_id in ids[0]])
+        choice, _ = self._measured(frozen, samples, input_seconds(self.source, view), manifest)
+        if space.budget.disk is not None:
+            room = max(0, space.budget.disk - bytes_of_caches(space) - reserved)
+            choice = choice if choice.stored_bytes <= room else replace(choice, room=room)
         self._note(str(choice))
         layout = replace(manifest.layout, materialized=choice.store)
         return replace(manifest, layout=layout, choice=choice.as_json())
+
+    def _check_free(self, frozen: FrozenModule, manifest: Manifest) -> None:
+        """Refuse to begin a cache that the disk has no room for."""
+        layout = manifest.layout
+        each = layout.embedding_bytes * 1.0
+        if layout.materialized:
+            ids, view = self._calibration_samples()
+            samples = read_stacked(self.source, [Request(item_id, view) for item_id in ids[0]])
+            each += sampled_bytes(frozen, samples, manifest, self.workspace)
+        path = self.workspace.cache_path(self.index)
+        needed = round(each * stored_samples(self.source, layout)) - folder_bytes(path)
+        require_free(path.parent, needed, f"cache {path}")
 
     def measure(
         self, frozen: FrozenModule, samples: NDArray[np.float32], input_seconds: float
@@ -230,16 +270,9 @@ class StageOutputs:
 
     def _extract(self, weights: FrozenWeights, manifest: Manifest, workers: Workers) -> Manifest:
         space, source = self.workspace, self.source
-        on_gpu = space.device.type == "cuda"
-        forward = plan_forward(step_spec(space, self.index, self.shape), space.budget)
-        block = BLOCKS_AT_ONCE * block_bytes(source.item_bytes, manifest.layout)
-        executor = choose_executor(
-            workers,
-            threads=space.config.extract.threads,
-            on_gpu=on_gpu,
-            worker_bytes=BASE_BYTES + block + (0 if on_gpu else forward),
-            host_bytes=space.budget.host_bytes(),
-        )
+        needs = stage_needs(space, self.index, self.shape, source)
+        plan = plan_extraction(needs, budget=space.budget, workers=workers)
+        executor = choose_executor(workers, plan)
         writer = CacheWriter(space.cache_path(self.index).absolute(), manifest, source)
         job = self.block_job(weights, manifest, writer.staging)
         return extract(job, writer, source, executor, space.progress)

@@ -13,116 +13,29 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import CancelledError
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from gim_stagewise.cache import Block, StagedBlock
-from gim_stagewise.errors import ConfigError, GimStageError, OverBudgetError, WorkersLostError
+from gim_stagewise.errors import ConfigError, GimStageError, WorkersLostError
 from gim_stagewise.processes import usable_cores
 from gim_stagewise.sources import Source
 from gim_stagewise.stage.cluster import local_cluster
 from gim_stagewise.stage.extract import BLOCKS_AT_ONCE, BlockJob, BlockWorker, Executor, InProcess
-from gim_stagewise.units import format_bytes
+from gim_stagewise.stage.extraction_plan import ExtractionPlan, Workers
 
-# A process of ours with torch, zarr and Dask imported, before it has a block, measured.
-BASE_BYTES = 600_000_000
 # Starting a cluster takes some seconds; work that is done sooner stays in this process.
 WORTH_A_CLUSTER_SECONDS = 20.0
 NO_WORKERS_SECONDS = 60.0
 
 
-@dataclass(frozen=True)
-class Workers:
-    """Who computes blocks.
-
-    Parameters
-    ----------
-    count : int or None
-        Processes of a local cluster; 0 for this process; None to decide by cores, memory and
-        the work there is.
-    scheduler : str or None
-        Address of a running Dask scheduler, such as "tcp://host:8786".
-    """
-
-    count: int | None = None
-    scheduler: str | None = None
-
-
-def usable_workers(threads: int, worker_bytes: int, host_bytes: int) -> int:
-    """Worker processes that this machine's cores and the memory budget allow."""
-    cores = usable_cores() // threads
-    return min(cores, max(0, host_bytes - BASE_BYTES) // worker_bytes)
-
-
-def extraction_workers(*, threads: int, on_gpu: bool, worker_bytes: int, host_bytes: int) -> int:
-    """Worker processes that extraction starts where nothing was said; 0 for none."""
-    usable = usable_workers(threads, worker_bytes, host_bytes)
-    # One process keeps a GPU busy; several would share it and its memory.
-    return 0 if on_gpu or usable < 2 else usable
-
-
-def choose_executor(
-    workers: Workers, *, threads: int, on_gpu: bool, worker_bytes: int, host_bytes: int
-) -> Executor:
-    """The executor for what was asked.
-
-    Parameters
-    ----------
-    workers : Workers
-    threads : int
-        Within an operation.
-    on_gpu : bool
-    worker_bytes : int
-        Of one worker process at work.
-    host_bytes : int
-        That all processes together may use.
-
-    Raises
-    ------
-    ConfigError
-        If more workers are asked for than there are cores for.
-    OverBudgetError
-        If they would need more memory than is allowed.
-    """
+def choose_executor(workers: Workers, plan: ExtractionPlan) -> Executor:
+    """The executor for what was asked and planned."""
     if workers.scheduler is not None:
         return DaskCluster(workers.scheduler)
-    if workers.count is not None:
-        cores = usable_cores()
-        if workers.count * threads > max(cores, threads):
-            raise ConfigError(
-                f"is {workers.count}, which with extract.threads = {threads} needs "
-                f"{workers.count * threads} cores; there are {cores}: "
-                f"use {cores // threads} or less",
-                key="--workers",
-            )
-        _check_memory(workers.count, worker_bytes, host_bytes)
-        return LocalWorkers(workers.count) if workers.count else InProcess()
-    count = extraction_workers(
-        threads=threads, on_gpu=on_gpu, worker_bytes=worker_bytes, host_bytes=host_bytes
-    )
-    if count:
-        return Adaptive(count)
-    _check_memory(0, worker_bytes, host_bytes)
+    if plan.workers:
+        return Adaptive(plan.workers) if workers.count is None else LocalWorkers(plan.workers)
     # A GPU is done with a block before one core has compressed the last.
-    return InProcess(1 + min(3, usable_cores())) if on_gpu else InProcess()
-
-
-def _check_memory(count: int, worker_bytes: int, host_bytes: int) -> None:
-    # Beside the workers there is this process, which computes nothing then.
-    needed = BASE_BYTES + count * worker_bytes if count else worker_bytes
-    if needed <= host_bytes:
-        return
-    fitting = max(0, (host_bytes - BASE_BYTES) // worker_bytes)
-    remedy = (
-        f"use {fitting} or less"
-        if count and fitting < count
-        else "store fewer samples a chunk (cache.chunk)"
-    )
-    raise OverBudgetError(
-        f"extraction with {count} workers projects {format_bytes(needed)} "
-        f"({format_bytes(worker_bytes)} each), allowed {format_bytes(host_bytes)}: {remedy}, "
-        f"or allow --allowed-host-mem {-(-needed // 1_000_000)}MB"
-    )
+    return InProcess(1 + min(3, usable_cores())) if plan.on_gpu else InProcess()
 
 
 class Adaptive:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from gim_stagewise.windows import Span
 # decides whether it fits: a process that measures takes seconds, and what is small has little.
 SMALL_BYTES = 64_000_000
 _COUNTED_ONLY = "counted"
+_NOT_MEASURED = "counted; workspace not worth measuring"
 # By so much measurements of the same step differ between processes.
 NOISE_BYTES = 4_000_000
 
@@ -208,12 +210,30 @@ def project_step(spec: StepSpec, *, allowed: int | None = None, exact: bool = Fa
         Measure the workspace also where it hardly matters.
     """
     key = (exact, *spec.key)
-    if key not in _known:
+    known = _known.get(key)
+    # What was not worth a measurement is, once that decides.
+    decides = allowed is not None and known is not None and known.total > allowed
+    if known is None or (known.basis == _NOT_MEASURED and decides):
         memory = _project_step(spec, allowed, exact=exact)
         if memory.basis == _COUNTED_ONLY:
             return memory
         _known[key] = memory
     return _known[key]
+
+
+@cache
+def load_counting() -> None:
+    """Load what counting needs, so that the process does not grow by it later."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    module = nn.Conv2d(1, 1, 1)
+    make_fake(module, mode)
+    with mode, StorageCounter(), FlopCounterMode(display=False):
+        module(torch.randn(1, 1, 1, 1)).sum().backward()
+
+
+def round_up(count: int) -> str:
+    """A size for a command line that is enough, also if it is measured again."""
+    return f"{-(-(count + 2 * NOISE_BYTES) // 1_000_000)}MB"
 
 
 def _project_step(spec: StepSpec, allowed: int | None, *, exact: bool) -> StepMemory:
@@ -229,9 +249,7 @@ def _project_step(spec: StepSpec, allowed: int | None, *, exact: bool) -> StepMe
         return counted
     small = counted.count <= SMALL_BYTES and not exact
     if small and (allowed is None or counted.count + SMALL_BYTES <= allowed):
-        return replace(
-            counted, workspace=SMALL_BYTES, basis="counted; workspace not worth measuring"
-        )
+        return replace(counted, workspace=SMALL_BYTES, basis=_NOT_MEASURED)
     # What the default allocator keeps back grows over the first steps.
     steps = 1 if spec.lean else 3
     measured = in_fresh_process(measure_step, spec, steps=steps)

@@ -26,11 +26,11 @@ from gim_stagewise.stage import identity
 from gim_stagewise.stage.checkpoint import FrozenWeights, module_tensors, peek_checkpoint
 from gim_stagewise.stage.code import code_staleness
 from gim_stagewise.stage.extract import VirtualCache
+from gim_stagewise.stage.extraction_plan import Workers
 from gim_stagewise.stage.fit import TrainingPlan, plan_training
 from gim_stagewise.stage.freeze import FrozenModule, behaviour_digest, training_digest
-from gim_stagewise.stage.needs import TrainingNeeds, stage_needs
+from gim_stagewise.stage.needs import StageNeeds, stage_needs
 from gim_stagewise.stage.outputs import StageOutputs
-from gim_stagewise.stage.parallel import Workers
 from gim_stagewise.stage.shape import Cell, Shape, check_shape
 from gim_stagewise.stage.train import TrainJob, train_module
 from gim_stagewise.stage.workspace import Workspace
@@ -179,7 +179,7 @@ class Stage:
             )
 
     @property
-    def needs(self) -> TrainingNeeds:
+    def needs(self) -> StageNeeds:
         """What decides the memory of training."""
         return stage_needs(self.workspace, self.index, self.shape, self.source)
 
@@ -251,16 +251,23 @@ class Stage:
         return StageOutputs(self.workspace, self.index, self.source, self.shape)
 
     def extract(
-        self, weights: FrozenWeights, *, force: bool = False, workers: Workers = IN_PROCESS
+        self,
+        weights: FrozenWeights,
+        *,
+        force: bool = False,
+        workers: Workers = IN_PROCESS,
+        reserved: int = 0,
     ) -> tuple[Manifest, bool]:
         """Build the module's cache, or go on building it, unless a valid one is there.
+
+        ``reserved`` bytes of the disk budget belong to caches above.
 
         Returns
         -------
         (Manifest, bool)
             The sealed cache's manifest, and whether work was done now.
         """
-        return self.outputs.extract(weights, force=force, workers=workers)
+        return self.outputs.extract(weights, force=force, workers=workers, reserved=reserved)
 
     def virtual_cache(self) -> VirtualCache:
         """The module's outputs, computed when they are read.

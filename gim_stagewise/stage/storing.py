@@ -127,7 +127,7 @@ def compute_block(
     patches = torch.from_numpy(samples).flatten(0, 2)
     activations, embeddings = frozen_forward(frozen, patches, config, keep=storing)
     finite = torch.cat(storing.finite) & embeddings.isfinite().all(1)
-    _refuse_non_finite(finite, ids, rows * columns)
+    refuse_non_finite(finite, ids, rows * columns)
     _refuse_overflow(storing, ids)
     sizes = {"s": count, "r": rows, "c": columns}
     return {
@@ -136,7 +136,21 @@ def compute_block(
     }
 
 
-def _refuse_non_finite(finite: Tensor, ids: list[str], patches: int) -> None:
+def refuse_non_finite(finite: Tensor, ids: list[str], patches: int) -> None:
+    """Name the samples whose outputs are not all finite.
+
+    Parameters
+    ----------
+    finite : Tensor
+        bool [row], a row for each patch of the samples.
+    ids : list of str
+    patches : int
+        Of a sample.
+
+    Raises
+    ------
+    NonFiniteError
+    """
     if finite.all():
         return
     bad = sorted({int(row) // patches for row in torch.nonzero(~finite)[:, 0]})
@@ -152,8 +166,9 @@ def _refuse_overflow(storing: Storing, ids: list[str]) -> None:
     if error is None or storing.precision is None or storing.precision.has_scales:
         return
     if error.saturated:
+        name = storing.precision.name
+        wider = '"bfloat16" or "bitround-N"' if name == "float16" else '"float32"'
         raise PrecisionLossError(
-            f"{error.saturated} values of samples {ids[0]} to {ids[-1]} are beyond what "
-            f"{storing.precision.name} can store; nothing was sealed. Set cache.precision to "
-            '"bfloat16" or "bitround-N", which reach as far as float32'
+            f"{error.saturated} values of samples {ids[0]} to {ids[-1]} are beyond what {name} can "
+            f"store; nothing was sealed. Set cache.precision to {wider}, which reaches further"
         )

@@ -213,12 +213,7 @@ class _Trainer:
         )
         value = float(loss)
         if not math.isfinite(value):
-            raise NonFiniteError(
-                f"module {self.job.stage}: the loss became {value} at step {step} (epoch "
-                f"{self.at.epoch + 1}, lr {self.job.config.lr}); the last good checkpoint is "
-                f"{self.job.checkpoint if self.job.checkpoint.exists() else 'none'}. "
-                f"Lower module.{self.job.stage}.train.lr"
-            )
+            raise self._diverged(f"the loss became {value}", step)
         self.optimizer.step()
         # Now rather than before the next backward: nothing holds gradients during pass 1.
         self.optimizer.zero_grad(set_to_none=True)
@@ -276,11 +271,7 @@ class _Trainer:
             generator = self._generator("validation negatives", number)
             loss = float(self.objective(in_place(pooled, batch), generator=generator))
             if not math.isfinite(loss):
-                raise NonFiniteError(
-                    f"module {self.job.stage}: the validation loss became {loss} after epoch "
-                    f"{self.at.epoch + 1} (lr {self.job.config.lr}); lower "
-                    f"module.{self.job.stage}.train.lr"
-                )
+                raise self._diverged(f"the validation loss became {loss}", self.steps_done)
             total += loss * batch.shape[0]
         return total / len(self.validation_ids)
 
@@ -288,7 +279,19 @@ class _Trainer:
         seed = derive_seed(self.job.seed, purpose, self.job.stage, number)
         return torch.Generator().manual_seed(seed)
 
+    def _diverged(self, what: str, step: int) -> NonFiniteError:
+        job = self.job
+        kept = f"is {job.checkpoint}" if job.checkpoint.exists() else "is none: it was before one"
+        return NonFiniteError(
+            f"module {job.stage}: {what} at step {step} (epoch {self.at.epoch + 1}, lr "
+            f"{job.config.lr}); the last good checkpoint {kept}. "
+            f"Lower module.{job.stage}.train.lr"
+        )
+
     def _save(self) -> None:
+        # The step before it may have ruined the weights, without any loss having shown it yet.
+        if not all(parameter.isfinite().all() for parameter in self.module.parameters()):
+            raise self._diverged("weights became NaN or infinite", self.steps_done)
         self.at.seconds = time.monotonic() - self.started
         self.log.flush()
         state: dict[str, Any] = {

@@ -1,0 +1,230 @@
+"""What caches take on disk, before they are built."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+
+from gim_stagewise.cache import CacheLayout, Manifest, Precision, encoded_bytes
+from gim_stagewise.errors import OverBudgetError, StorageError
+from gim_stagewise.models import INPUT_OPERATIONS
+from gim_stagewise.sources import PatchSource, Request, Source, read_stacked
+from gim_stagewise.stage.choose import Choice
+from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
+from gim_stagewise.stage.needs import cache_layout
+from gim_stagewise.stage.shape import Shape
+from gim_stagewise.stage.workspace import Workspace
+from gim_stagewise.units import format_bytes
+
+# Samples that an estimate of a cache's size looks at, within so many bytes.
+SAMPLES_SEEN = 16
+SAMPLE_BYTES_SEEN = 32_000_000
+# Estimates are off by a few tens of percent: a disk with less than this share of one is refused.
+SURELY = 0.75
+KEEPS = ("all", "last-two", "last")
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """What one cache takes.
+
+    Parameters
+    ----------
+    bytes : int
+    basis : str
+        How that was found.
+    pooled : int
+        Of it, what stays when activations may go.
+    """
+
+    bytes: int
+    basis: str
+    pooled: int
+
+
+@dataclass(frozen=True)
+class DiskPlan:
+    """What the caches of a pipeline take, module by module from the first."""
+
+    caches: list[CacheSize]
+
+    def needed(self, keep: str) -> int:
+        """The most bytes of caches on disk at once.
+
+        Parameters
+        ----------
+        keep : "all", "last-two" or "last"
+            Which activations stay: a stage needs those of the one below, and none before them.
+            Embeddings always stay.
+        """
+        sizes = [cache.bytes for cache in self.caches]
+        if keep == "all":
+            return sum(sizes)
+        pooled = [cache.pooled for cache in self.caches]
+        return max(
+            sum(sizes[max(0, top - 1) : top + 1]) + sum(pooled[: max(0, top - 1)])
+            for top in range(len(sizes))
+        )
+
+    def check(self, space: Workspace) -> None:
+        """Compare with the budget, and with what the disk has left.
+
+        Raises
+        ------
+        OverBudgetError
+            If the caches take more than is allowed.
+        StorageError
+            If the disk surely has too little space.
+        """
+        keep, allowed = space.config.keep, space.budget.disk
+        needed = self.needed(keep)
+        if allowed is not None and needed > allowed:
+            others = [
+                f'keep = "{name}" needs {format_bytes(self.needed(name))}'
+                for name in KEEPS
+                if name != keep and self.needed(name) <= allowed
+            ]
+            advice = others or ['store less, with cache.codec = "zstd" or materialize = "never"']
+            raise OverBudgetError(
+                f"the caches project {format_bytes(needed)} on disk, allowed "
+                f"{format_bytes(allowed)}: {advice[0]}, or allow --allowed-disk "
+                f"{-(-needed // 1_000_000)}MB",
+                needed=needed,
+            )
+        require_free(space.folder, needed - bytes_of_caches(space), f"caches of {space.folder}")
+
+
+def require_free(folder: Path, needed: int, what: str) -> None:
+    """Refuse to begin what a disk surely has no room for.
+
+    Raises
+    ------
+    StorageError
+        With both numbers.
+    """
+    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < SURELY * needed:
+        raise StorageError(
+            f"{what}: about {format_bytes(needed)} are to be written, and {format_bytes(free)} are "
+            'free there. Make space, choose another --dir, or store less (keep = "last-two", '
+            'cache.codec = "zstd", materialize = "never"); nothing was changed'
+        )
+
+
+def bytes_of_caches(space: Workspace) -> int:
+    """Bytes of all caches in a run's folder, those begun included."""
+    places = [*space.folder.glob("m*.zarr"), *space.folder.glob(".m*.zarr.build")]
+    return sum(folder_bytes(path) for path in places)
+
+
+def plan_disk(
+    space: Workspace,
+    source: PatchSource,
+    shapes: list[Shape],
+    *,
+    last: int,
+    there: Mapping[int, Path],
+    choices: Mapping[int, Choice] | None = None,
+) -> DiskPlan:
+    """Estimate the caches of a pipeline.
+
+    Parameters
+    ----------
+    space : Workspace
+    source : PatchSource
+    shapes : list of Shape
+        Of all modules.
+    last : int
+        The last one that is asked for.
+    there : mapping
+        Paths of caches that are there already and stay, by module.
+    choices : mapping, optional
+        What was measured where that decides whether outputs are stored; where it is not known yet,
+        they count as not stored.
+    """
+    caches: list[CacheSize] = []
+    estimates = islice(_encoded_bytes(space, source, shapes), last)
+    for index, (shape, (encoded, seen)) in enumerate(zip(shapes, estimates, strict=False), start=1):
+        layout = cache_layout(space, index, shape, source)
+        stored = stored_samples(source, layout)
+        pooled = stored * layout.embedding_bytes
+        choice = (choices or {}).get(index)
+        undecided = space.module_config(index).cache.materialize == "auto"
+        if index in there:
+            caches.append(CacheSize(folder_bytes(there[index]), "the cache that is there", pooled))
+        elif not layout.materialized or (
+            index < len(space.config.module) and undecided and (choice is None or not choice.store)
+        ):
+            caches.append(CacheSize(pooled, "embeddings alone", pooled))
+        else:
+            many = "sample" if seen == 1 else "samples"
+            basis = f"{seen} {many} through untrained modules, encoded"
+            caches.append(CacheSize(round(stored * encoded) + pooled, basis, pooled))
+    return DiskPlan(caches)
+
+
+def stored_samples(source: Source, layout: CacheLayout) -> int:
+    """Samples that are written, once for each view."""
+    return sum(len(block.samples) for block in layout.blocks(source))
+
+
+def sampled_bytes(
+    frozen: FrozenModule, samples: np.ndarray, manifest: Manifest, space: Workspace
+) -> float:
+    """Bytes of one sample's activations on disk, found on a few samples."""
+    rows = torch.from_numpy(samples).flatten(0, 2)
+    operation, precision = manifest.stored_operation, manifest.precision
+
+    def stored(z: torch.Tensor) -> torch.Tensor:
+        return precision.encode(z if operation is None else INPUT_OPERATIONS[operation](z))[0]
+
+    z, _ = frozen_forward(frozen, rows, space.config.extract, keep=stored)
+    return encoded_bytes(z.numpy(), manifest.layout.codec) / len(samples)
+
+
+def _encoded_bytes(
+    space: Workspace, source: PatchSource, shapes: list[Shape]
+) -> Iterator[tuple[float, int]]:
+    """Bytes of one sample's encoded activations for each module, and the samples looked at."""
+    largest = max(source.item_bytes, *(_sample_bytes(shape) for shape in shapes))
+    count = max(1, min(SAMPLES_SEEN, SAMPLE_BYTES_SEEN // largest, len(source.ids)))
+    ids = [source.ids[int(i)] for i in np.linspace(0, len(source.ids) - 1, count)]
+    batch = read_stacked(source, [Request(item_id) for item_id in ids])
+    rows = torch.from_numpy(rearrange(batch, "s r c ch h w -> (s r c) ch h w"))
+    for index, shape in enumerate(shapes, start=1):
+        # Smaller pieces than in extraction: their bits decide nothing here, their memory does.
+        config = space.config.extract.model_copy(
+            update={"batch": min(space.config.extract.batch, len(rows))}
+        )
+        frozen = FrozenModule(space.build(index, shape.cell_in[0]), torch.device("cpu"))
+        cache = space.module_config(index).cache
+        rows, _ = frozen_forward(frozen, rows, config)
+        op = shapes[index].input_op if index < len(shapes) else None
+        if op is not None and cache.stored_operation == "auto":
+            rows = INPUT_OPERATIONS[op](rows)
+        extremes = rows.transpose(0, 1).flatten(1).aminmax(dim=1)
+        stored, _ = Precision(cache.precision).calibrated(*extremes).encode(rows)
+        yield encoded_bytes(stored.numpy(), cache.codec) / count, count
+
+
+def _sample_bytes(shape: Shape) -> int:
+    return 4 * math.prod(shape.grid) * math.prod(shape.cell_out)
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of all files below a folder."""
+    total = 0
+    for file in path.rglob("*"):
+        with suppress(FileNotFoundError):  # a run that is at work moves files
+            total += file.stat().st_size if file.is_file() else 0
+    return total

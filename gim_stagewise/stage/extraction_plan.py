@@ -1,0 +1,156 @@
+"""What extracting a cache takes, who does it, and whether that fits the budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gim_stagewise.errors import ConfigError, OverBudgetError
+from gim_stagewise.memory import Budget
+from gim_stagewise.processes import usable_cores
+from gim_stagewise.stage.extract import BLOCKS_AT_ONCE
+from gim_stagewise.stage.forward import block_bytes, project_forward
+from gim_stagewise.stage.needs import StageNeeds
+from gim_stagewise.stage.project import StepSpec, round_up
+from gim_stagewise.units import format_bytes
+
+# A process of ours with torch, zarr and Dask imported, before it has a block, measured.
+BASE_BYTES = 600_000_000
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who computes blocks.
+
+    Parameters
+    ----------
+    count : int or None
+        Processes of a local cluster; 0 for this process; None to decide by cores, memory and
+        the work there is.
+    scheduler : str or None
+        Address of a running Dask scheduler, such as "tcp://host:8786".
+    """
+
+    count: int | None = None
+    scheduler: str | None = None
+
+
+@dataclass(frozen=True)
+class ExtractionPlan:
+    """What extracting a cache will take.
+
+    Parameters
+    ----------
+    forward : int
+        Bytes of the frozen module's forward, on the device.
+    block : int
+        Bytes of the blocks that are on their way from input to disk in one process, on the host.
+    workers : int
+        Processes besides this one, at most; 0 for this one alone.
+    base : int
+        Bytes of a process before it begins.
+    on_gpu : bool
+    """
+
+    forward: int
+    block: int
+    workers: int
+    base: int
+    on_gpu: bool
+
+    @property
+    def each(self) -> int:
+        """Bytes on the host that a process takes to compute blocks."""
+        return self.block + (0 if self.on_gpu else self.forward)
+
+    @property
+    def host_alone(self) -> int:
+        """Bytes on the host without workers."""
+        return self.base + self.each
+
+    @property
+    def host(self) -> int:
+        """Bytes on the host, all processes together."""
+        # Beside workers there is this process, which computes nothing then.
+        if not self.workers:
+            return self.host_alone
+        return self.base + self.workers * (self.base + self.each)
+
+
+def plan_extraction(
+    needs: StageNeeds, *, budget: Budget, workers: Workers | None = None
+) -> ExtractionPlan:
+    """Choose the workers, and check them against the budget.
+
+    Raises
+    ------
+    ConfigError
+        If more workers are asked for than there are cores for.
+    OverBudgetError
+        If it does not fit; the message names both numbers and a remedy.
+    """
+    workers = workers or Workers()
+    spec = needs.spec
+    on_gpu = spec.device == "cuda"
+    plan = ExtractionPlan(
+        forward=plan_forward(spec, budget),
+        block=BLOCKS_AT_ONCE * block_bytes(needs.item_bytes, needs.layout),
+        workers=0,
+        base=BASE_BYTES,
+        on_gpu=on_gpu,
+    )
+    allowed, threads = budget.host_bytes(), spec.config.extract.threads
+    fitting = max(0, allowed - BASE_BYTES) // (BASE_BYTES + plan.each)
+    cores = usable_cores() // threads
+    count = workers.count
+    if count is None:
+        usable = min(cores, fitting)
+        # One process keeps a GPU busy; several would share it and its memory.
+        count = 0 if on_gpu or usable < 2 or workers.scheduler is not None else usable
+    elif count > max(cores, 1):
+        raise ConfigError(
+            f"is {count}, which with extract.threads = {threads} needs {count * threads} cores; "
+            f"there are {usable_cores()}: use {cores} or less",
+            key="--workers",
+        )
+    plan = ExtractionPlan(plan.forward, plan.block, count, BASE_BYTES, on_gpu)
+    if plan.host > allowed and workers.scheduler is None:
+        _refuse(spec, plan, fitting, allowed)
+    return plan
+
+
+def _refuse(spec: StepSpec, plan: ExtractionPlan, fitting: int, allowed: int) -> None:
+    if plan.workers:
+        remedy = f"use --workers {fitting} or less"
+    elif plan.block > plan.each // 2:
+        remedy = "store fewer samples a chunk (cache.chunk)"
+    else:
+        remedy = f"lower extract.batch from {spec.config.extract.batch}"
+    raise OverBudgetError(
+        f"module {spec.index}: extraction with {plan.workers} workers projects "
+        f"{format_bytes(plan.host)} of host memory ({format_bytes(plan.base)} a process, and "
+        f"{format_bytes(plan.each)} at work), allowed {format_bytes(allowed)}: {remedy}, or allow "
+        f"--allowed-host-mem {round_up(plan.host)}",
+        needed=plan.host,
+    )
+
+
+def plan_forward(spec: StepSpec, budget: Budget) -> int:
+    """Bytes that the frozen module takes on the device while it extracts.
+
+    Raises
+    ------
+    OverBudgetError
+        If that is more than is allowed there.
+    """
+    forward = project_forward(spec, measure=budget.lean)
+    allowed = budget.device_bytes(torch.device(spec.device))
+    if allowed is not None and forward > allowed:
+        raise OverBudgetError(
+            f"module {spec.index} projects {format_bytes(forward)} for extraction, allowed "
+            f"{format_bytes(allowed)}: lower extract.batch from {spec.config.extract.batch}, "
+            f"or allow --allowed-mem {round_up(forward)}",
+            needed=forward,
+        )
+    return forward

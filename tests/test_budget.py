@@ -1,0 +1,176 @@
+"""What is over a budget is refused before anything is done, and what is not is left alone."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers import edit, weights_of
+from test_cli import gim_stage, one_error
+
+from gim_stagewise.cache import Cache
+from gim_stagewise.errors import OverBudgetError, StorageError
+from gim_stagewise.memory import Budget
+from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.plan import plan_pipeline
+from gim_stagewise.prove import prove
+from gim_stagewise.stage.needs import chain_needs
+
+
+def open_pipeline(file: Path, folder: Path, **budget: int) -> Pipeline:
+    return Pipeline.from_file(file, folder=folder, device="cpu", budget=Budget(**budget))
+
+
+def test_extraction_that_does_not_fit_is_refused_before_training(
+    tiny: Path, tmp_path: Path
+) -> None:
+    edit(tiny, "[extract]\nbatch = 50", "[extract]\nbatch = 150000")
+    arguments: list[str | Path] = [tiny, "--dir", tmp_path / "out", "--device", "cpu"]
+    for command in ("plan", "run"):
+        error = one_error(gim_stage(command, *arguments, "--allowed-host-mem", "900MB"), 3)
+        assert "extraction with 0 workers projects" in error
+        assert "lower extract.batch from 150000" in error
+    assert not list((tmp_path / "out").glob("m*"))
+
+
+def test_a_stage_that_will_be_made_again_is_checked_first(tiny: Path, tmp_path: Path) -> None:
+    open_pipeline(tiny, tmp_path / "out").run()
+    before = weights_of(tmp_path / "out")
+    edit(tiny, "channels = 8", "channels = 9")
+    edit(tiny, "channels = 5", "channels = 900")
+    with pytest.raises(OverBudgetError, match="module 3"):
+        open_pipeline(tiny, tmp_path / "out", device=60_000_000).run()
+    assert weights_of(tmp_path / "out").keys() == before.keys()
+    assert Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").first_to_make(3) == 2
+
+
+def test_what_is_there_needs_no_budget(tiny: Path, tmp_path: Path) -> None:
+    open_pipeline(tiny, tmp_path / "out").run()
+    stages = open_pipeline(tiny, tmp_path / "out", device=1000, disk=1000).run().stages
+    assert not any(stage.trained or stage.extracted for stage in stages)
+
+
+def test_a_cache_that_is_stale_says_nothing_of_the_next_ones_size(
+    tiny: Path, tmp_path: Path
+) -> None:
+    edit(tiny, "[cache]\n", '[cache]\nmaterialize = "never"\n')
+    open_pipeline(tiny, tmp_path / "out").run()
+    edit(tiny, 'materialize = "never"', 'materialize = "always"')
+    plan = plan_pipeline(open_pipeline(tiny, tmp_path / "out"))
+    fresh = plan_pipeline(open_pipeline(tiny, tmp_path / "fresh"))
+    assert [c.bytes for c in plan.disk.caches] == [c.bytes for c in fresh.disk.caches]
+    edit(tiny, "channels = 5", "channels = 50")
+    grown = plan_pipeline(open_pipeline(tiny, tmp_path / "out"))
+    assert grown.disk.caches[2].bytes > 5 * fresh.disk.caches[2].bytes
+
+
+def test_the_disk_budget_is_for_what_is_asked(tiny: Path, tmp_path: Path) -> None:
+    one = plan_pipeline(open_pipeline(tiny, tmp_path / "x")).disk.caches[0].bytes
+    allowed = one + one // 20
+    with pytest.raises(OverBudgetError, match="on disk"):
+        open_pipeline(tiny, tmp_path / "out", disk=allowed).run()
+    assert open_pipeline(tiny, tmp_path / "out", disk=allowed).run(until=1).stages[0].extracted
+
+
+def test_a_disk_with_too_little_space_is_refused_before_anything_is_written(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**6, 10**6 - 10**5, 10**5))
+    with pytest.raises(StorageError, match=r"about .* are to be written, and 100.0 kB are free"):
+        open_pipeline(tiny, tmp_path / "out").run()
+    assert not list((tmp_path / "out").glob("*"))
+    assert StorageError("").exit_code == 4
+
+
+def test_computing_is_counted_where_it_may_be_chosen(tiny: Path, tmp_path: Path) -> None:
+    edit(tiny, "[cache]\n", '[cache]\nmaterialize = "auto"\n')
+    pipeline = open_pipeline(tiny, tmp_path / "out")
+    shapes = pipeline.check()
+    undecided = [n.chain for n in chain_needs(pipeline.workspace, pipeline.source, shapes)]
+    assert 0 == undecided[0] < undecided[1] < undecided[2]
+    decided = chain_needs(pipeline.workspace, pipeline.source, shapes, {1: True, 2: False})
+    assert decided[1].chain == 0 < decided[2].chain < undecided[2]
+
+
+def test_a_module_that_cannot_be_counted_is_measured_in_a_chain_too(
+    tiny: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, in_channels, look):\n"
+        "        super().__init__()\n"
+        "        self.conv, self.look = nn.Conv2d(in_channels, 64, 3, padding=1), look\n"
+        "    def forward(self, x):\n"
+        "        if self.look:\n"
+        "            x.sum().item()\n"
+        "        return self.conv(x)\n"
+    )
+    edit(tiny, "[cache]\n", '[cache]\nmaterialize = "never"\n')
+    edit(tiny, "[extract]\nbatch = 50", "[extract]\nbatch = 20000")
+    build = 'build = "residual"\noptions = { stem = 4, channels = 6 }'
+    chains = {}
+    for look in ("true", "false"):
+        edit(tiny, build, f'build = "nets:Net"\noptions = {{ look = {look} }}')
+        build = f'build = "nets:Net"\noptions = {{ look = {look} }}'
+        pipeline = open_pipeline(tiny, tmp_path / look)
+        needs = chain_needs(pipeline.workspace, pipeline.source, pipeline.check())
+        chains[look] = needs[1].chain
+    # 20 000 patches of 64 × 4 × 4 values are 82 MB.
+    assert chains["false"] > 82_000_000
+    assert chains["true"] > 0.9 * chains["false"]
+
+
+def test_storing_is_not_chosen_where_the_disk_budget_has_no_room(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gim_stagewise.stage import outputs
+    from gim_stagewise.stage.choose import measure_choice
+
+    # Computing is slow, so that only room can speak against storing.
+    def slow(*args: object, **options: object) -> object:
+        choice, values = measure_choice(*args, **options)  # type: ignore[arg-type]
+        return replace(choice, compute=1.0), values
+
+    monkeypatch.setattr(outputs, "measure_choice", slow)
+    edit(tiny, "[cache]\n", '[cache]\nmaterialize = "auto"\n')
+    full = plan_pipeline(open_pipeline(tiny, tmp_path / "x"))
+    assert [stage.choice and stage.choice.store for stage in full.stages] == [True, True, None]
+    sizes = full.disk.caches
+    allowed = sum(cache.bytes for cache in sizes) - (sizes[1].bytes - sizes[1].pooled) // 2
+    plan = plan_pipeline(open_pipeline(tiny, tmp_path / "x", disk=allowed))
+    assert [stage.choice and stage.choice.store for stage in plan.stages] == [True, False, None]
+    for attempt in range(2):
+        result = open_pipeline(tiny, tmp_path / "out", disk=allowed).run()
+        assert any(stage.extracted for stage in result.stages) is (attempt == 0)
+    stored = [Cache(tmp_path / "out" / f"m{index}.zarr").materialized for index in (1, 2, 3)]
+    assert stored == [True, False, True]
+    choice = Cache(tmp_path / "out" / "m2.zarr").manifest.choice
+    assert choice is not None
+    assert choice["room"] is not None
+
+
+def test_a_proof_has_the_same_micro_batch_both_ways(tiny: Path, tmp_path: Path) -> None:
+    edit(tiny, "[train]\n", '[train]\nmicro_batch = "auto"\n')
+    edit(tiny, "[extract]\nbatch = 50", "[extract]\nbatch = 100000")
+    pipeline = open_pipeline(tiny, tmp_path / "x")
+    needs = chain_needs(
+        replace(pipeline.workspace, config=_never(pipeline)), pipeline.source, pipeline.check()
+    )
+    # Enough for every forward, and little beside the chain that computes inputs.
+    room = max(one.chain for one in needs) + 30_000_000
+    proofs = prove(open_pipeline(tiny, tmp_path / "x", device=max(room, 200_000_000)))
+    assert all(proof.equal for proof in proofs)
+
+
+def _never(pipeline: Pipeline):  # type: ignore[no-untyped-def]
+    modules = {
+        index: module.model_copy(
+            update={"cache": module.cache.model_copy(update={"materialize": "never"})}
+        )
+        for index, module in pipeline.config.module.items()
+    }
+    return pipeline.config.model_copy(update={"module": modules})

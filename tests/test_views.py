@@ -1,0 +1,138 @@
+"""A cache as an array: what slicing gives, and what it refuses to give."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import edit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from gim_stagewise import open_cache
+from gim_stagewise.cache import Cache
+from gim_stagewise.errors import CorruptCacheError, DataError
+from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.sources import Request
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, new_tiny: Callable[[Path], Path]) -> Cache:
+    """Two views of unlabeled samples besides the evaluation view."""
+    folder = tmp_path_factory.mktemp("views")
+    file = new_tiny(folder)
+    edit(file, "[patches]\n", "[augment]\nviews = 2\nflip = 0.5\n\n[patches]\n")
+    Pipeline.from_file(file, folder=folder / "out", device="cpu").run(until=1)
+    return open_cache(folder / "out" / "m1.zarr")
+
+
+@pytest.fixture(scope="module")
+def whole(cache: Cache) -> NDArray[np.float32]:
+    """All of it, by way of `Cache.read`."""
+    values = np.full(cache.activations.shape, np.nan, np.float32)
+    for view in range(cache.views + 1):
+        for place, item_id in enumerate(cache.ids):
+            if cache.is_stored(view, place // cache.chunk_items):
+                values[view, place] = cache.read([Request(item_id, view)])[0]
+    return values
+
+
+def a_slice(length: int) -> st.SearchStrategy[slice]:
+    ends = st.none() | st.integers(-length - 2, length + 2)
+    return st.builds(slice, ends, ends, st.sampled_from([None, 1, 2, 3, -1, -2]))
+
+
+def a_key(length: int) -> st.SearchStrategy[int | slice]:
+    return st.integers(-length, length - 1) | a_slice(length)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_slicing_is_numpys(cache: Cache, whole: NDArray[np.float32], data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, whole.ndim))
+    key: tuple[Any, ...] = tuple(data.draw(a_key(length)) for length in whole.shape[:count])
+    if data.draw(st.booleans()):
+        last = data.draw(st.integers(0, whole.ndim - count))
+        ends = tuple(data.draw(a_key(n)) for n in whole.shape[whole.ndim - last :])
+        key = (*key, ..., *ends)
+    np.testing.assert_array_equal(cache.activations[key], whole[key])
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_samples_by_number_or_mask(
+    cache: Cache, whole: NDArray[np.float32], data: st.DataObject
+) -> None:
+    samples = whole.shape[1]
+    chosen = data.draw(st.lists(st.integers(-samples, samples - 1), max_size=9))
+    array = cache.activations
+    np.testing.assert_array_equal(array[:, chosen, :, 1], whole[:, :, :, 1][:, chosen])
+    mask = np.zeros(samples, bool)
+    mask[chosen] = True
+    np.testing.assert_array_equal(array[0, mask], whole[0, mask])
+    np.testing.assert_array_equal(array[0, np.array(chosen, int), 2], whole[0, chosen, 2])
+
+
+def test_views_that_are_not_stored_are_nan(cache: Cache, whole: NDArray[np.float32]) -> None:
+    assert np.isnan(whole).any()
+    labelled_only = len(cache.ids) - 1
+    assert np.isnan(cache.activations[2, labelled_only]).all()
+    assert np.isfinite(cache.activations[0]).all()
+    with pytest.raises(DataError, match=r"view 2 of 'test/.*' is not stored"):
+        cache.read([Request(cache.ids[labelled_only], 2)])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [(0,) * 8, (..., ...), (0, None), (0, 1.5), ([0], 1), (0, 0, [1]), (0, 52), (3,), (True, 0)],
+)
+def test_other_keys_are_refused(cache: Cache, key: Any) -> None:
+    with pytest.raises((IndexError, TypeError)):
+        cache.activations[key]
+
+
+def test_dask_gives_the_same(cache: Cache, whole: NDArray[np.float32]) -> None:
+    array = cache.dask()
+    assert array.chunks[1][0] == cache.chunk_items
+    np.testing.assert_array_equal(array.compute(scheduler="threads"), whole)
+    np.testing.assert_array_equal(array[0, 3:9].compute(scheduler="processes"), whole[0, 3:9])
+    pooled = cache.dask("pooled").compute()
+    np.testing.assert_array_equal(pooled[0], cache.read_pooled(cache.ids))
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(cache)).activations[0, 1], whole[0, 1])
+    with pytest.raises(DataError, match='there are "activations" and "pooled"'):
+        cache.dask("ids")
+
+
+@pytest.mark.parametrize("name", ["activations", "pooled"])
+def test_no_part_of_a_damaged_chunk_is_given(cache: Cache, name: str) -> None:
+    file = sorted((cache.path / name).glob("c.0.1.*"))[0]
+    content = file.read_bytes()
+    place = cache.chunk_items  # the first sample of the second chunk
+    draw = np.random.default_rng(0)
+    ways: list[Callable[[], Any]] = {
+        "activations": [
+            lambda: cache.activations[0, place, 0, 0, 0],
+            lambda: cache.activations[0, [place]],
+            lambda: np.asarray(cache.dask()[0, place, 0]),
+        ],
+        "pooled": [lambda: np.asarray(cache.dask("pooled")[0, place, 0])],
+    }[name]
+    try:
+        for position in [*range(16), *draw.integers(0, len(content), 24).tolist()]:
+            damaged = bytearray(content)
+            damaged[position] ^= 1 << position % 8
+            file.write_bytes(damaged)
+            for way in ways:
+                with pytest.raises(CorruptCacheError, match=r"c\.0\.1\."):
+                    way()
+        file.unlink()
+        for way in ways:
+            with pytest.raises(CorruptCacheError, match="is missing"):
+                way()
+    finally:
+        file.write_bytes(content)
