@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -28,14 +29,21 @@ def storage_errors(what: str) -> Iterator[None]:
         yield
     except StorageError:
         raise
-    except OSError as error:
-        if error.errno not in _STORAGE_ERRNOS:
+    except (OSError, RuntimeError) as error:
+        number = error.errno if isinstance(error, OSError) else _number_in(error)
+        if number not in _STORAGE_ERRNOS:
             raise
-        reason = os.strerror(error.errno or 0).lower()
+        reason = os.strerror(number or 0).lower()
         raise StorageError(
             f"{what}: {reason}; what was complete stays valid. "
             "Make space, then give the same command again"
         ) from error
+
+
+def _number_in(error: RuntimeError) -> int | None:
+    """The error number in the words of a library in Rust, such as zarrs; None if there is none."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 # Called before and after every operation below, with "before" or "after", its name and its path:
@@ -91,6 +99,22 @@ def remove(path: Path) -> None:
             shutil.rmtree(path)
         except FileNotFoundError:  # a worker that was lost is cleaning up as well
             shutil.rmtree(path, ignore_errors=True)
+
+
+# What operations that were killed leave behind, below a run's folder.
+_LEFTOVERS = (".*.tmp", "*/.*.tmp", "logs/*/.*.tmp", ".*.trash-*", ".*.repair-*")
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Files and folders that an operation left when it was killed in a run's folder."""
+    return sorted({path for pattern in _LEFTOVERS for path in folder.glob(pattern)})
+
+
+def sweep(folder: Path) -> None:
+    """Remove what operations left; for the one who holds the folder (see `lock.exclusive`)."""
+    for path in leftovers(folder):
+        if not path.name.startswith(".run.json"):  # it is written when the folder is let go
+            remove(path)
 
 
 def flush_tree(root: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from gim_stagewise.cache import BuildFolder, read_manifest
+from gim_stagewise.durable import leftovers, rename
 from gim_stagewise.durable import remove as remove_path
-from gim_stagewise.durable import rename
 from gim_stagewise.errors import CorruptCacheError, GimStageError
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.stage.checkpoint import FrozenWeights, TrainingRecord, peek_checkpoint
@@ -178,11 +178,11 @@ def removable(pipeline: Pipeline) -> list[Removable]:
 def _candidates(pipeline: Pipeline) -> Iterator[tuple[Path, str]]:
     space = pipeline.workspace
     states = {status.module: status for status in pipeline_status(pipeline)}
-    for path in sorted(space.folder.glob(".*.trash-*")):
-        yield path, "left over from a removal"
-    for pattern in (".*.tmp", "checkpoints/.*.tmp", "logs/*/.*.tmp"):
+    for path in leftovers(space.folder):
+        yield path, "left over from something that was interrupted"
+    for pattern in (".measure-*", ".prove-*"):
         for path in sorted(space.folder.glob(pattern)):
-            yield path, "left over from an interrupted write"
+            yield path, "left over from a measurement"
     for path in sorted(space.folder.glob(".m*.zarr.build")):
         index = _number(path.name.removeprefix(".").removesuffix(".build"), ".zarr")
         if index not in states or states[index].state not in {"partial", "waiting"}:

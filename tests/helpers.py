@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,33 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert arrays.keys() == wanted.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(array, wanted[name], err_msg=name)
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    """As `assert_same_run`, and every file of every cache is equal to the last byte."""
+    assert_same_run(one, other)
+    files = files_of(other)
+    assert files_of(one).keys() == files.keys()
+    for name, content in files_of(one).items():
+        assert content == files[name], name
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All files of all caches of a run."""
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for cache in folder.glob("m*.zarr")
+        for file in cache.rglob("*")
+        if file.is_file()
+    }
+
+
+def results_of(folder: Path) -> list[object]:
+    """Losses and probes of a run, as recorded."""
+    record = json.loads((folder / "run.json").read_text())
+    names = ("train_loss", "validation_loss", "probe_accuracy", "random_probe_accuracy")
+    stages = [[stage[name] for name in names] for stage in record["modules"]]
+    return [*stages, record["raw_probe_accuracy"]]
 
 
 def live_parameters() -> int:

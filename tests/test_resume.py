@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same_run, edit
+from helpers import assert_same_run, edit, results_of
 
 from gim_stagewise.cache import BuildFolder, Cache, read_manifest
 from gim_stagewise.errors import NonFiniteError, PartialCacheError
@@ -60,14 +59,6 @@ def undisturbed(tiny: Path, tmp_path: Path) -> Path:
     pipeline = Pipeline.from_file(tiny, folder=tmp_path / "undisturbed", device="cpu")
     save_record(pipeline, pipeline.run(workers=Workers(0)))
     return tmp_path / "undisturbed"
-
-
-def results_of(folder: Path) -> list[object]:
-    """Losses and probes of a run, as recorded."""
-    record = json.loads((folder / "run.json").read_text())
-    names = ("train_loss", "validation_loss", "probe_accuracy", "random_probe_accuracy")
-    stages = [[stage[name] for name in names] for stage in record["modules"]]
-    return [*stages, record["raw_probe_accuracy"]]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -303,7 +303,8 @@ class BuildFolder:
         return len(records) - 1, int(records[0].get("blocks", 0))
 
     def remove(self) -> None:
-        remove(self.path)
+        if self.path.exists():
+            remove(self.path)
 
     def _new_staging(self) -> Path:
         staging = self.path / f"staging-{uuid.uuid4().hex[:12]}"

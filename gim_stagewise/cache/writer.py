@@ -12,6 +12,7 @@ import hashlib
 import shutil
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def stage_block(
             for file in files:
                 fsync_file(folder / file)
             sha256 = block_digests(folder, manifest.layout, block)
-        except OSError:
+        except BaseException:
             remove(folder)
             raise
     return StagedBlock(block, folder, tuple(files), sha256)
@@ -131,6 +132,8 @@ class CacheWriter:
         self.path = path
         self.manifest = manifest
         self._build = BuildFolder(path)
+        for leftover in path.glob(".*.tmp"):
+            remove(leftover)  # of a seal that was killed: no file of the cache
         self._blocks = manifest.layout.blocks(source)
         with storage_errors(str(path)):
             resumed = self._build.resume(manifest.content) if self._is_ours() else None
@@ -221,6 +224,11 @@ class CacheWriter:
         remove(self.path / "checksums")
         rename(aside / "checksums", self.path / "checksums")
         fsync_directory(self.path)
+
+    def abandon(self) -> None:
+        """Remove what is staged; blocks that are done stay."""
+        with suppress(OSError):  # a disk that fails now has failed already
+            remove(self.staging)
 
     def error(self) -> PrecisionError | None:
         """What storing did to the values of all blocks that are done; None if nothing."""

@@ -24,7 +24,8 @@ Exit codes:
   1    a defect of gim-stage itself
   2    bad input or configuration
   3    over the memory or disk budget
-  4    storage or workers failed (disk full, input/output error, all workers lost)
+  4    storage or workers failed (disk full, input/output error, all workers lost), or
+       verify found damage
   130  interrupted
 """
 

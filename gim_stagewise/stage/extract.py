@@ -273,13 +273,17 @@ def extract(
     total = sum(len(block.samples) for block in writer.blocks)
     done = total - sum(len(block.samples) for block in pending)
     label = f"module {job.manifest.module}: extract"
-    with (
-        progress.task(label, total=total, done=done, unit="sample") as task,
-        # Closed at once when anything goes wrong, and its processes with it.
-        closing(executor.run(job, source, pending)) as blocks,
-    ):
-        for staged in blocks:
-            writer.commit(staged)
-            task.advance(len(staged.block.samples))
+    try:
+        with (
+            progress.task(label, total=total, done=done, unit="sample") as task,
+            # Closed at once when anything goes wrong, and its processes with it.
+            closing(executor.run(job, source, pending)) as blocks,
+        ):
+            for staged in blocks:
+                writer.commit(staged)
+                task.advance(len(staged.block.samples))
+    except BaseException:
+        writer.abandon()
+        raise
     check_error(writer.error(), job.config.stage(job.manifest.module).cache, job.manifest)
     return writer.seal()

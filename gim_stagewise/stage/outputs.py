@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from gim_stagewise.cache import (
+    BuildFolder,
     Cache,
     CacheWriter,
     Digest,
@@ -21,6 +22,7 @@ from gim_stagewise.cache import (
     metadata_problem,
     read_manifest,
 )
+from gim_stagewise.durable import sweep
 from gim_stagewise.errors import (
     CacheNotFoundError,
     CorruptCacheError,
@@ -102,10 +104,12 @@ class StageOutputs:
         """
         manifest = self.manifest(weights)
         with exclusive(self.workspace.folder):
+            sweep(self.workspace.folder)
             if force:
                 discard_cache(self.workspace.cache_path(self.index))
             found, reason = self.current(manifest)
             if found is not None and found.sealed:
+                BuildFolder(self.workspace.cache_path(self.index)).remove()
                 self._check_recorded_error(found)
                 return found, False
             if reason:

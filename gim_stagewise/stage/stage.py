@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 
 from gim_stagewise.cache import Cache, Digest, Manifest
-from gim_stagewise.durable import remove
+from gim_stagewise.durable import remove, sweep
 from gim_stagewise.errors import (
     CacheNotFoundError,
     ConfigError,
@@ -125,6 +125,7 @@ class Stage:
         self._check_trainable()
         checkpoint = self.workspace.checkpoint_path(self.index)
         with exclusive(self.workspace.folder):
+            sweep(self.workspace.folder)
             if force:
                 remove(checkpoint)
             weights = self._train()

@@ -1,0 +1,151 @@
+"""Runs that are killed at a point, each in a process of its own that starts at once.
+
+Run as a script this is a server: for every request, a line of JSON, it forks a child from a process
+that has everything imported and nothing running, and answers with the child's exit status.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def run_and_die(request: dict[str, Any]) -> None:
+    """Run a pipeline; with ``kill_at``, die without warning at that point of writing.
+
+    Points are numbered in the order in which they come: before and after each operation on the
+    disk. With ``log``, each is noted there as it comes.
+    """
+    from gim_stagewise import durable
+    from gim_stagewise.pipeline import Pipeline
+    from gim_stagewise.report.record import save_record
+    from gim_stagewise.stage.extraction_plan import Workers
+
+    count = 0
+    log = Path(request["log"]).open("a") if request.get("log") else None
+
+    def observe(when: str, name: str, path: Path) -> None:
+        nonlocal count
+        if log is not None:
+            log.write(json.dumps([when, name, str(path)]) + "\n")
+            log.flush()
+        if count == request.get("kill_at"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        count += 1
+
+    durable.observers.append(observe)
+    pipeline = Pipeline.from_file(request["file"], folder=request["folder"], device="cpu")
+    result = pipeline.run(workers=Workers(request.get("workers", 0)))
+    save_record(pipeline, result)
+
+
+def serve() -> None:
+    """Answer requests until there are no more."""
+    # What a run needs, so that a child begins at once; nothing of it starts a thread.
+    import distributed  # noqa: F401
+    import sklearn.linear_model  # noqa: F401
+    import torch
+
+    import gim_stagewise.pipeline
+    import gim_stagewise.report.record  # noqa: F401
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            try:
+                run_and_die(request)
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+                os._exit(1)
+            os._exit(0)
+        if (delay := request.get("kill_after")) is not None:
+            _kill_after(child, delay)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _kill_after(child: int, seconds: float) -> None:
+    import threading
+
+    def kill() -> None:
+        if os.waitpid(child, os.WNOHANG | os.WNOWAIT) == (0, 0):
+            os.kill(child, signal.SIGKILL)
+
+    threading.Timer(seconds, kill).start()
+
+
+class Runs:
+    """Asks the server for runs."""
+
+    def __init__(self, server: subprocess.Popen[str]) -> None:
+        self._server = server
+
+    def __call__(self, file: Path, folder: Path, **options: Any) -> int:
+        """The exit status of one run: 0 if it is done, -9 if it was killed."""
+        request = {"file": str(file), "folder": str(folder), **options}
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return int(self._server.stdout.readline())
+
+
+@contextmanager
+def killing_server() -> Iterator[Runs]:
+    """Start the server, and end it."""
+    with subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        yield Runs(server)
+        assert server.stdin is not None
+        server.stdin.close()
+
+
+def points_of(log: Path) -> list[tuple[str, str, str]]:
+    """The points of a run's log: when, operation, and what kind of file it was."""
+    points = []
+    for line in log.read_text().splitlines():
+        when, name, path = json.loads(line)
+        points.append((when, name, kind_of(Path(path))))
+    return points
+
+
+def kind_of(path: Path) -> str:
+    """A path without what differs between runs and blocks."""
+    parts = []
+    for part in path.parts[-3:]:
+        if part.startswith(("block-", "staging-")):
+            part = part.split("-")[0]
+        elif ".trash-" in part or part.endswith(".tmp"):
+            part = part.split(".")[1] + ("-trash" if ".trash-" in part else "-tmp")
+        elif part.startswith("c."):
+            part = "c"
+        elif part.endswith(".npy"):
+            part = "error"
+        elif "." in part and part.lstrip(".")[:1] == "m" and part.lstrip(".")[1:2].isdigit():
+            part = part.replace(part.lstrip(".").split(".")[0], "m", 1)
+        parts.append(part)
+    return "/".join(parts[-2:])
+
+
+def one_of_each(points: list[tuple[str, str, str]], seed: int) -> list[int]:
+    """For each kind of point, the number of one of them."""
+    draw = random.Random(seed)
+    places: dict[tuple[str, str, str], list[int]] = {}
+    for number, point in enumerate(points):
+        places.setdefault(point, []).append(number)
+    return sorted(draw.choice(numbers) for numbers in places.values())
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,181 @@
+"""A disk that is full or failing ends a run with exit code 4, and nothing that was done is lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from helpers import assert_same_files, edit, files_of
+
+from gim_stagewise import durable
+from gim_stagewise.cache import BuildFolder, Cache, find_damage, read_manifest
+from gim_stagewise.errors import CacheNotFoundError, PartialCacheError, StorageError
+from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.progress import Silent
+from gim_stagewise.report.record import save_record
+from gim_stagewise.stage.extraction_plan import Workers
+
+CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+class Full:
+    """From the n-th operation on the disk takes nothing more; removing still works."""
+
+    def __init__(self, number: int, code: int) -> None:
+        self.left = number
+        self.code = code
+        self.reached = False
+        self._lock = threading.Lock()
+
+    def __call__(self, when: str, name: str, path: Path) -> None:
+        if when == "after" or name == "remove":
+            return
+        with self._lock:
+            self.left -= 1
+            if self.left < 0:
+                self.reached = True
+                raise OSError(self.code, os.strerror(self.code), str(path))
+
+
+@pytest.fixture
+def small(tiny: Path) -> Path:
+    """One module, one training step, three blocks."""
+    tiny.write_text(tiny.read_text().partition("[module.2]")[0])
+    edit(tiny, "batch = 8\n", "batch = 36\n")
+    edit(tiny, "max_epochs = 3", "max_epochs = 1")
+    edit(tiny, "chunk = 7", "chunk = 20")
+    return tiny
+
+
+def run(file: Path, folder: Path) -> None:
+    pipeline = Pipeline.from_file(file, folder=folder, device="cpu")
+    save_record(pipeline, pipeline.run(workers=Workers(0)))
+
+
+@pytest.mark.parametrize("zarrs", [True, False])
+def test_every_operation_may_find_the_disk_full(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zarrs: bool
+) -> None:
+    if zarrs:
+        pytest.importorskip("zarrs")
+    monkeypatch.setattr("gim_stagewise.cache.codecs._has_zarrs", lambda: zarrs)
+    run(small, tmp_path / "undisturbed")
+    number = 0
+    while True:
+        folder = tmp_path / str(number)
+        full = Full(number, CODES[number % len(CODES)])
+        with monkeypatch.context() as patch:
+            patch.setattr(durable, "observers", [full])
+            if number == 0:
+                run_and_fail(small, folder, full)
+            else:
+                try:
+                    run(small, folder)
+                except StorageError as error:
+                    check_message(error, full)
+        if not full.reached:
+            break
+        done = check_what_is_left(folder)
+        run(small, folder)
+        assert_same_files(folder, tmp_path / "undisturbed")
+        for file, inode in done.items():
+            assert (folder / file).stat().st_ino == inode, "a block that was done was done again"
+        number += 1
+    assert number > 60
+    assert_same_files(folder, tmp_path / "undisturbed")
+
+
+def run_and_fail(file: Path, folder: Path, full: Full) -> None:
+    with pytest.raises(StorageError) as caught:
+        run(file, folder)
+    check_message(caught.value, full)
+
+
+def check_message(error: StorageError, full: Full) -> None:
+    assert error.exit_code == 4
+    assert os.strerror(full.code).lower() in str(error)
+    assert "what was complete stays valid" in str(error)
+
+
+def check_what_is_left(folder: Path) -> dict[str, int]:
+    """No temporary files; what is sealed is whole. Returns the files of blocks that are done."""
+    cache = folder / "m1.zarr"
+    temporary = [p for p in folder.rglob("*") if p.name.endswith(".tmp") or "block-" in p.name]
+    assert temporary == []
+    try:
+        Cache(cache)
+        assert find_damage(cache, Silent()) == []
+        return {}
+    except CacheNotFoundError:
+        return {}
+    except PartialCacheError:
+        manifest = read_manifest(cache)
+    count, _ = BuildFolder(cache).done_blocks(manifest.content)
+    files = sorted((cache / "pooled").glob("c.*"))
+    assert len(files) >= count
+    return {f"m1.zarr/pooled/{f.name}": f.stat().st_ino for f in files[:count]}
+
+
+SCRIPT = """
+set -e
+mount -t tmpfs -o size=4m tmpfs "$DISK"
+head -c 3700000 /dev/zero > "$DISK/filler"
+set +e
+$RUN; echo "status $?"
+find "$DISK/out" -name '*.tmp' -o -name 'block-*' | sed 's/^/left /'
+rm "$DISK/filler"
+$RUN; echo "status $?"
+set -e
+cp -r "$DISK/out" "$COPY"
+"""
+
+
+@pytest.mark.parametrize("zarrs", [True, False])
+def test_a_disk_that_is_really_full(small: Path, tmp_path: Path, zarrs: bool) -> None:
+    namespace = ["unshare", "--map-root-user", "--mount"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*namespace, "true"], check=False, capture_output=True).returncode
+    ):
+        pytest.skip("no mount namespaces here")
+    if zarrs:
+        pytest.importorskip("zarrs")
+    (tmp_path / "disk").mkdir()
+    # About 1.3 MB: the chunks do not fit, all before them does.
+    edit(small, "channels = 6", "channels = 96")
+    edit(small, "[cache]\n", '[cache]\nprecision = "float32"\n')
+    code = (
+        "import sys; import gim_stagewise.cache.codecs as c; import gim_stagewise.stage.disk as d;"
+        f"c._has_zarrs = lambda: {zarrs}; d.SURELY = 0.0;"  # found while writing, not before
+        "from gim_stagewise.cli import main; main()"
+    )
+    (tmp_path / "run.py").write_text(code)
+    command = [sys.executable, tmp_path / "run.py", "run", small, "--dir", tmp_path / "disk" / "out"]
+    done = subprocess.run(
+        [*namespace, "sh", "-c", SCRIPT],
+        env={
+            **os.environ,
+            "DISK": str(tmp_path / "disk"),
+            "COPY": str(tmp_path / "copy"),
+            "RUN": " ".join(map(str, [*command, "-q", "--device", "cpu", "--workers", "0"])),
+        },
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith("status")] == ["status 4", "status 0"], (
+        done.stdout + done.stderr
+    )
+    assert not [line for line in lines if line.startswith("left")]
+    assert "no space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    run(small, tmp_path / "undisturbed")
+    if zarrs == ("zarrs" in read_manifest(tmp_path / "copy" / "m1.zarr").numerics["codec"]):
+        assert files_of(tmp_path / "copy").keys() == files_of(tmp_path / "undisturbed").keys()

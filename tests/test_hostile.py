@@ -1,0 +1,241 @@
+"""Caches and files that somebody made to do harm: nothing is run, written elsewhere, or filled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numcodecs
+import numpy as np
+import pytest
+import torch
+from helpers import edit
+
+from gim_stagewise.cache import Cache, find_damage
+from gim_stagewise.durable import json_checksum
+from gim_stagewise.errors import ConfigError, CorruptCacheError, GimStageError
+from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.progress import Silent
+from gim_stagewise.sources import Request
+from gim_stagewise.stage.checkpoint import check_checkpoint, load_checkpoint
+
+LARGE = 2**36
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, new_tiny: Callable[[Path], Path]) -> Path:
+    folder = tmp_path_factory.mktemp("hostile")
+    Pipeline.from_file(new_tiny(folder), folder=folder / "out", device="cpu").run(until=1)
+    return folder
+
+
+@pytest.fixture
+def cache(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made / "out" / "m1.zarr", tmp_path / "m1.zarr")
+    return tmp_path / "m1.zarr"
+
+
+def resealed(path: Path, change: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:
+    """Make all hashes of a cache right again, after something in it was changed."""
+    content = json.loads((path / "zarr.json").read_text())
+    manifest = content["attributes"]["gim_stage"]
+    manifest["files"] = {
+        name: hashlib.sha256((path / name).read_bytes()).hexdigest()
+        for name in manifest["files"]
+        if (path / name).is_file()
+    }
+    change(manifest)
+    manifest["checksum"] = json_checksum(manifest)
+    (path / "zarr.json").write_text(json.dumps(content))
+
+
+def with_checksum(frame: bytes) -> bytes:
+    return frame + google_crc32c.value(frame).to_bytes(4, "little")
+
+
+def zstd_bomb(path: Path, name: str) -> None:
+    """A file of 32 kB that would be a gigabyte."""
+    (path / name / "c.0").write_bytes(with_checksum(numcodecs.Zstd(9).encode(bytes(2**30))))
+    resealed(path)
+
+
+def blosc_bomb(path: Path) -> None:
+    frame = bytearray((path / "pooled" / "c.0.0.0.0.0").read_bytes()[:-4])
+    struct.pack_into("<I", frame, 4, 2**31 - 17)
+    (path / "pooled" / "c.0.0.0.0.0").write_bytes(with_checksum(bytes(frame)))
+
+
+def many_strings(path: Path) -> None:
+    """A list that says it has four billion entries."""
+    content = struct.pack("<I", 2**32 - 1) + bytes(64)
+    (path / "ids" / "c.0").write_bytes(with_checksum(numcodecs.Zstd(1).encode(content)))
+    resealed(path)
+
+
+def metadata(name: str, **changes: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        file = path / name / "zarr.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        resealed(path)
+
+    return change
+
+
+def layout(**changes: Any) -> Callable[[Path], None]:
+    return lambda path: resealed(path, lambda manifest: manifest["layout"].update(changes))
+
+
+def file_outside(name: str) -> Callable[[Path], None]:
+    return lambda path: resealed(path, lambda manifest: manifest["files"].update({name: "0" * 64}))
+
+
+HOSTILE: dict[str, Callable[[Path], None]] = {
+    "a frame that declares two gigabytes": blosc_bomb,
+    "labels of a gigabyte": lambda path: zstd_bomb(path, "labels/class"),
+    "splits of a gigabyte": lambda path: zstd_bomb(path, "splits"),
+    "ids of a gigabyte": lambda path: zstd_bomb(path, "ids"),
+    "four billion ids": many_strings,
+    "splits in another codec": metadata(
+        "splits", codecs=[{"name": "bytes"}, {"name": "numcodecs.bz2", "configuration": {}}]
+    ),
+    "activations in another codec": metadata(
+        "activations", codecs=[{"name": "bytes"}, {"name": "numcodecs.lzma", "configuration": {}}]
+    ),
+    "labels of a large shape": metadata("labels/class", shape=[LARGE]),
+    "activations of a large shape": metadata("activations", shape=[1, LARGE, 5, 5, 6, 4, 4]),
+    "pooled in large chunks": metadata(
+        "pooled",
+        chunk_grid={"name": "regular", "configuration": {"chunk_shape": [1, LARGE, 5, 5, 6]}},
+    ),
+    "many samples": layout(samples=LARGE),
+    "many samples in a chunk": layout(chunk=LARGE),
+    "many of both": layout(samples=LARGE, chunk=LARGE),
+    "large cells": layout(cell=[LARGE, 4, 4]),
+    "a large grid": layout(grid=[LARGE, 5]),
+    "a large embedding": layout(embedding=LARGE),
+    "many views": layout(views=LARGE),
+    "no samples": layout(samples=0),
+    "samples that are no number": layout(samples="52"),
+    "a codec that there is not": layout(codec="gzip"),
+    "a type that there is not": layout(dtype="float64"),
+    "a file above": file_outside("../../secret"),
+    "a file elsewhere": file_outside("/etc/passwd"),
+}
+
+
+LOOK = """
+import resource, sys
+from pathlib import Path
+from gim_stagewise.cache import Cache, find_damage
+from gim_stagewise.errors import CorruptCacheError
+from gim_stagewise.progress import Silent
+from gim_stagewise.report.inspect import inspect_cache
+from gim_stagewise.sources import Request
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+path, before, refused = Path(sys.argv[1]), peak(), 0
+try:
+    cache = Cache(path)
+    cache.labels("class"), cache.split("train"), cache.activations[0, :2]
+    cache.read([Request(i) for i in cache.ids])
+    cache.read_pooled(cache.ids)
+except CorruptCacheError:
+    refused = 1
+try:
+    find_damage(path, Silent())
+except CorruptCacheError:
+    pass
+inspect_cache(path)
+print(refused, peak() - before)
+"""
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_what_a_cache_declares_is_refused_before_it_takes_memory(cache: Path, what: str) -> None:
+    HOSTILE[what](cache)
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK, cache],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    refused, grown = map(int, done.stdout.split())
+    assert refused == 1
+    assert grown < 100_000_000
+
+
+def test_nothing_is_imported_on_the_word_of_a_cache(made: Path, cache: Path) -> None:
+    """A cache names the user's builders; only a pipeline file on the command line may import."""
+    (cache.parent / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(cache.parent / 'harm')!r}).touch()\n"
+        "def build(in_channels): ...\n"
+    )
+
+    def change(manifest: dict[str, Any]) -> None:
+        text = manifest["pipeline_text"]
+        assert 'build = "residual"\noptions = { channels = 8, stride = 2 }' in text
+        manifest["pipeline_text"] = text.replace(
+            'build = "residual"\noptions = { channels = 8, stride = 2 }', 'build = "evil:build"'
+        )
+
+    resealed(cache, change)
+    with pytest.raises(ConfigError, match="code is imported only from a pipeline file"):
+        Pipeline.from_cache(cache, device="cpu").stage(2, cache).train()
+    assert not (cache.parent / "harm").exists()
+    assert "evil" not in sys.modules
+
+
+class Harm:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_that_is_read_is_unpickled(made: Path, tmp_path: Path) -> None:
+    harm = tmp_path / "harm"
+    folder = tmp_path / "out"
+    shutil.copytree(made / "out", folder)
+    checkpoint = folder / "checkpoints" / "m1.pt"
+    checkpoint.parent.mkdir(exist_ok=True)
+    torch.save({"run": "x", "counters": Harm(harm)}, checkpoint)
+    assert load_checkpoint(checkpoint, run="x") is None
+    with pytest.raises(CorruptCacheError):
+        check_checkpoint(checkpoint)
+    (folder / "m1.safetensors").write_bytes(pickle.dumps(Harm(harm)))
+    with pytest.raises(GimStageError):
+        Pipeline.from_file(made / "tiny.toml", folder=folder, device="cpu").stage(1).load_weights()
+    images = np.empty(2, dtype=object)
+    images[:] = [Harm(harm), Harm(harm)]
+    np.save(tmp_path / "train.npy", images, allow_pickle=True)
+    for name in ("train_labels.npy", "test.npy", "test_labels.npy"):
+        shutil.copyfile(made / name, tmp_path / name)
+    file = tmp_path / "tiny.toml"
+    file.write_text((made / "tiny.toml").read_text())
+    edit(file, f'root = "{made}"', f'root = "{tmp_path}"')
+    with pytest.raises(GimStageError, match=r"train\.npy"):
+        _ = Pipeline.from_file(file, folder=tmp_path / "x", device="cpu").source
+    assert not harm.exists()
+
+
+def test_a_cache_of_somebody_else_is_only_read(cache: Path, tmp_path: Path) -> None:
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    opened = Cache(cache)
+    opened.read([Request(opened.ids[0])])
+    assert find_damage(cache, Silent()) == []
+    after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert after == before

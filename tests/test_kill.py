@@ -1,0 +1,145 @@
+"""Whatever a run is killed at, the same command goes on and ends in the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from helpers import assert_same_files, edit, results_of
+from killing import Runs, killing_server, one_of_each, points_of
+
+RANDOM_MOMENTS = 12
+WITH_DASK = 5
+
+
+@pytest.fixture(scope="module")
+def runs() -> Iterator[Runs]:
+    with killing_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, new_tiny: Callable[[Path], Path]) -> Path:
+    """Two modules, four training steps in two epochs, three blocks each."""
+    file = new_tiny(tmp_path_factory.mktemp("small"))
+    file.write_text(file.read_text().partition("[module.3]")[0])
+    edit(file, "batch = 8\n", "batch = 18\n")
+    edit(file, "max_epochs = 3", "max_epochs = 2")
+    edit(file, "chunk = 7", "chunk = 20")
+    edit(file, "checkpoint_every = 2", "checkpoint_every = 1")
+    return file
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs: Runs, small: Path) -> Path:
+    folder = small.parent / "undisturbed"
+    assert runs(small, folder, log=str(small.parent / "log")) == 0
+    return folder
+
+
+def test_a_run_is_the_same_twice(runs: Runs, small: Path, undisturbed: Path) -> None:
+    assert runs(small, small.parent / "twice") == 0
+    assert_same_files(small.parent / "twice", undisturbed)
+
+
+def test_killed_at_every_kind_of_point(
+    runs: Runs, small: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    points = points_of(small.parent / "log")
+    named = {(when, name) for when, name, _ in points}
+    for name in ("write", "fsync", "rename", "append", "remove"):
+        assert {("before", name), ("after", name)} <= named
+    chosen = one_of_each(points, seed=0)
+    assert len(chosen) > 50
+    for number in chosen:
+        kill_and_finish(runs, small, undisturbed, tmp_path / str(number), [number])
+
+
+@pytest.mark.slow
+def test_killed_at_every_point(runs: Runs, small: Path, undisturbed: Path, tmp_path: Path) -> None:
+    for number in range(len(points_of(small.parent / "log"))):
+        kill_and_finish(runs, small, undisturbed, tmp_path / str(number), [number])
+
+
+def test_killed_again_and_again(runs: Runs, small: Path, undisturbed: Path, tmp_path: Path) -> None:
+    total = len(points_of(small.parent / "log"))
+    for seed in range(RANDOM_MOMENTS):
+        draw = random.Random(seed)
+        kills = [draw.randrange(total // 2) for _ in range(draw.randrange(2, 6))]
+        kill_and_finish(runs, small, undisturbed, tmp_path / str(seed), kills)
+
+
+def kill_and_finish(
+    runs: Runs, file: Path, undisturbed: Path, folder: Path, kills: list[int]
+) -> None:
+    """Kill runs in one folder at these points, one after the other, then let one end."""
+    log = folder.with_name(f"{folder.name}.log")
+    killed = 0
+    for number in kills:
+        status = runs(file, folder, kill_at=number, log=str(log))
+        assert status in (0, -signal.SIGKILL)
+        killed += status != 0
+    assert runs(file, folder, log=str(log)) == 0, (folder, kills)
+    assert_same_files(folder, undisturbed)
+    assert results_of(folder) == results_of(undisturbed)
+    assert not [path for path in folder.rglob(".*") if path.name != ".lock"], "leftovers"
+    once = Counter(work_of(file.parent / "log"))
+    for what, times in Counter(work_of(log)).items():
+        # Of what is in hand when a run is killed, nothing is done more than once again.
+        assert times <= once[what] + killed, what
+    repeated = (Counter(work_of(log)) - once).total()
+    # A checkpoint follows every step; a block is computed while the one before it is written.
+    assert repeated <= 2 * killed
+
+
+def work_of(log: Path) -> Iterator[str]:
+    """Steps and blocks, as they were done."""
+    for line in log.read_text().splitlines():
+        when, name, path = json.loads(line)
+        if (when, name) != ("before", "write"):
+            continue
+        if block := re.search(r"(m\d)\.zarr\.build/staging-\w+/(block-\d+)-\w+/pooled", path):
+            yield "/".join(block.groups())
+        elif checkpoint := re.search(r"checkpoints/\.(m\d)", path):
+            yield f"checkpoint {checkpoint[1]}"
+
+
+SCRIPT = """
+import json, sys
+from killing import run_and_die
+if __name__ == "__main__":
+    run_and_die(json.loads(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("seed", range(WITH_DASK))
+def test_killed_with_dask_workers(
+    runs: Runs, small: Path, undisturbed: Path, tmp_path: Path, seed: int
+) -> None:
+    draw = random.Random(seed)
+    total = len(points_of(small.parent / "log"))
+    request = {"file": str(small), "folder": str(tmp_path / "out"), "workers": 1}
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    # Half of the points are those of blocks, which workers come to and not this process.
+    request["kill_at"] = draw.randrange(total // 3)
+    done = subprocess.run(
+        [sys.executable, script, json.dumps(request)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert runs(small, tmp_path / "out") == 0
+    assert_same_files(tmp_path / "out", undisturbed)
+    assert results_of(tmp_path / "out") == results_of(undisturbed)
