@@ -1,9 +1,9 @@
-"""Kill runs at random moments, hundreds of times, and compare what they end in with a run left alone.
+"""Kill runs at random moments, hundreds of times, and compare with a run that was left alone.
 
 A small pipeline (two modules, three blocks each) is run in a folder, killed with SIGKILL, and begun
-again by the same command until it is done; then the folder is compared, byte by byte, with that of a
-run that nothing happened to. Most kills come at a numbered operation on the disk, the others after
-a random time; some runs extract with a Dask worker.
+again by the same command until it is done; then the folder is compared, byte by byte, with that of
+a run that nothing happened to. Most kills come at a numbered operation on the disk, the others
+after a random time; some runs extract with a Dask worker.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def one_folder(
     for _ in range(KILLS_A_FOLDER):
         workers = int(draw.random() < 0.1)
         if draw.random() < 0.7:
-            options = {"kill_at": draw.randrange(points // 2)}
+            options: dict[str, float] = {"kill_at": draw.randrange(points // 2)}
             kind = "at an operation"
         else:
             options = {"kill_after": draw.uniform(0.05, 3 * seconds if workers else seconds)}

@@ -30,13 +30,13 @@ def run_and_die(request: dict[str, Any]) -> None:
     from gim_stagewise.stage.extraction_plan import Workers
 
     count = 0
-    log = Path(request["log"]).open("a") if request.get("log") else None
+    log = Path(request["log"]) if request.get("log") else None
 
     def observe(when: str, name: str, path: Path) -> None:
         nonlocal count
         if log is not None:
-            log.write(json.dumps([when, name, str(path)]) + "\n")
-            log.flush()
+            with log.open("a") as file:
+                file.write(json.dumps([when, name, str(path)]) + "\n")
         if count == request.get("kill_at"):
             os.kill(os.getpid(), signal.SIGKILL)
         count += 1

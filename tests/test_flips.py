@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -187,7 +188,9 @@ def test_in_a_journal(file: Path, done: Path, tmp_path: Path) -> None:
         for block in writer.blocks:
             if block.index not in pending:
                 for name in manifest.layout.chunk_files(block):
-                    assert (copy / "m1.zarr" / name).read_bytes() == (whole.path / name).read_bytes()
+                    assert (copy / "m1.zarr" / name).read_bytes() == (
+                        whole.path / name
+                    ).read_bytes()
         shutil.rmtree(copy)
 
 
@@ -222,10 +225,8 @@ def test_in_the_shards_of_a_source(tmp_path: Path) -> None:
     index = 12 * 16 + 4
     for damaged in [*flips(shard, 60), *flips(shard, 60, within=whole[-index:])]:
         shard.write_bytes(damaged)
-        try:
+        with suppress(DataError):
             assert open_source(config).content_digest() != digest
-        except DataError as error:
-            assert "cannot be read" in str(error)
 
 
 def test_verify_lists_what_reading_finds(done: Path) -> None:
@@ -234,8 +235,6 @@ def test_verify_lists_what_reading_finds(done: Path) -> None:
     whole = chunk.read_bytes()
     for damaged in flips(chunk, 60):
         chunk.write_bytes(damaged)
-        assert [one.file for one in find_damage(path, Silent())] == [
-            "activations/c.0.0.0.0.0.0.0"
-        ]
+        assert [one.file for one in find_damage(path, Silent())] == ["activations/c.0.0.0.0.0.0.0"]
     chunk.write_bytes(whole)
     assert find_damage(path, Silent()) == []

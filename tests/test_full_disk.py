@@ -156,7 +156,14 @@ def test_a_disk_that_is_really_full(small: Path, tmp_path: Path, zarrs: bool) ->
         "from gim_stagewise.cli import main; main()"
     )
     (tmp_path / "run.py").write_text(code)
-    command = [sys.executable, tmp_path / "run.py", "run", small, "--dir", tmp_path / "disk" / "out"]
+    command = [
+        sys.executable,
+        tmp_path / "run.py",
+        "run",
+        small,
+        "--dir",
+        tmp_path / "disk" / "out",
+    ]
     done = subprocess.run(
         [*namespace, "sh", "-c", SCRIPT],
         env={

@@ -13,7 +13,6 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import pytest
 from helpers import assert_same_files, edit, results_of
@@ -55,13 +54,13 @@ class Disk:
                 self._flush(path)
             self.operations += 1
             for kind in ("flushed", "named"):
-                tree = self._survives(kind)  # type: ignore[arg-type]
+                tree = self._survives(kind)
                 digest = hashlib.sha256(repr(sorted(tree.items())).encode()).hexdigest()
                 self.states.setdefault(digest, (f"{kind}, {when} {name} {path.name}", tree))
 
     def _look(self) -> None:
         """Give what is new a number; one that is used again by the system is new."""
-        alive = {os.stat(self.root).st_ino}
+        alive = {self.root.stat().st_ino}
         for folder, folders, files in os.walk(self.root):
             for name in (*folders, *files):
                 try:
@@ -90,7 +89,7 @@ class Disk:
         self.names[number] = {name: n for name, n in entries.items() if n is not None}
         self.folders |= {n for c in path.iterdir() if c.is_dir() and (n := self._number(c))}
 
-    def _survives(self, kind: Literal["flushed", "named"]) -> Tree:
+    def _survives(self, kind: str) -> Tree:
         """Only what was flushed; or all names, with half of the bytes that were not."""
         tree: Tree = {}
         if kind == "flushed":

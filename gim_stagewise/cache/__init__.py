@@ -7,7 +7,7 @@ from gim_stagewise.cache.columns import metadata_problem
 from gim_stagewise.cache.digests import Digest, flatten
 from gim_stagewise.cache.frames import read_frame
 from gim_stagewise.cache.layout import Block, CacheLayout, auto_chunk, create_arrays
-from gim_stagewise.cache.manifest import BuildFolder, Manifest, read_manifest
+from gim_stagewise.cache.manifest import BuildFolder, Manifest, read_manifest, write_manifest
 from gim_stagewise.cache.precision import PLAIN, Precision, is_precision
 from gim_stagewise.cache.precision_error import PrecisionError
 from gim_stagewise.cache.reader import Cache, open_cache
@@ -54,5 +54,6 @@ __all__ = [
     "sealed_digests",
     "stage_block",
     "write_checksums",
+    "write_manifest",
     "write_samples",
 ]

@@ -30,6 +30,7 @@ from typing import Protocol
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 
 from gim_stagewise.cache.codecs import zarr_codecs
 from gim_stagewise.cache.precision import Precision
@@ -62,6 +63,15 @@ class Listed(Protocol):
     def ids(self) -> Sequence[str]: ...
 
     def split(self, name: Split) -> Sequence[str]: ...
+
+
+class Labelled(Listed, Protocol):
+    """Samples by name, with labels where there are any."""
+
+    @property
+    def label_names(self) -> tuple[str, ...]: ...
+
+    def labels(self, name: str) -> NDArray[np.int64]: ...
 
 
 @dataclass(frozen=True)

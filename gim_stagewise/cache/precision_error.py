@@ -113,6 +113,12 @@ class Account:
             return values.clamp(lowest, highest)
         return values
 
+    def add_steps(self, steps: Tensor, codes: Tensor, scale: Tensor) -> None:
+        """Values and what is stored of them, both in units of a scale per channel."""
+        unit = scale.flatten().double().square()
+        self._squares += unit * steps.square().sum((2, 3)).sum(0, dtype=torch.float64)
+        self._error += unit * steps.sub_(codes).square_().sum((2, 3)).sum(0, dtype=torch.float64)
+
     def add(self, values: Tensor, decoded: Tensor) -> None:
         # In float64: squares of float32 values leave the range of float32 at both ends.
         self._error += _squares(decoded - values)

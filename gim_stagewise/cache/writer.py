@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from gim_stagewise.cache.codecs import codec_pipeline
-from gim_stagewise.cache.layout import Block, CacheLayout, create_arrays
+from gim_stagewise.cache.layout import Block, CacheLayout, Labelled, create_arrays
 from gim_stagewise.cache.manifest import (
     BuildFolder,
     Manifest,
@@ -332,7 +332,7 @@ def discard_cache(path: Path) -> None:
         remove(trash)
 
 
-def write_samples(path: Path, source: Source) -> None:
+def write_samples(path: Path, source: Labelled) -> None:
     """Write ids, splits and labels into a group."""
     group = zarr.open_group(str(path), mode="r+")
     ids = list(source.ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gim_stagewise.memory.allocator import release_freed, use_lean_allocator
+from gim_stagewise.memory.allocator import release_freed, trim_heap, use_allocator
 from gim_stagewise.memory.budget import Budget
 from gim_stagewise.memory.count import StorageCounter, make_fake
 from gim_stagewise.memory.limits import available_host_bytes
@@ -16,6 +16,7 @@ __all__ = [
     "make_fake",
     "release_freed",
     "resident_bytes",
-    "use_lean_allocator",
+    "trim_heap",
+    "use_allocator",
     "warm_up",
 ]

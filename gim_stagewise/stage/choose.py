@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+import statistics
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gim_stagewise.cache import Block, Manifest, create_arrays, read_frame, stage_block
+from gim_stagewise.cache import (
+    Block,
+    Cache,
+    Manifest,
+    create_arrays,
+    stage_block,
+    write_manifest,
+    write_samples,
+)
 from gim_stagewise.config import ExtractConfig
+from gim_stagewise.durable import fsync_file
 from gim_stagewise.memory import available_host_bytes
-from gim_stagewise.sources import Request, Source, read_stacked
+from gim_stagewise.sources import Request, Source, Split, read_stacked
 from gim_stagewise.stage.freeze import FrozenModule
+from gim_stagewise.stage.loader import Loader
 from gim_stagewise.stage.storing import Storing, compute_block
 from gim_stagewise.units import format_bytes
-from gim_stagewise.windows import Span, even_ranges
+from gim_stagewise.windows import even_ranges
 
 # Seconds that each thing is done again and again, to be told from noise.
 SECONDS = 0.5
+LEAST_CALLS = 3
+# Chunks, and batches, that reading is measured on, at least.
+_CHUNKS_READ = 4
 
 # Inputs that are read to find how long that takes: whole chunks, up to so much together.
 _INPUT_SAMPLES = 16
@@ -35,7 +51,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Choice:
-    """What storing and computing again take, for one sample on this machine, in one thread.
+    """What storing and computing again take, for one sample on this machine.
 
     Parameters
     ----------
@@ -44,7 +60,8 @@ class Choice:
     write : float
         Seconds to compress, write and flush its outputs.
     read_warm, read_cold : float
-        Seconds to read and decode them, from the page cache and from the disk.
+        Seconds to read and decode them in shuffled batches, as the next stage does, from the page
+        cache and from the disk.
     sample_bytes : int
         Their bytes on disk.
     samples : int
@@ -135,6 +152,25 @@ def input_seconds(source: Source, view: int) -> float:
     return (time.perf_counter() - started) / len(first)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How the next stage reads its input.
+
+    Parameters
+    ----------
+    batch : int
+        Samples in a batch.
+    window : int
+        Bytes of samples that may be held to be mixed.
+    rows : int or None
+        Patches that are decoded together; a whole batch by default.
+    """
+
+    batch: int
+    window: int
+    rows: int | None
+
+
 def measure_choice(
     frozen: FrozenModule,
     samples: NDArray[np.float32],
@@ -142,6 +178,7 @@ def measure_choice(
     config: ExtractConfig,
     *,
     input_seconds: float,
+    reading: Reading,
     passes: int,
     folder: Path,
 ) -> tuple[Choice, NDArray[np.float32]]:
@@ -157,6 +194,7 @@ def measure_choice(
     config : ExtractConfig
     input_seconds : float
         What reading one of the inputs took.
+    reading : Reading
     passes : int
     folder : Path
         Where the cache would lie; it need not be there yet.
@@ -166,11 +204,7 @@ def measure_choice(
     (Choice, array)
         And the outputs as they would be read.
     """
-    count, samples_in_all = len(samples), manifest.layout.samples
-    layout = replace(manifest.layout, samples=count, views=1, chunk=count, materialized=True)
-    manifest = replace(manifest, layout=layout)
-    block = Block(0, 0, Span(0, count))
-    names = [str(number) for number in range(count)]
+    names = [str(number) for number in range(len(samples))]
 
     def compute() -> tuple[dict[str, NDArray[Any]], Storing]:
         storing = Storing.of(manifest)
@@ -181,53 +215,113 @@ def measure_choice(
     scratch = place / f".measure-{uuid.uuid4().hex[:8]}"
     try:
         scratch.mkdir()
-        create_arrays(scratch / "cache", layout, manifest.precision)
-        write_seconds, staged = _timed(
-            lambda: stage_block(
-                scratch / "cache", scratch, manifest, block, arrays, error=storing.error
-            )
+        write_seconds, cache = _scratch_cache(scratch, manifest, arrays, storing, reading)
+        warm_seconds = _read_seconds(cache, reading, whole=manifest.layout.samples)
+        files = [file for file in cache.path.rglob("c.*") if file.is_file()]
+        cold_seconds = _read_seconds(
+            cache, reading, whole=manifest.layout.samples, before=lambda: _forget_pages(files)
         )
-        files = [staged.folder / file for file in layout.chunk_files(block, "activations")]
-        shape = layout.chunks["activations"][1:]
-
-        def read() -> NDArray[np.float32]:
-            outputs = np.empty((count, *layout.grid, *layout.cell), np.float32)
-            for rows, file in zip(even_ranges(layout.grid[0], shape[1]), files, strict=True):
-                part = read_frame(file, shape, layout.dtype, compressed=layout.codec != "none")
-                decoded = manifest.precision.decode_array(part[:, : len(rows)])
-                outputs[:, rows.slice] = decoded
-            return outputs
-
-        warm_seconds, outputs = _timed(read)
-        cold_seconds, _ = _timed(read, before=lambda: _forget_pages(files))
-        size = sum(file.stat().st_size for file in files)
+        size = sum(file.stat().st_size for file in files if file.parent.name == "activations")
+        samples_there = len(cache.ids)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     choice = Choice(
-        compute=input_seconds + compute_seconds / count,
-        write=write_seconds / count,
-        read_warm=warm_seconds / count,
-        read_cold=max(cold_seconds, warm_seconds) / count,
-        sample_bytes=size // count,
-        samples=samples_in_all,
+        compute=input_seconds + compute_seconds / len(samples),
+        write=write_seconds,
+        read_warm=warm_seconds,
+        read_cold=max(cold_seconds, warm_seconds),
+        sample_bytes=size // samples_there,
+        samples=manifest.layout.samples,
         passes=passes,
         memory=available_host_bytes(),
-        embedding_bytes=samples_in_all * layout.embedding_bytes,
+        embedding_bytes=manifest.layout.samples * manifest.layout.embedding_bytes,
     )
-    return choice, outputs
+    return choice, manifest.precision.decode_array(arrays["activations"])
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """Samples that are all unlabeled."""
+
+    ids: Sequence[str]
+    label_names: tuple[str, ...] = ()
+
+    def split(self, name: Split) -> Sequence[str]:
+        return self.ids if name == "unlabeled" else ()
+
+    def labels(self, name: str) -> NDArray[np.int64]:
+        raise KeyError(name)
+
+
+def _scratch_cache(
+    scratch: Path,
+    manifest: Manifest,
+    arrays: dict[str, NDArray[Any]],
+    storing: Storing,
+    reading: Reading,
+) -> tuple[float, Cache]:
+    """A few chunks of these outputs, over and over; and the seconds to write a sample of them."""
+    chunk = manifest.layout.chunk
+    batch = _batch_read(reading, manifest.layout.sample_bytes)
+    chunks = max(_CHUNKS_READ, math.ceil(_CHUNKS_READ * batch / chunk))
+    layout = replace(
+        manifest.layout, samples=chunks * chunk, views=1, chunk=chunk, materialized=True
+    )
+    manifest = replace(manifest, layout=layout, sealed=True, files={})
+    path = scratch / "cache"
+    create_arrays(path, layout, manifest.precision)
+    write_samples(path, _Numbered([str(number) for number in range(layout.samples)]))
+    write_manifest(path, manifest)
+    places = np.arange(chunk) % len(arrays["pooled"])
+    full = {name: values[places] for name, values in arrays.items()}
+    blocks = [Block(n, 0, span) for n, span in enumerate(even_ranges(layout.samples, chunk))]
+    seconds, staged = _timed(
+        lambda: stage_block(path, scratch, manifest, blocks[0], full, error=storing.error)
+    )
+    for block in blocks:
+        for source, target in zip(staged.files, layout.chunk_files(block), strict=True):
+            shutil.copyfile(staged.folder / source, path / target)
+            fsync_file(path / target)
+    return seconds / chunk, Cache(path)
+
+
+def _batch_read(reading: Reading, sample_bytes: int) -> int:
+    return max(1, min(reading.batch, _INPUT_BYTES // sample_bytes))
+
+
+def _read_seconds(
+    cache: Cache, reading: Reading, *, whole: int, before: Callable[[], None] | None = None
+) -> float:
+    """Seconds to read and decode a sample in shuffled batches, as a stage does."""
+    held = len(cache.ids) * cache.item_bytes
+    # What is kept of the whole dataset is kept here, and what is not is not.
+    keeps_all = before is None and whole * cache.item_bytes <= reading.window
+    least = max(cache.chunk_items * cache.item_bytes, cache.item_bytes * reading.batch)
+    window = held if keeps_all else max(min(reading.window, held // 2), min(least, held - 1))
+    batch = _batch_read(reading, cache.item_bytes)
+    loader = Loader(cache, cache.ids, batch=batch, window=window, seed=0, stage=0)
+    epochs = count()
+
+    def epoch() -> None:
+        for samples in loader.batches(next(epochs)):
+            for rows in even_ranges(samples.rows, reading.rows or samples.rows):
+                samples.read(rows)
+
+    seconds, _ = _timed(epoch, before=before)
+    return seconds / (loader.steps * batch)
 
 
 def _timed(work: Callable[[], T], *, before: Callable[[], None] | None = None) -> tuple[float, T]:
-    """The fewest seconds of several calls, and the last result; the first call only warms up."""
-    result, best = work(), float("inf")
+    """The median seconds of several calls, and the last result; the first call only warms up."""
+    result, taken = work(), list[float]()
     end = time.monotonic() + SECONDS
-    while best == float("inf") or time.monotonic() < end:
+    while len(taken) < LEAST_CALLS or time.monotonic() < end:
         if before is not None:
             before()
         started = time.perf_counter()
         result = work()
-        best = min(best, time.perf_counter() - started)
-    return best, result
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken), result
 
 
 def _forget_pages(files: list[Path]) -> None:

@@ -14,9 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from threading import Event, Lock
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,11 +27,13 @@ from gim_stagewise.cache import (
     Cache,
     CacheWriter,
     Manifest,
+    PrecisionError,
     StagedBlock,
     stage_block,
 )
 from gim_stagewise.config import PipelineConfig
 from gim_stagewise.errors import StaleCacheError
+from gim_stagewise.memory import trim_heap, use_allocator
 from gim_stagewise.models import forget_user_code
 from gim_stagewise.progress import Progress
 from gim_stagewise.sources import Request, Source, read_stacked
@@ -64,6 +65,8 @@ class BlockJob:
     in_channels : int
     device : str
         "cpu" or "cuda".
+    lean : bool
+        Whether processes that compute shall hold little more memory than is in use.
     weights : dict
         State of the frozen module.
     builder_source, input_content : str
@@ -78,6 +81,7 @@ class BlockJob:
     input: Path | BlockJob | None
     in_channels: int
     device: str
+    lean: bool
     weights: dict[str, Tensor]
     builder_source: str
     input_content: str
@@ -94,6 +98,7 @@ class BlockJob:
             If this process has other code or data than the coordinator, or would compute other
             bits than the manifest records.
         """
+        use_allocator(lean=self.lean)
         device = resolve_device(self.device)
         cache_config = self.config.stage(self.manifest.module).cache
         check_numerics(self.manifest.numerics, device, self.config.extract, cache_config)
@@ -132,26 +137,41 @@ class BlockWorker:
     job: BlockJob
     frozen: FrozenModule
     source: Source
-    # Set when nobody waits for blocks any more: the one that is computed ends early.
-    stop: Event = field(default_factory=Event)
     _reading: Lock = field(default_factory=Lock)
 
     def compute(self, ids: list[str], view: int) -> dict[str, NDArray[Any]]:
         """Activations, as they would be stored, and embeddings of the samples of a block."""
-        return self._compute(ids, view, Storing.of(self.job.manifest))
+        samples = self.read(ids, view)
+        return compute_block(
+            self.frozen, samples, ids, self.job.config.extract, Storing.of(self.job.manifest)
+        )
 
-    def _compute(self, ids: list[str], view: int, storing: Storing) -> dict[str, NDArray[Any]]:
+    def read(self, ids: list[str], view: int) -> NDArray[np.float32]:
+        """The input of a block."""
         with self._reading:  # sources need not be made for several threads
-            samples = read_stacked(self.source, [Request(item_id, view) for item_id in ids])
-        return compute_block(self.frozen, samples, ids, self.job.config.extract, storing)
+            return read_stacked(self.source, [Request(item_id, view) for item_id in ids])
 
     def __call__(self, block: Block) -> StagedBlock:
+        """Read, compute and stage a block."""
+        return self.stage(block, *self.outputs(block, self.read(self.ids(block), block.view)))
+
+    def ids(self, block: Block) -> list[str]:
+        return list(self.source.ids[block.samples.slice])
+
+    def outputs(
+        self, block: Block, samples: NDArray[np.float32]
+    ) -> tuple[dict[str, NDArray[Any]], PrecisionError | None]:
+        """What a block's samples become, as it is stored, and what that does to it."""
         job = self.job
-        ids = list(self.source.ids[block.samples.slice])
         storing = Storing.of(job.manifest) if job.manifest.layout.materialized else Storing(None)
-        storing.stop = self.stop
-        arrays = self._compute(ids, block.view, storing)
-        return stage_block(job.cache, job.staging, job.manifest, block, arrays, error=storing.error)
+        arrays = compute_block(self.frozen, samples, self.ids(block), job.config.extract, storing)
+        return arrays, storing.error
+
+    def stage(
+        self, block: Block, arrays: dict[str, NDArray[Any]], error: PrecisionError | None
+    ) -> StagedBlock:
+        job = self.job
+        return stage_block(job.cache, job.staging, job.manifest, block, arrays, error=error)
 
 
 class VirtualCache(Cache):
@@ -215,28 +235,42 @@ class Executor(Protocol):
 
 
 class InProcess:
-    """Runs blocks in this process: while one is computed, others are read, compressed, written.
+    """Runs blocks in this process: while one is computed, the next is read and the last written.
 
-    There is one forward at a time, whatever the number of threads (see `frozen_forward`).
+    It is computed by the thread that asks, whose memory is kept (see `use_allocator`); others read,
+    compress and write.
     """
 
-    def __init__(self, threads: int = BLOCKS_AT_ONCE) -> None:
-        self._threads = threads
+    def __init__(self, writers: int = 1) -> None:
+        self._writers = writers
 
     def run(self, job: BlockJob, source: Source, blocks: Iterable[Block]) -> Generator[StagedBlock]:
         worker = job.open(source)
+        writing: deque[Future[StagedBlock]] = deque()
+        executor = ThreadPoolExecutor(1 + self._writers, "blocks")
         waiting = iter(blocks)
-        running: deque[Future[StagedBlock]] = deque()
-        executor = ThreadPoolExecutor(self._threads, "blocks")
+
+        def read_next() -> tuple[Block, Future[NDArray[np.float32]]] | None:
+            block = next(waiting, None)
+            if block is None:
+                return None
+            return block, executor.submit(worker.read, worker.ids(block), block.view)
+
         try:
-            for block in islice(waiting, self._threads):
-                running.append(executor.submit(worker, block))
-            while running:
-                staged = running.popleft().result()
-                running += [executor.submit(worker, block) for block in islice(waiting, 1)]
-                yield staged
+            ahead = read_next()
+            while ahead is not None:
+                block, reading = ahead
+                samples = reading.result()
+                ahead = read_next()
+                outputs = worker.outputs(block, samples)
+                del samples
+                if len(writing) == self._writers:
+                    yield writing.popleft().result()
+                writing.append(executor.submit(worker.stage, block, *outputs))
+                del outputs
+            while writing:
+                yield writing.popleft().result()
         finally:
-            worker.stop.set()
             executor.shutdown(cancel_futures=True)
 
 
@@ -285,5 +319,6 @@ def extract(
     except BaseException:
         writer.abandon()
         raise
+    trim_heap()
     check_error(writer.error(), job.config.stage(job.manifest.module).cache, job.manifest)
     return writer.seal()

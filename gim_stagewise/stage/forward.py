@@ -13,7 +13,7 @@ from gim_stagewise.memory import (
     PeakMeter,
     StorageCounter,
     make_fake,
-    use_lean_allocator,
+    use_allocator,
     warm_up,
 )
 from gim_stagewise.processes import in_fresh_process
@@ -52,11 +52,11 @@ def forward_bytes(
 ) -> int:
     """Count the tensors of a frozen module's forward on one piece; uses the module up."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    make_fake(module, mode)
+    # Frozen first: a fake module cannot be moved, not even to where it is.
+    frozen = make_fake(FrozenModule(module, torch.device("cpu")), mode)
     counter = StorageCounter()
     with mode, counter:
-        counter.label("parameters", module.parameters())
-        frozen = FrozenModule(module, torch.device("cpu"))
+        counter.label("parameters", frozen.parameters())
         counter.restart()
         z, _ = frozen(torch.randn(piece, *cell))
         torch.empty_like(z, dtype=precision.stored_torch)
@@ -66,8 +66,7 @@ def forward_bytes(
 def measure_forward(spec: StepSpec) -> int:
     """Bytes that the forward of pieces really takes; for a fresh process."""
     device = torch.device(spec.device)
-    if spec.lean:
-        use_lean_allocator()
+    use_allocator(lean=spec.lean)
     warm_up(device)
     rows = torch.randn(spec.config.extract.batch, *spec.cell)
     with PeakMeter(device) as meter:

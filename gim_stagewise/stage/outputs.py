@@ -35,7 +35,7 @@ from gim_stagewise.sources import Request, Source, read_stacked
 from gim_stagewise.stage import identity
 from gim_stagewise.stage.calibrate import calibration_samples, value_range
 from gim_stagewise.stage.checkpoint import FrozenWeights
-from gim_stagewise.stage.choose import Choice, input_seconds, measure_choice
+from gim_stagewise.stage.choose import Choice, Reading, input_seconds, measure_choice
 from gim_stagewise.stage.disk import (
     bytes_of_caches,
     folder_bytes,
@@ -254,6 +254,12 @@ class StageOutputs:
         manifest = replace(manifest, precision=manifest.precision.calibrated(*extremes))
         return self._measured(frozen, samples, input_seconds, manifest)
 
+    def _reading_above(self) -> Reading:
+        """How the next stage reads these outputs."""
+        train = self.workspace.module_config(self.index + 1).train
+        rows = train.micro_batch if isinstance(train.micro_batch, int) else None
+        return Reading(train.batch, train.shuffle_window, rows)
+
     def _measured(
         self,
         frozen: FrozenModule,
@@ -268,6 +274,7 @@ class StageOutputs:
             manifest,
             space.config.extract,
             input_seconds=input_seconds,
+            reading=self._reading_above(),
             passes=space.module_config(self.index + 1).train.max_epochs + 1,
             folder=space.folder,
         )
@@ -295,6 +302,7 @@ class StageOutputs:
             input=below,
             in_channels=self.shape.cell_in[0],
             device=space.device.type,
+            lean=space.budget.lean,
             weights=weights.tensors,
             builder_source=space.builder(self.index).source_digest,
             input_content=self.source.content_digest(),

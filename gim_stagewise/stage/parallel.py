@@ -35,7 +35,7 @@ def choose_executor(workers: Workers, plan: ExtractionPlan) -> Executor:
     if plan.workers:
         return Adaptive(plan.workers) if workers.count is None else LocalWorkers(plan.workers)
     # A GPU is done with a block before one core has compressed the last.
-    return InProcess(1 + min(3, usable_cores())) if plan.on_gpu else InProcess()
+    return InProcess(min(3, usable_cores())) if plan.on_gpu else InProcess()
 
 
 class Adaptive:

@@ -25,7 +25,7 @@ from gim_stagewise.memory import (
     PeakMeter,
     StorageCounter,
     make_fake,
-    use_lean_allocator,
+    use_allocator,
     warm_up,
 )
 from gim_stagewise.models import pool
@@ -344,8 +344,7 @@ def measure_step(spec: StepSpec, *, steps: int) -> int:
     """
     device = torch.device(spec.device)
     torch.set_num_threads(spec.threads)
-    if spec.lean:
-        use_lean_allocator()
+    use_allocator(lean=spec.lean)
     warm_up(device)
     with PeakMeter(device) as meter:
         module, objective = spec.module().to(device), spec.objective().to(device)

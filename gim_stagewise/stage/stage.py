@@ -19,7 +19,7 @@ from gim_stagewise.errors import (
     StaleCacheError,
 )
 from gim_stagewise.lock import exclusive
-from gim_stagewise.memory import PeakMeter, use_lean_allocator, warm_up
+from gim_stagewise.memory import PeakMeter, trim_heap, use_allocator, warm_up
 from gim_stagewise.objectives import build_objective
 from gim_stagewise.sources import Source
 from gim_stagewise.stage import identity
@@ -193,11 +193,11 @@ class Stage:
     def _train(self) -> FrozenWeights:
         space = self.workspace
         plan = self.plan_training()
-        if space.budget.lean:
-            use_lean_allocator()
+        use_allocator(lean=space.budget.lean)
         warm_up(space.device)
         with PeakMeter(space.device) as meter:
             tensors, record = train_module(self._train_job(plan), space.progress)
+        trim_heap()
         record = replace(record, projected_mem=plan.projected, measured_mem=meter.peak)
         module = space.build(self.index, self._cell[0])
         module.load_state_dict(tensors)

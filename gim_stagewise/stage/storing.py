@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import CancelledError
-from threading import Event
 from typing import Any
 
 import numpy as np
@@ -60,7 +58,6 @@ class Storing:
     def __init__(self, precision: Precision | None, operation: str | None = None) -> None:
         self.precision = precision
         self.operation = operation
-        self.stop: Event | None = None
         self.finite: list[Tensor] = []
         self.error: PrecisionError | None = None
 
@@ -70,8 +67,6 @@ class Storing:
         return cls(manifest.precision, manifest.stored_operation)
 
     def __call__(self, z: Float[Tensor, "row channel height width"]) -> Tensor:
-        if self.stop is not None and self.stop.is_set():
-            raise CancelledError
         self.finite.append(_finite_rows(z).cpu())
         if self.precision is None:
             return z[:, :0]
