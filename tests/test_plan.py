@@ -20,6 +20,7 @@ from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.plan import plan_pipeline
 from gim_stagewise.processes import in_fresh_process
 from gim_stagewise.stage.fit import plan_training
+from gim_stagewise.stage.forward import project_forward
 from gim_stagewise.stage.freeze import FrozenModule
 from gim_stagewise.stage.needs import StageNeeds
 from gim_stagewise.stage.project import StepSpec, count_step, measure_step, project_step
@@ -89,6 +90,17 @@ def test_a_projection_is_not_below_what_is_measured(micro_batch: int, lean: bool
     assert projected.basis == "counted, with the workspace of real micro-batches"
     measured = in_fresh_process(measure_step, asked, steps=3)
     assert 0.98 * measured - 32e6 <= projected.total <= 1.25 * measured + 192e6
+
+
+def test_a_forward_is_counted_and_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*arguments: object) -> int:
+        raise AssertionError("a process was started to measure what can be counted")
+
+    monkeypatch.setattr("gim_stagewise.stage.forward.in_fresh_process", measured)
+    asked = spec(8)
+    counted = project_forward(asked, measure=False, margin=False)
+    # Of 256 patches: what the widest block gets and gives, 128 channels of 8×8 in float32.
+    assert 2 * 256 * 128 * 64 * 4 < counted < 10 * 256 * 128 * 64 * 4
 
 
 def user_pipeline(tmp_path: Path, tiny: Path, code: str) -> Path:
