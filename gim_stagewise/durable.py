@@ -30,7 +30,7 @@ def storage_errors(what: str) -> Iterator[None]:
     except StorageError:
         raise
     except (OSError, RuntimeError) as error:
-        number = error.errno if isinstance(error, OSError) else _number_in(error)
+        number = _number_of(error)
         if number not in _STORAGE_ERRNOS:
             raise
         reason = os.strerror(number or 0).lower()
@@ -40,10 +40,18 @@ def storage_errors(what: str) -> Iterator[None]:
         ) from error
 
 
-def _number_in(error: RuntimeError) -> int | None:
-    """The error number in the words of a library in Rust, such as zarrs; None if there is none."""
+def _number_of(error: BaseException | None) -> int | None:
+    """The system's error number behind an error; None if there is none.
+
+    Libraries in Rust, such as zarrs, say it in words; PyTorch fails again where it cleans up after
+    it.
+    """
+    if error is None:
+        return None
+    if isinstance(error, OSError):
+        return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
+    return int(found[1]) if found else _number_of(error.__context__)
 
 
 # Called before and after every operation below, with "before" or "after", its name and its path:

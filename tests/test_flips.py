@@ -90,7 +90,7 @@ def each_is_noticed(path: Path, count: int, use: Callable[[], object]) -> None:
             path.write_bytes(damaged)
             if path.suffix == ".json" and says_the_same(whole, damaged):
                 continue
-            with pytest.raises(CorruptCacheError, match=path.name.replace(".", r"\.")):
+            with pytest.raises(CorruptCacheError, match=rf"m1\.zarr|{path.name}"):
                 use()
     finally:
         path.write_bytes(whole)
@@ -159,12 +159,19 @@ def test_in_a_checkpoint(begun: Path) -> None:
     path = begun / "checkpoints" / "m1.pt"
     run = Pipeline.from_file(begun.parent / "tiny.toml", folder=begun).stage(1).run_digest
     assert load_checkpoint(path, run=run) is not None
-    each_is_noticed(path, 100, lambda: check_checkpoint(path))
     whole = path.read_bytes()
-    for damaged in flips(path, 20):
+    expected = repr(check_checkpoint(path))
+    noticed = 0
+    for damaged in flips(path, 100):
         path.write_bytes(damaged)
-        assert load_checkpoint(path, run=run) is None  # training begins anew
+        try:
+            # What the zip file around it is filled up with may change.
+            assert repr(check_checkpoint(path)) == expected
+        except CorruptCacheError:
+            noticed += 1
+            assert load_checkpoint(path, run=run) is None  # training begins anew
     path.write_bytes(whole)
+    assert noticed > 50
 
 
 def test_in_a_journal(file: Path, done: Path, tmp_path: Path) -> None:

@@ -124,8 +124,8 @@ def check_what_is_left(folder: Path) -> dict[str, int]:
 
 SCRIPT = """
 set -e
-mount -t tmpfs -o size=4m tmpfs "$DISK"
-head -c 3700000 /dev/zero > "$DISK/filler"
+mount -t tmpfs -o size=16m tmpfs "$DISK"
+head -c $FILLER /dev/zero > "$DISK/filler"
 set +e
 $RUN; echo "status $?"
 find "$DISK/out" -name '*.tmp' -o -name 'block-*' | sed 's/^/left /'
@@ -136,8 +136,15 @@ cp -r "$DISK/out" "$COPY"
 """
 
 
-@pytest.mark.parametrize("zarrs", [True, False])
-def test_a_disk_that_is_really_full(small: Path, tmp_path: Path, zarrs: bool) -> None:
+@pytest.mark.parametrize(
+    ("zarrs", "left"),
+    [
+        pytest.param(True, 3_000_000, id="no room for chunks"),
+        pytest.param(False, 3_000_000, id="no room for chunks, without zarrs"),
+        pytest.param(True, 200_000, id="no room for a checkpoint"),
+    ],
+)
+def test_a_disk_that_is_really_full(small: Path, tmp_path: Path, zarrs: bool, left: int) -> None:
     namespace = ["unshare", "--map-root-user", "--mount"]
     if (
         shutil.which("unshare") is None
@@ -147,7 +154,7 @@ def test_a_disk_that_is_really_full(small: Path, tmp_path: Path, zarrs: bool) ->
     if zarrs:
         pytest.importorskip("zarrs")
     (tmp_path / "disk").mkdir()
-    # About 1.3 MB: the chunks do not fit, all before them does.
+    # Checkpoints of half a megabyte, and chunks of 8 MB.
     edit(small, "channels = 6", "channels = 96")
     edit(small, "[cache]\n", '[cache]\nprecision = "float32"\n')
     code = (
@@ -169,6 +176,7 @@ def test_a_disk_that_is_really_full(small: Path, tmp_path: Path, zarrs: bool) ->
         env={
             **os.environ,
             "DISK": str(tmp_path / "disk"),
+            "FILLER": str(16 * 2**20 - left),
             "COPY": str(tmp_path / "copy"),
             "RUN": " ".join(map(str, [*command, "-q", "--device", "cpu", "--workers", "0"])),
         },

@@ -192,7 +192,7 @@ def test_nothing_is_imported_on_the_word_of_a_cache(made: Path, cache: Path) -> 
         )
 
     resealed(cache, change)
-    with pytest.raises(ConfigError, match="code is imported only from a pipeline file"):
+    with pytest.raises(ConfigError, match="never imported on the word of a cache"):
         Pipeline.from_cache(cache, device="cpu").stage(2, cache).train()
     assert not (cache.parent / "harm").exists()
     assert "evil" not in sys.modules

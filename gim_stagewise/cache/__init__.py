@@ -11,7 +11,7 @@ from gim_stagewise.cache.manifest import BuildFolder, Manifest, read_manifest, w
 from gim_stagewise.cache.precision import PLAIN, Precision, is_precision
 from gim_stagewise.cache.precision_error import PrecisionError
 from gim_stagewise.cache.reader import Cache, open_cache
-from gim_stagewise.cache.verify import Damage, StoredSamples, find_damage, sealed_digests
+from gim_stagewise.cache.verify import Damage, find_damage, sealed_digests, stored_blocks
 from gim_stagewise.cache.writer import (
     CacheWriter,
     StagedBlock,
@@ -36,7 +36,6 @@ __all__ = [
     "Precision",
     "PrecisionError",
     "StagedBlock",
-    "StoredSamples",
     "auto_chunk",
     "block_digests",
     "codec_implementation",
@@ -53,6 +52,7 @@ __all__ = [
     "read_manifest",
     "sealed_digests",
     "stage_block",
+    "stored_blocks",
     "write_checksums",
     "write_manifest",
     "write_samples",

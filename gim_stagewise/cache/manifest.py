@@ -34,6 +34,7 @@ from gim_stagewise.durable import (
 from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
 
 KEY = "gim_stage"
+MOST_VIEWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,8 @@ def _parse_layout(content: dict[str, Any]) -> CacheLayout:
     for size in (*sizes, *layout.grid, *layout.cell):
         if type(size) is not int or size < 1:
             raise ValueError(f"a size of {size!r}")
+    if layout.views > MOST_VIEWS:
+        raise ValueError(f"{layout.views} views")
     if len(layout.grid) != 2 or len(layout.cell) != 3:
         raise ValueError(f"a grid of {layout.grid} and cells of {layout.cell}")
     if layout.codec not in CODECS or type(layout.materialized) is not bool:
@@ -277,11 +280,11 @@ class BuildFolder:
             there is no journal of this content.
         """
         records = self._records()
-        if not records or records[0].get("content") != content.value:
+        if not records or records[0]["content"] != content.value:
             return None
         for leftover in self.path.glob("staging-*"):
             remove(leftover)
-        done = {int(r["block"]): dict(r["sha256"]) for r in records[1:] if "block" in r}
+        done = {record["block"]: record["sha256"] for record in records[1:]}
         # Rewritten whole, so that a line torn by a kill is not appended to.
         text = "".join(json.dumps(record) + "\n" for record in records)
         write_atomic(self._journal, lambda path: path.write_text(text, encoding="utf-8"))
@@ -298,9 +301,9 @@ class BuildFolder:
     def done_blocks(self, content: Digest) -> tuple[int, int]:
         """How many blocks an unfinished build of this content has, and how many it needs."""
         records = self._records()
-        if not records or records[0].get("content") != content.value:
+        if not records or records[0]["content"] != content.value:
             return 0, 0
-        return len(records) - 1, int(records[0].get("blocks", 0))
+        return len(records) - 1, records[0]["blocks"]
 
     def remove(self) -> None:
         if self.path.exists():
@@ -327,7 +330,16 @@ class BuildFolder:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 break
-            if not isinstance(record, dict):
+            if not _is_entry(record, first=not records):
                 break
             records.append(record)
         return records
+
+
+def _is_entry(record: Any, *, first: bool) -> bool:
+    """Whether a line of a journal is one that could have been written."""
+    if not isinstance(record, dict):
+        return False
+    if first:
+        return isinstance(record.get("content"), str) and type(record.get("blocks")) is int
+    return type(record.get("block")) is int and isinstance(record.get("sha256"), dict)

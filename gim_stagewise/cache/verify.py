@@ -54,7 +54,7 @@ class Damage:
     block: Block | None = None
 
 
-class StoredSamples:
+class _StoredSamples:
     """Ids and splits as a cache has them on disk, whether they can be believed or not."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -101,7 +101,7 @@ def find_damage(path: Path, progress: Progress) -> list[Damage]:
     broken = {damage.file.split("/")[0] for damage in found}
     if not _confirmed(path, manifest, broken):
         return found
-    blocks = manifest.layout.blocks(StoredSamples(path, manifest))
+    blocks = manifest.layout.blocks(_StoredSamples(path, manifest))
     recorded = None if "checksums" in broken else sealed_digests(path, manifest, len(blocks))
     with (
         progress.task(f"verify {path.name}", total=len(blocks), unit="block") as task,
@@ -116,6 +116,21 @@ def find_damage(path: Path, progress: Progress) -> list[Damage]:
             parts.append(part)
             task.advance()
     return [*found, *chain.from_iterable(parts)]
+
+
+def stored_blocks(path: Path, manifest: Manifest) -> list[Block]:
+    """The blocks that a sealed cache should have.
+
+    Raises
+    ------
+    CorruptCacheError
+        If its ids or splits are not what the layout claims, so that nobody can say.
+    """
+    try:
+        read_strings(path / "ids", manifest.layout.samples)
+        return manifest.layout.blocks(_StoredSamples(path, manifest))
+    except (FileNotFoundError, ValueError) as error:
+        raise CorruptCacheError(f"{path}: ids or splits cannot be used ({error})") from None
 
 
 def _confirmed(path: Path, manifest: Manifest, broken: set[str]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from gim_stagewise.cache import BuildFolder, Manifest, StoredSamples, read_frame, read_manifest
+from gim_stagewise.cache import BuildFolder, Manifest, read_frame, read_manifest, stored_blocks
 from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
 from gim_stagewise.stage.disk import folder_bytes
 
@@ -93,9 +93,9 @@ def _count_chunks(path: Path, manifest: Manifest, problems: list[str]) -> None:
     """A sealed cache with a chunk missing is damaged, even if nobody has read that chunk yet."""
     layout = manifest.layout
     try:
-        blocks = layout.blocks(StoredSamples(path, manifest))
-    except (FileNotFoundError, ValueError) as error:
-        problems.append(f"splits {_first_line(error)}")
+        blocks = stored_blocks(path, manifest)
+    except CorruptCacheError as error:
+        problems.append(_first_line(error))
         return
     for name in layout.shapes:
         there = {file.name for file in _chunk_files(path / name)}

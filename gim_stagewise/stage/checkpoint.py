@@ -26,7 +26,13 @@ from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write training state; the previous checkpoint stays until this one is whole."""
     content = {**state, "checksum": _state_digest(state)}
-    write_atomic(path, lambda temporary: torch.save(content, temporary))
+
+    def write(temporary: Path) -> None:
+        # Into a file of Python's: PyTorch's own says nothing of a full disk that one could know by.
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+
+    write_atomic(path, write)
 
 
 def load_checkpoint(path: Path, *, run: str) -> dict[str, Any] | None:
