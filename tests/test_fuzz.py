@@ -78,7 +78,7 @@ def mutated(text: str, draw: random.Random) -> str:
             case 2 | 3 | 4 if "=" in line:
                 lines[place] = f"{line.split('=')[0]}= {draw.choice(NASTY)}"
             case 5 if "=" in line:
-                lines[place] = f"{''.join(draw.sample(line.split('=')[0], 3))} = {line}"
+                lines[place] = line.replace("=", draw.choice(("", "==", " = = ", "=\n")), 1)
             case 6:
                 other = draw.randrange(len(lines))
                 lines[place], lines[other] = lines[other], line

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from gim_stagewise.durable import (
 )
 from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
 
+T = TypeVar("T")
 KEY = "gim_stage"
 MOST_VIEWS = 10_000
 
@@ -184,15 +185,39 @@ def _parse(content: dict[str, Any]) -> Manifest:
         content=Digest(content["content"]["parts"]),
         numerics=dict(content["numerics"]),
         precision=precision,
-        stored_operation=content["stored_operation"],
+        stored_operation=_optional(content["stored_operation"], str),
         encoding=str(content["encoding"]),
         layout=layout,
         sealed=content["sealed"],
-        calibration=content["precision"]["calibration"],
-        error=content["precision"]["error"],
-        choice=content["choice"],
+        calibration=_optional(content["precision"]["calibration"], str),
+        error=_parse_error(content["precision"]["error"]),
+        choice=_optional(content["choice"], dict),
         files={_inside(name): str(digest) for name, digest in content["files"].items()},
     )
+
+
+def _optional(value: Any, kind: type[T]) -> T | None:
+    """A value of that kind, or None.
+
+    Raises
+    ------
+    TypeError
+        If it is anything else.
+    """
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{value!r} where {kind.__name__} was expected")
+    return value
+
+
+def _parse_error(content: Any) -> dict[str, Any] | None:
+    """What storing did to the values, as numbers (see `PrecisionError.as_json`)."""
+    error = _optional(content, dict)
+    if error is not None:
+        for name in ("relative_l2", "worst_channel_relative_l2"):
+            error[name] = float(error[name])
+        for name in ("worst_channel", "saturated", "values"):
+            error[name] = int(error[name])
+    return error
 
 
 def _parse_layout(content: dict[str, Any]) -> CacheLayout:
