@@ -121,8 +121,7 @@ def leftovers(folder: Path) -> list[Path]:
 def sweep(folder: Path) -> None:
     """Remove what operations left; for the one who holds the folder (see `lock.exclusive`)."""
     for path in leftovers(folder):
-        if not path.name.startswith(".run.json"):  # it is written when the folder is let go
-            remove(path)
+        remove(path)
 
 
 def flush_tree(root: Path) -> None:

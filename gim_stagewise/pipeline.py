@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gim_stagewise.cache import Cache, discard_cache, drop_activations, read_manifest
 from gim_stagewise.config import PipelineConfig, load_pipeline, parse_pipeline
-from gim_stagewise.durable import remove
+from gim_stagewise.durable import remove, sweep
 from gim_stagewise.errors import ConfigError, CorruptCacheError, OverBudgetError, StaleCacheError
 from gim_stagewise.lock import exclusive
 from gim_stagewise.memory import Budget
@@ -328,6 +328,7 @@ class Pipeline:
         if first <= last:
             disk.check(self.workspace)
         with exclusive(self.workspace.folder):
+            sweep(self.workspace.folder)
             if start is not None:
                 self.stage(start)  # what the first forgotten module needs is there
                 for index in range(start, len(self.config.module) + 1):

@@ -141,7 +141,7 @@ def small(tiny: Path) -> Path:
     return tiny
 
 
-@pytest.mark.parametrize("zarrs", [True, False])
+@pytest.mark.parametrize("zarrs", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_power_cut_after_any_operation_loses_no_truth(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zarrs: bool
 ) -> None:

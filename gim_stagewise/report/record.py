@@ -11,6 +11,7 @@ import zarr
 
 from gim_stagewise import __version__
 from gim_stagewise.durable import json_checksum, write_json
+from gim_stagewise.lock import exclusive
 from gim_stagewise.pipeline import Pipeline, RunResult
 
 
@@ -64,5 +65,6 @@ def save_record(pipeline: Pipeline, result: RunResult) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
-    write_json(pipeline.workspace.record_path, record | {"checksum": json_checksum(record)})
+    with exclusive(pipeline.workspace.folder):
+        write_json(pipeline.workspace.record_path, record | {"checksum": json_checksum(record)})
     return record
