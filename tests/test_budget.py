@@ -153,6 +153,7 @@ def test_storing_is_not_chosen_where_the_disk_budget_has_no_room(
     assert choice["room"] is not None
 
 
+@pytest.mark.slow
 def test_a_proof_has_the_same_micro_batch_both_ways(tiny: Path, tmp_path: Path) -> None:
     edit(tiny, "[train]\n", '[train]\nmicro_batch = "auto"\n')
     edit(tiny, "[extract]\nbatch = 50", "[extract]\nbatch = 100000")

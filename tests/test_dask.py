@@ -18,7 +18,7 @@ from helpers import assert_same_run, edit
 from gim_stagewise import Pipeline, Workers
 from gim_stagewise.cache import BuildFolder, Cache
 from gim_stagewise.errors import ConfigError, NonFiniteError, WorkersLostError
-from gim_stagewise.stage import parallel
+from gim_stagewise.stage import extraction_plan, parallel
 from gim_stagewise.stage.cluster import local_cluster
 
 SLOW = """
@@ -91,7 +91,7 @@ def test_work_that_takes_long_moves_to_a_cluster_by_itself(
 
     monkeypatch.setattr(parallel, "local_cluster", watched)
     monkeypatch.setattr(parallel, "WORTH_A_CLUSTER_SECONDS", 0.3)
-    monkeypatch.setattr(parallel, "usable_workers", lambda *_: 2)
+    monkeypatch.setattr(extraction_plan, "usable_cores", lambda: 2)
     Pipeline.from_file(slow, folder=tmp_path / "out", device="cpu").run()
     assert started == [2]
     assert_same_run(tmp_path / "out", undisturbed)

@@ -99,8 +99,8 @@ def test_a_forward_is_counted_and_not_run(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("gim_stagewise.stage.forward.in_fresh_process", measured)
     asked = spec(8)
     counted = project_forward(asked, measure=False, margin=False)
-    # Of 256 patches: what the widest block gets and gives, 128 channels of 8×8 in float32.
-    assert 2 * 256 * 128 * 64 * 4 < counted < 10 * 256 * 128 * 64 * 4
+    # Of 256 patches: what the widest block gets and gives, 128 channels of 16×16 in float32.
+    assert 2 * 256 * 128 * 256 * 4 < counted < 6 * 256 * 128 * 256 * 4
 
 
 def user_pipeline(tmp_path: Path, tiny: Path, code: str) -> Path:

@@ -133,8 +133,8 @@ def run(file: Path, folder: Path) -> None:
 
 @pytest.fixture
 def small(tiny: Path) -> Path:
-    """Two modules, two training steps, two blocks."""
-    tiny.write_text(tiny.read_text().partition("[module.3]")[0])
+    """One module, two training steps, two blocks."""
+    tiny.write_text(tiny.read_text().partition("[module.2]")[0])
     edit(tiny, "batch = 8\n", "batch = 18\n")
     edit(tiny, "max_epochs = 3", "max_epochs = 1")
     edit(tiny, "chunk = 7", "chunk = 26")
@@ -154,13 +154,12 @@ def test_a_power_cut_after_any_operation_loses_no_truth(
     with monkeypatch.context() as patch:
         patch.setattr(durable, "observers", [disk])
         run(small, tmp_path / "watched")
-    assert disk.operations > 150
-    assert len(disk.states) > 50
+    assert disk.operations > 100
+    assert len(disk.states) > 40
     for number, (when, tree) in enumerate(disk.states.values()):
         folder = tmp_path / str(number)
         restore(tree, folder)
-        for index in (1, 2):
-            claims_nothing_false(folder / f"m{index}.zarr", when)
+        claims_nothing_false(folder / "m1.zarr", when)
         run(small, folder)
         assert_same_files(folder, tmp_path / "undisturbed")
         assert results_of(folder) == results_of(tmp_path / "undisturbed"), when

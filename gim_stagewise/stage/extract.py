@@ -262,7 +262,13 @@ class InProcess:
                 block, reading = ahead
                 samples = reading.result()
                 ahead = read_next()
-                outputs = worker.outputs(block, samples)
+                try:
+                    outputs = worker.outputs(block, samples)
+                except Exception:
+                    # What was computed before it is not lost with the block that failed.
+                    for future in writing:
+                        yield future.result()
+                    raise
                 del samples
                 if len(writing) == self._writers:
                     yield writing.popleft().result()
