@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,20 +75,12 @@ def serve() -> None:
                 sys.excepthook(*sys.exc_info())
                 os._exit(1)
             os._exit(0)
-        if (delay := request.get("kill_after")) is not None:
-            _kill_after(child, delay)
+        delay = request.get("kill_after", 3600)
+        timer = threading.Timer(delay, os.kill, (child, signal.SIGKILL))
+        timer.start()
         _, status = os.waitpid(child, 0)
+        timer.cancel()
         print(os.waitstatus_to_exitcode(status), flush=True)
-
-
-def _kill_after(child: int, seconds: float) -> None:
-    import threading
-
-    def kill() -> None:
-        if os.waitpid(child, os.WNOHANG | os.WNOWAIT) == (0, 0):
-            os.kill(child, signal.SIGKILL)
-
-    threading.Timer(seconds, kill).start()
 
 
 class Runs:
