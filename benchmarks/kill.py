@@ -25,21 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from conftest import write_tiny  # noqa: E402 - the tests' own pipeline and server
-from helpers import assert_same_files, edit, results_of  # noqa: E402
-from killing import Runs, killing_server, points_of  # noqa: E402
+from helpers import assert_same_files, results_of  # noqa: E402
+from killing import Runs, killing_server, points_of, small_pipeline  # noqa: E402
 
 KILLS_A_FOLDER = 4
-
-
-def small_pipeline(folder: Path) -> Path:
-    """Two modules, four training steps in two epochs, three blocks each."""
-    file = write_tiny(folder)
-    file.write_text(file.read_text().partition("[module.3]")[0])
-    edit(file, "batch = 8\n", "batch = 18\n")
-    edit(file, "max_epochs = 3", "max_epochs = 2")
-    edit(file, "chunk = 7", "chunk = 20")
-    edit(file, "checkpoint_every = 2", "checkpoint_every = 1")
-    return file
 
 
 def one_folder(
@@ -80,7 +69,7 @@ def main() -> None:
     hits: Counter[str] = Counter()
     folders, started = 0, time.monotonic()
     with tempfile.TemporaryDirectory() as place, killing_server() as runs:
-        file = small_pipeline(Path(place))
+        file = small_pipeline(write_tiny(Path(place)))
         undisturbed = Path(place) / "undisturbed"
         assert runs(file, undisturbed, log=str(Path(place) / "log")) == 0
         again = time.monotonic()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from gim_stagewise.cache import Cache, discard_cache, drop_activations, read_manifest
 from gim_stagewise.config import PipelineConfig, load_pipeline, parse_pipeline
-from gim_stagewise.durable import remove, sweep
+from gim_stagewise.durable import remove
 from gim_stagewise.errors import ConfigError, CorruptCacheError, OverBudgetError, StaleCacheError
 from gim_stagewise.lock import exclusive
 from gim_stagewise.memory import Budget
 from gim_stagewise.progress import Progress, Silent
 from gim_stagewise.sources import PatchSource
 from gim_stagewise.stage.checkpoint import TrainingRecord
+from gim_stagewise.stage.choose import Choice
 from gim_stagewise.stage.disk import CacheSize, DiskPlan, folder_bytes, plan_disk
 from gim_stagewise.stage.extraction_plan import Workers, plan_extraction
 from gim_stagewise.stage.fit import plan_training
@@ -266,10 +267,19 @@ class Pipeline:
         if errors:
             raise max(errors, key=lambda error: error.needed)
 
-    def plan_disk(self, shapes: list[Shape], *, first: int, last: int) -> DiskPlan:
+    def plan_disk(
+        self,
+        shapes: list[Shape],
+        *,
+        first: int,
+        last: int,
+        choices: Mapping[int, Choice] | None = None,
+    ) -> DiskPlan:
         """What the caches up to ``last`` take, those below ``first`` being there already."""
         there = {index: self.workspace.cache_path(index) for index in range(1, first)}
-        return plan_disk(self.workspace, self.source, shapes, last=last, there=there)
+        return plan_disk(
+            self.workspace, self.source, shapes, last=last, there=there, choices=choices
+        )
 
     def _is_materialized(self, index: int) -> bool:
         return Cache(self.workspace.cache_path(index)).materialized
@@ -323,18 +333,19 @@ class Pipeline:
             raise ConfigError(f"is {start}, above --until {last}: nothing to make", key="--from")
         shapes = self.check()
         first = min(start or last + 1, self.first_to_make(last))
-        self.check_budget(shapes[:last], first=first, workers=workers)
-        disk = self.plan_disk(shapes, first=first, last=last)
+        caches: list[CacheSize] = []
         if first <= last:
+            self.check_budget(shapes[:last], first=first, workers=workers)
+            disk = self.plan_disk(shapes, first=first, last=last)
             disk.check(self.workspace)
+            caches = disk.caches
         with exclusive(self.workspace.folder):
-            sweep(self.workspace.folder)
             if start is not None:
                 self.stage(start)  # what the first forgotten module needs is there
                 for index in range(start, len(self.config.module) + 1):
                     self.forget(index)
             stages = [
-                self._run_stage(index, workers or Workers(), above=disk.caches[index:])
+                self._run_stage(index, workers or Workers(), above=caches[index:])
                 for index in range(1, last + 1)
             ]
             in_channels = [shape.cell_in[0] for shape in shapes[:last]]

@@ -11,7 +11,7 @@ from gim_stagewise.memory import Budget
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.sources import Request, read_stacked
 from gim_stagewise.stage.choose import Choice, input_seconds
-from gim_stagewise.stage.disk import DiskPlan, plan_disk
+from gim_stagewise.stage.disk import DiskPlan
 from gim_stagewise.stage.extraction_plan import ExtractionPlan, plan_extraction
 from gim_stagewise.stage.fit import (
     TrainingPlan,
@@ -95,15 +95,15 @@ def plan_pipeline(pipeline: Pipeline) -> PipelinePlan:
     pipeline.check_budget(shapes)
     first = pipeline.first_to_make(len(shapes))
     choices = _choices(pipeline, shapes)
-    there = {index: space.cache_path(index) for index in range(1, first)}
-    disk = plan_disk(space, source, shapes, last=len(shapes), there=there, choices=choices)
+    last = len(shapes)
+    disk = pipeline.plan_disk(shapes, first=first, last=last, choices=choices)
     allowed = space.budget.disk
     for index in sorted(choices, reverse=True):
         over = 0 if allowed is None else disk.needed(space.config.keep) - allowed
         if over > 0 and choices[index].store:
             room = max(0, disk.caches[index - 1].bytes - over)
             choices[index] = replace(choices[index], room=room)
-            disk = plan_disk(space, source, shapes, last=len(shapes), there=there, choices=choices)
+            disk = pipeline.plan_disk(shapes, first=first, last=last, choices=choices)
     stored = {index: choice.store for index, choice in choices.items()}
     stages = []
     chunk_items = 1

@@ -87,6 +87,8 @@ def _with_micro_batches(pipeline: Pipeline) -> Pipeline:
     the same, and so the micro-batch has to be.
     """
     space = pipeline.workspace
+    if all(module.train.micro_batch != "auto" for module in space.config.module.values()):
+        return pipeline
     config = _short(space.config, "never")
     shapes = pipeline.check()
     needs = chain_needs(replace(space, config=config), pipeline.source, shapes)

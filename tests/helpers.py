@@ -13,6 +13,10 @@ import zarr
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
+from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.report.record import save_record
+from gim_stagewise.stage.extraction_plan import Workers
+
 
 def edit(file: Path, old: str, new: str) -> None:
     """Change a pipeline file; ``old`` must be there."""
@@ -79,6 +83,21 @@ def results_of(folder: Path) -> list[object]:
     names = ("train_loss", "validation_loss", "probe_accuracy", "random_probe_accuracy")
     stages = [[stage[name] for name in names] for stage in record["modules"]]
     return [*stages, record["raw_probe_accuracy"]]
+
+
+def run_and_record(file: Path, folder: Path) -> None:
+    """What `gim-stage run` does, in this process."""
+    pipeline = Pipeline.from_file(file, folder=folder, device="cpu")
+    save_record(pipeline, pipeline.run(workers=Workers(0)))
+
+
+def shorten(file: Path, *, modules: int, batch: int, epochs: int, chunk: int) -> Path:
+    """Fewer modules, steps and blocks for the tiny pipeline of the tests."""
+    file.write_text(file.read_text().partition(f"[module.{modules + 1}]")[0])
+    edit(file, "batch = 8\n", f"batch = {batch}\n")
+    edit(file, "max_epochs = 3", f"max_epochs = {epochs}")
+    edit(file, "chunk = 7", f"chunk = {chunk}")
+    return file
 
 
 def live_parameters() -> int:

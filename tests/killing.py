@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from helpers import edit, shorten
+
 
 def run_and_die(request: dict[str, Any]) -> None:
     """Run a pipeline; with ``kill_at``, die without warning at that point of writing.
@@ -46,6 +48,13 @@ def run_and_die(request: dict[str, Any]) -> None:
     pipeline = Pipeline.from_file(request["file"], folder=request["folder"], device="cpu")
     result = pipeline.run(workers=Workers(request.get("workers", 0)))
     save_record(pipeline, result)
+
+
+def small_pipeline(file: Path) -> Path:
+    """Two modules, four training steps in two epochs, three blocks each."""
+    shorten(file, modules=2, batch=18, epochs=2, chunk=20)
+    edit(file, "checkpoint_every = 2", "checkpoint_every = 1")
+    return file
 
 
 def serve() -> None:

@@ -26,12 +26,12 @@ def open_pipeline(file: Path, folder: Path, **budget: int) -> Pipeline:
 def test_extraction_that_does_not_fit_is_refused_before_training(
     tiny: Path, tmp_path: Path
 ) -> None:
-    edit(tiny, "[extract]\nbatch = 50", "[extract]\nbatch = 150000")
+    edit(tiny, "[extract]\nbatch = 50", "[extract]\nbatch = 1500000")
     arguments: list[str | Path] = [tiny, "--dir", tmp_path / "out", "--device", "cpu"]
     for command in ("plan", "run"):
-        error = one_error(gim_stage(command, *arguments, "--allowed-host-mem", "900MB"), 3)
+        error = one_error(gim_stage(command, *arguments, "--allowed-host-mem", "1300MB"), 3)
         assert "extraction with 0 workers projects" in error
-        assert "lower extract.batch from 150000" in error
+        assert "lower extract.batch from 1500000" in error
     assert not list((tmp_path / "out").glob("m*"))
 
 

@@ -11,15 +11,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers import assert_same_files, edit, files_of
+from helpers import assert_same_files, edit, files_of, run_and_record, shorten
 
 from gim_stagewise import durable
 from gim_stagewise.cache import BuildFolder, Cache, find_damage, read_manifest
 from gim_stagewise.errors import CacheNotFoundError, PartialCacheError, StorageError
-from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.progress import Silent
-from gim_stagewise.report.record import save_record
-from gim_stagewise.stage.extraction_plan import Workers
 
 CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
@@ -46,16 +43,7 @@ class Full:
 @pytest.fixture
 def small(tiny: Path) -> Path:
     """One module, one training step, three blocks."""
-    tiny.write_text(tiny.read_text().partition("[module.2]")[0])
-    edit(tiny, "batch = 8\n", "batch = 36\n")
-    edit(tiny, "max_epochs = 3", "max_epochs = 1")
-    edit(tiny, "chunk = 7", "chunk = 20")
-    return tiny
-
-
-def run(file: Path, folder: Path) -> None:
-    pipeline = Pipeline.from_file(file, folder=folder, device="cpu")
-    save_record(pipeline, pipeline.run(workers=Workers(0)))
+    return shorten(tiny, modules=1, batch=36, epochs=1, chunk=20)
 
 
 @pytest.mark.parametrize("zarrs", [True, False])
@@ -65,7 +53,7 @@ def test_every_operation_may_find_the_disk_full(
     if zarrs:
         pytest.importorskip("zarrs")
     monkeypatch.setattr("gim_stagewise.cache.codecs._has_zarrs", lambda: zarrs)
-    run(small, tmp_path / "undisturbed")
+    run_and_record(small, tmp_path / "undisturbed")
     number = 0
     while True:
         folder = tmp_path / str(number)
@@ -76,13 +64,13 @@ def test_every_operation_may_find_the_disk_full(
                 run_and_fail(small, folder, full)
             else:
                 try:
-                    run(small, folder)
+                    run_and_record(small, folder)
                 except StorageError as error:
                     check_message(error, full)
         if not full.reached:
             break
         done = check_what_is_left(folder)
-        run(small, folder)
+        run_and_record(small, folder)
         assert_same_files(folder, tmp_path / "undisturbed")
         for file, inode in done.items():
             assert (folder / file).stat().st_ino == inode, "a block that was done was done again"
@@ -93,7 +81,7 @@ def test_every_operation_may_find_the_disk_full(
 
 def run_and_fail(file: Path, folder: Path, full: Full) -> None:
     with pytest.raises(StorageError) as caught:
-        run(file, folder)
+        run_and_record(file, folder)
     check_message(caught.value, full)
 
 
@@ -191,6 +179,6 @@ def test_a_disk_that_is_really_full(small: Path, tmp_path: Path, zarrs: bool, le
     assert not [line for line in lines if line.startswith("left")]
     assert "no space left on device" in done.stderr
     assert "Traceback" not in done.stderr
-    run(small, tmp_path / "undisturbed")
+    run_and_record(small, tmp_path / "undisturbed")
     if zarrs == ("zarrs" in read_manifest(tmp_path / "copy" / "m1.zarr").numerics["codec"]):
         assert files_of(tmp_path / "copy").keys() == files_of(tmp_path / "undisturbed").keys()

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import assert_same_files, edit, results_of
-from killing import Runs, killing_server, one_of_each, points_of
+from helpers import assert_same_files, results_of
+from killing import Runs, killing_server, one_of_each, points_of, small_pipeline
 
 RANDOM_MOMENTS = 12
 WITH_DASK = 5
@@ -29,14 +29,8 @@ def runs() -> Iterator[Runs]:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory, new_tiny: Callable[[Path], Path]) -> Path:
-    """Two modules, four training steps in two epochs, three blocks each."""
-    file = new_tiny(tmp_path_factory.mktemp("small"))
-    file.write_text(file.read_text().partition("[module.3]")[0])
-    edit(file, "batch = 8\n", "batch = 18\n")
-    edit(file, "max_epochs = 3", "max_epochs = 2")
-    edit(file, "chunk = 7", "chunk = 20")
-    edit(file, "checkpoint_every = 2", "checkpoint_every = 1")
-    return file
+    """See `small_pipeline`; all tests here run it."""
+    return small_pipeline(new_tiny(tmp_path_factory.mktemp("small")))
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import assert_same_files, edit, results_of
+from helpers import assert_same_files, results_of, run_and_record, shorten
 
 from gim_stagewise import durable
 from gim_stagewise.cache import Cache, find_damage
 from gim_stagewise.errors import CacheNotFoundError, PartialCacheError
-from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.progress import Silent
-from gim_stagewise.report.record import save_record
-from gim_stagewise.stage.extraction_plan import Workers
 
 Tree = dict[str, bytes | None]
 """Files with their bytes, and folders, by path."""
@@ -126,19 +123,10 @@ def restore(tree: Tree, folder: Path) -> None:
             (folder / name).write_bytes(content)
 
 
-def run(file: Path, folder: Path) -> None:
-    pipeline = Pipeline.from_file(file, folder=folder, device="cpu")
-    save_record(pipeline, pipeline.run(workers=Workers(0)))
-
-
 @pytest.fixture
 def small(tiny: Path) -> Path:
     """One module, two training steps, two blocks."""
-    tiny.write_text(tiny.read_text().partition("[module.2]")[0])
-    edit(tiny, "batch = 8\n", "batch = 18\n")
-    edit(tiny, "max_epochs = 3", "max_epochs = 1")
-    edit(tiny, "chunk = 7", "chunk = 26")
-    return tiny
+    return shorten(tiny, modules=1, batch=18, epochs=1, chunk=26)
 
 
 @pytest.mark.parametrize("zarrs", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -148,19 +136,19 @@ def test_a_power_cut_after_any_operation_loses_no_truth(
     if zarrs:
         pytest.importorskip("zarrs")
     monkeypatch.setattr("gim_stagewise.cache.codecs._has_zarrs", lambda: zarrs)
-    run(small, tmp_path / "undisturbed")
+    run_and_record(small, tmp_path / "undisturbed")
     (tmp_path / "watched").mkdir()
     disk = Disk(tmp_path / "watched")
     with monkeypatch.context() as patch:
         patch.setattr(durable, "observers", [disk])
-        run(small, tmp_path / "watched")
+        run_and_record(small, tmp_path / "watched")
     assert disk.operations > 100
     assert len(disk.states) > 40
     for number, (when, tree) in enumerate(disk.states.values()):
         folder = tmp_path / str(number)
         restore(tree, folder)
         claims_nothing_false(folder / "m1.zarr", when)
-        run(small, folder)
+        run_and_record(small, folder)
         assert_same_files(folder, tmp_path / "undisturbed")
         assert results_of(folder) == results_of(tmp_path / "undisturbed"), when
 
@@ -189,7 +177,7 @@ def test_a_missing_flush_would_be_noticed(
     disk = Disk(tmp_path / "watched")
     with monkeypatch.context() as patch:
         patch.setattr(durable, "observers", [disk])
-        run(small, tmp_path / "watched")
+        run_and_record(small, tmp_path / "watched")
     wrong = 0
     for number, (when, tree) in enumerate(disk.states.values()):
         folder = tmp_path / str(number)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from gim_stagewise.cache.codecs import codec_implementation, encoded_bytes
-from gim_stagewise.cache.columns import metadata_problem
+from gim_stagewise.cache.columns import metadata_problem, write_checksums, write_samples
 from gim_stagewise.cache.digests import Digest, flatten
-from gim_stagewise.cache.frames import read_frame
+from gim_stagewise.cache.frames import read_chunk_file
+from gim_stagewise.cache.journal import BuildFolder
 from gim_stagewise.cache.layout import Block, CacheLayout, auto_chunk, create_arrays
-from gim_stagewise.cache.manifest import BuildFolder, Manifest, read_manifest, write_manifest
+from gim_stagewise.cache.manifest import Manifest, read_manifest, write_manifest
 from gim_stagewise.cache.precision import PLAIN, Precision, is_precision
 from gim_stagewise.cache.precision_error import PrecisionError
 from gim_stagewise.cache.reader import Cache, open_cache
@@ -19,8 +20,6 @@ from gim_stagewise.cache.writer import (
     discard_cache,
     drop_activations,
     stage_block,
-    write_checksums,
-    write_samples,
 )
 
 __all__ = [
@@ -48,7 +47,7 @@ __all__ = [
     "is_precision",
     "metadata_problem",
     "open_cache",
-    "read_frame",
+    "read_chunk_file",
     "read_manifest",
     "sealed_digests",
     "stage_block",

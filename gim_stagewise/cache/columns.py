@@ -1,8 +1,9 @@
-"""Metadata and small arrays of a cache, read without believing what they say about themselves.
+"""The small arrays of a cache, of one chunk each: ids, splits, labels, checksums.
 
-A cache may come from anyone. What its metadata declares is compared with the manifest's layout
-before Zarr opens an array, and what a compressed file declares with what it can hold before
-anything is allocated for it.
+They are read without believing what they say about themselves, and so is array metadata. A cache
+may come from anyone. What its metadata declares is compared with the manifest's layout before
+Zarr opens an array, and what a compressed file declares with what it can hold before anything is
+allocated for it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+import zarr
 from numcodecs import VLenUTF8, Zstd
 from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from gim_stagewise.cache.frames import CHECKSUM_BYTES, RESIDUE
+from gim_stagewise.cache.layout import Labelled
 from gim_stagewise.cache.manifest import Manifest
+from gim_stagewise.sources import SPLITS
 
 # What decodes values; nothing that Zarr or its extensions know besides is ever called.
 _CODECS = {"bytes", "vlen-utf8", "blosc", "zstd", "crc32c"}
@@ -38,8 +43,7 @@ def metadata_problem(path: Path, manifest: Manifest) -> str:
     for name in names:
         shape = layout.shapes.get(name, (layout.samples,))
         chunks = layout.chunks.get(name, shape)
-        types = {"activations": layout.dtype, "pooled": "float32", "ids": "string"}
-        dtype = types.get(name, "uint8" if name == "splits" else "int64")
+        dtype = (layout.dtypes | {"ids": "string", "splits": "uint8"}).get(name, "int64")
         if problem := _array_problem(path / name, shape, chunks, dtype):
             return f"{name} {problem}"
         if name not in layout.chunks and not (path / name / "c.0").is_file():
@@ -70,6 +74,49 @@ def _array_problem(path: Path, shape: Sequence[int], chunks: Sequence[int], dtyp
     if unknown := [name for name in codecs if name not in _CODECS]:
         return f"would be decoded by {unknown[0]!r}, which no cache uses"
     return ""
+
+
+def write_samples(path: Path, source: Labelled) -> None:
+    """Write ids, splits and labels into a group."""
+    group = zarr.open_group(str(path), mode="r+")
+    ids = list(source.ids)
+    position = {item_id: index for index, item_id in enumerate(ids)}
+    mask = np.zeros(len(ids), dtype=np.uint8)
+    for bit, split in enumerate(SPLITS):
+        mask[[position[item_id] for item_id in source.split(split)]] |= 1 << bit
+    _put(group, "ids", np.array(ids, dtype=np.dtypes.StringDType()), ("sample",))
+    _put(group, "splits", mask, ("sample",)).attrs.update(
+        # Climate and forecast conventions, section 3.5: readers know how to spell these out.
+        {
+            "flag_masks": [1 << bit for bit in range(len(SPLITS))],
+            "flag_meanings": " ".join(SPLITS),
+        }
+    )
+    if source.label_names:
+        labels = group.create_group("labels")
+        for name in source.label_names:
+            _put(labels, name, source.labels(name), ("sample",))
+
+
+def _put(group: zarr.Group, name: str, values: NDArray[Any], axes: tuple[str, ...]) -> Any:
+    return group.create_array(
+        name,
+        data=values,
+        chunks=values.shape,
+        compressors=[ZstdCodec(), Crc32cCodec()],
+        dimension_names=axes,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        config={"write_empty_chunks": True},
+    )
+
+
+def write_checksums(path: Path, digests: list[dict[str, str]]) -> None:
+    """Write the blocks' hashes into a group."""
+    group = zarr.open_group(str(path), mode="r+").create_group("checksums")
+    for name in digests[0]:
+        hashes = b"".join(bytes.fromhex(block[name]) for block in digests)
+        values = np.frombuffer(hashes, np.uint8).reshape(-1, 32)
+        _put(group, name, values, ("block", "byte"))
 
 
 def read_numbers(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:

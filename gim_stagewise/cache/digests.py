@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -64,3 +65,17 @@ def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     is_hash = isinstance(value, str) and len(value) == 64
     return value[:8] + "…" if is_hash else text
+
+
+def files_digest(folder: Path, files: Iterable[str]) -> str:
+    """SHA-256 of files, one after the other.
+
+    Raises
+    ------
+    FileNotFoundError
+        If one is missing.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update((folder / file).read_bytes())
+    return digest.hexdigest()

@@ -21,6 +21,8 @@ import numpy as np
 from numcodecs import blosc
 from numpy.typing import NDArray
 
+from gim_stagewise.cache.layout import CacheLayout
+
 CHECKSUM_BYTES = 4
 # The CRC-32C of anything that is followed by its own CRC-32C.
 RESIDUE = 0x48674BC7
@@ -98,6 +100,20 @@ def read_frame(
     values = _scratch.get("values", expected)
     blosc.decompress(frame, values)
     return values.view(dtype).reshape(shape)
+
+
+def read_chunk_file(
+    cache: Path, layout: CacheLayout, file: str, *, verify: bool = True
+) -> NDArray[Any]:
+    """Read a chunk file of a cache by its path in the group (see `read_frame`)."""
+    name = file.partition("/")[0]
+    return read_frame(
+        cache / file,
+        layout.chunks[name][1:],
+        layout.dtypes[name],
+        compressed=layout.codec != "none",
+        verify=verify,
+    )
 
 
 def _check_length(content: NDArray[np.uint8], expected: int, *, compressed: bool) -> None:

@@ -138,6 +138,12 @@ class CacheLayout:
             return {"pooled": pooled}
         return {"activations": (1, self.chunk, rows, self.grid[1], *self.cell), "pooled": pooled}
 
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Type of the values of each array that blocks are written to."""
+        types = {"activations": self.dtype, "pooled": "float32"}
+        return {name: types[name] for name in self.shapes}
+
     def blocks(self, source: Listed) -> list[Block]:
         """All blocks, in storage order; a block is there if one of its samples needs that view."""
         ids = source.ids
@@ -176,7 +182,7 @@ def create_arrays(path: Path, layout: CacheLayout, precision: Precision) -> None
     names = {"activations": ACTIVATION_AXES, "pooled": POOLED_AXES}
     for name in layout.shapes:
         stored = name == "activations"
-        dtype = layout.dtype if stored else "float32"
+        dtype = layout.dtypes[name]
         array = group.create_array(
             name,
             shape=layout.shapes[name],

@@ -1,17 +1,12 @@
-"""The recorded facts of a cache: attributes of its group, and the journal of a build.
+"""The recorded facts of a cache, as attributes of its group.
 
-The manifest lies under the key ``gim_stage`` in the group's attributes. While a cache is being
-built, a hidden folder beside it holds the journal (which blocks are done) and the staging area;
-both are gone when it is sealed, and the sealed group describes itself wherever it is moved.
+The manifest lies under the key ``gim_stage``; the group describes itself wherever it is moved.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import uuid
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -19,18 +14,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gim_stagewise.cache.codecs import CODECS, MOST_CHUNK_BYTES
-from gim_stagewise.cache.digests import Digest
-from gim_stagewise.cache.layout import FORMAT_VERSION, Block, CacheLayout
+from gim_stagewise.cache.digests import Digest, files_digest
+from gim_stagewise.cache.layout import FORMAT_VERSION, CacheLayout
 from gim_stagewise.cache.precision import Precision
-from gim_stagewise.durable import (
-    append_line,
-    fsync_directory,
-    json_checksum,
-    remove,
-    storage_errors,
-    write_atomic,
-    write_json,
-)
+from gim_stagewise.durable import json_checksum, write_json
 from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
 
 T = TypeVar("T")
@@ -242,8 +229,7 @@ def _parse_layout(content: dict[str, Any]) -> CacheLayout:
     if layout.codec not in CODECS or type(layout.materialized) is not bool:
         raise ValueError(f"a codec {layout.codec!r}")
     for name, chunk in layout.chunks.items():
-        itemsize = np.dtype(layout.dtype if name == "activations" else "float32").itemsize
-        if math.prod(chunk) * itemsize > MOST_CHUNK_BYTES:
+        if math.prod(chunk) * np.dtype(layout.dtypes[name]).itemsize > MOST_CHUNK_BYTES:
             raise ValueError(f"chunks of {name} with {chunk} values: too large")
     return layout
 
@@ -270,101 +256,5 @@ def file_digests(path: Path, layout: CacheLayout) -> dict[str, str]:
         name = file.relative_to(path).as_posix()
         chunk = file.parent in arrays and file.name.startswith("c.")
         if file.is_file() and not chunk and name != "zarr.json":
-            found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+            found[name] = files_digest(path, [name])
     return found
-
-
-class BuildFolder:
-    """The hidden folder beside an unsealed cache: journal and staging area.
-
-    Staging lies under a token drawn by each run. Only the coordinator moves files out of its
-    own token's folder, so a worker left over from a killed run can write nothing into a cache.
-    """
-
-    def __init__(self, cache: Path) -> None:
-        self.path = cache.with_name(f".{cache.name}.build")
-        self._journal = self.path / "journal.jsonl"
-        self._errors = self.path / "errors"
-
-    def start(self, content: Digest, blocks: int) -> Path:
-        """Begin an empty journal for a cache of ``blocks``; returns this run's staging folder."""
-        remove(self.path)
-        self._errors.mkdir(parents=True)
-        self._append({"content": content.value, "blocks": blocks})
-        fsync_directory(self.path)
-        fsync_directory(self.path.parent)
-        return self._new_staging()
-
-    def resume(self, content: Digest) -> tuple[Path, dict[int, dict[str, str]]] | None:
-        """Go on with an earlier build of the same content.
-
-        Returns
-        -------
-        (Path, dict) or None
-            This run's staging folder, and the checksums of the blocks that are done; None if
-            there is no journal of this content.
-        """
-        records = self._records()
-        if not records or records[0]["content"] != content.value:
-            return None
-        for leftover in self.path.glob("staging-*"):
-            remove(leftover)
-        done = {record["block"]: record["sha256"] for record in records[1:]}
-        # Rewritten whole, so that a line torn by a kill is not appended to.
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        write_atomic(self._journal, lambda path: path.write_text(text, encoding="utf-8"))
-        return self._new_staging(), done
-
-    def error_path(self, block: Block) -> Path:
-        """Where it is kept what storing did to a block's values, until the cache is sealed."""
-        return self._errors / f"{block.index}.npy"
-
-    def record(self, block: Block, sha256: Mapping[str, str]) -> None:
-        """Note durably that a block's files are in place."""
-        self._append({"block": block.index, "sha256": dict(sha256)})
-
-    def done_blocks(self, content: Digest) -> tuple[int, int]:
-        """How many blocks an unfinished build of this content has, and how many it needs."""
-        records = self._records()
-        if not records or records[0]["content"] != content.value:
-            return 0, 0
-        return len(records) - 1, records[0]["blocks"]
-
-    def remove(self) -> None:
-        if self.path.exists():
-            remove(self.path)
-
-    def _new_staging(self) -> Path:
-        staging = self.path / f"staging-{uuid.uuid4().hex[:12]}"
-        staging.mkdir()
-        return staging
-
-    def _append(self, record: dict[str, Any]) -> None:
-        with storage_errors(str(self._journal)):
-            append_line(self._journal, json.dumps(record))
-
-    def _records(self) -> list[dict[str, Any]]:
-        """The journal's whole lines; what follows a torn one is not believed."""
-        try:
-            text = self._journal.read_text(encoding="utf-8", errors="replace")
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        records: list[dict[str, Any]] = []
-        for line in text.split("\n")[:-1]:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if not _is_entry(record, first=not records):
-                break
-            records.append(record)
-        return records
-
-
-def _is_entry(record: Any, *, first: bool) -> bool:
-    """Whether a line of a journal is one that could have been written."""
-    if not isinstance(record, dict):
-        return False
-    if first:
-        return isinstance(record.get("content"), str) and type(record.get("blocks")) is int
-    return type(record.get("block")) is int and isinstance(record.get("sha256"), dict)

@@ -163,33 +163,28 @@ class Precision:
         for start in range(0, len(values), _ROWS):
             some = values[start : start + _ROWS]
             kept = stored[start : start + _ROWS]
-            if self.name == "uint8" and self._to_codes(some, kept, scale, zero, error):
-                continue
-            kept.copy_(self._encoded(some, scale, zero, error))
-            error.add(some, self._decode_into(torch.empty_like(some), kept, scale, zero))
+            if self.name == "uint8":
+                self._encode_codes(some, kept, scale, zero, error)
+            else:
+                kept.copy_(self._encoded(some, scale, error))
+                error.add(some, self._decode_into(torch.empty_like(some), kept, scale, zero))
         return stored, error.total()
 
-    def _to_codes(
+    def _encode_codes(
         self, values: Tensor, stored: Tensor, scale: Tensor, zero: Tensor, error: Account
-    ) -> bool:
-        """Encode as uint8 in few passes, and say whether that could be done: nothing saturated.
-
-        What is lost is counted in steps of a code, so that nothing has to be decoded.
-        """
+    ) -> None:
+        """Encode as uint8, in few passes: what is lost is counted in steps of a code."""
         steps = values / scale
         codes = steps.round()
         shifted = codes + zero if any(self.zero_point) else codes
-        lowest, highest = shifted.aminmax()
-        if lowest < 0 or highest > 255:
-            return False
-        stored.copy_(shifted)
-        error.add_steps(steps, codes, scale)
-        return True
+        within = error.clamped(shifted, 0, 255)
+        stored.copy_(within)
+        if within is shifted:
+            error.add_steps(steps, codes, scale)
+        else:
+            error.add(values, self._decode_into(torch.empty_like(values), stored, scale, zero))
 
-    def _encoded(self, values: Tensor, scale: Tensor, zero: Tensor, error: Account) -> Tensor:
-        if self.name == "uint8":
-            codes = values.div(scale).round_().add_(zero)
-            return error.clamped(codes, 0, 255).to(torch.uint8)
+    def _encoded(self, values: Tensor, scale: Tensor, error: Account) -> Tensor:
         if self.name == "float8_e4m3":
             scaled = error.clamped(values / scale, -_LARGEST_FLOAT8, _LARGEST_FLOAT8)
             return scaled.to(torch.float8_e4m3fn).view(torch.uint8)

@@ -107,7 +107,8 @@ class Account:
 
     def clamped(self, values: Tensor, lowest: float, highest: float) -> Tensor:
         """Values within a range, and those that were not counted."""
-        if values.amin() < lowest or values.amax() > highest:
+        smallest, largest = values.aminmax()
+        if smallest < lowest or largest > highest:
             beyond = (values < lowest) | (values > highest)
             self._beyond += beyond.sum((0, 2, 3))
             return values.clamp(lowest, highest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gim_stagewise.cache.columns import metadata_problem, read_numbers, read_strings
-from gim_stagewise.cache.digests import Digest
-from gim_stagewise.cache.frames import FrameError, announce, read_frame
+from gim_stagewise.cache.digests import Digest, files_digest
+from gim_stagewise.cache.frames import FrameError, announce, read_chunk_file
 from gim_stagewise.cache.layout import Block
 from gim_stagewise.cache.manifest import Manifest, read_manifest
 from gim_stagewise.cache.precision import Precision
@@ -69,7 +68,7 @@ class Cache:
         """Compare all files but the chunks, which are small, with what was sealed."""
         for name, digest in self.manifest.files.items():
             try:
-                found = hashlib.sha256((self.path / name).read_bytes()).hexdigest()
+                found = files_digest(self.path, [name])
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 raise CorruptCacheError(self._damage(name, "is missing")) from None
             if found != digest:
@@ -262,19 +261,14 @@ class Cache:
         """
         layout = self.manifest.layout
         samples = Span(number * layout.chunk, min((number + 1) * layout.chunk, layout.samples))
-        shape = layout.chunks[name][1:]
-        dtype = layout.dtype if name == "activations" else "float32"
-        compressed = layout.codec != "none"
         # A chunk of its own for some grid rows, where one sample is large; the last one is padded.
-        parts = even_ranges(layout.grid[0], shape[1])
+        parts = even_ranges(layout.grid[0], layout.chunks[name][2])
         files = layout.chunk_files(Block(-1, view, samples), name)
         for rows, file in zip(parts, files, strict=True):
             if rows.stop <= needed.start or rows.start >= needed.stop:
                 continue
             try:
-                values = read_frame(
-                    self.path / file, shape, dtype, compressed=compressed, verify=self._verify
-                )
+                values = read_chunk_file(self.path, layout, file, verify=self._verify)
             except FileNotFoundError:
                 # Zarr reads an absent chunk as the fill value; here it is a loss.
                 raise CorruptCacheError(self._damage(file, "is missing")) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gim_stagewise.cache.columns import read_numbers, read_strings
-from gim_stagewise.cache.frames import FrameError, TornFrameError, read_frame
+from gim_stagewise.cache.digests import files_digest
+from gim_stagewise.cache.frames import FrameError, TornFrameError, read_chunk_file
 from gim_stagewise.cache.layout import Block
 from gim_stagewise.cache.manifest import Manifest, read_manifest
 from gim_stagewise.errors import CorruptCacheError, PartialCacheError
@@ -176,10 +176,10 @@ def sealed_digests(path: Path, manifest: Manifest, blocks: int) -> list[dict[str
 
 def _file(path: Path, name: str, digest: str) -> Damage | None:
     try:
-        content = (path / name).read_bytes()
+        found = files_digest(path, [name])
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return Damage(name, "missing", "is missing")
-    if hashlib.sha256(content).hexdigest() != digest:
+    if found != digest:
         return Damage(name, "altered", "is not what was sealed")
     return None
 
@@ -194,13 +194,9 @@ def _block(
         own = [
             d for number in range(len(files)) if (d := _chunk(path, manifest, block, name, number))
         ]
-        if not own and recorded is not None:
-            digest = hashlib.sha256()
-            for file in files:
-                digest.update((path / file).read_bytes())
-            if digest.hexdigest() != recorded[name]:
-                what = "is whole, but not what was sealed"
-                own = [Damage(file, "altered", what, block) for file in files]
+        if not own and recorded is not None and files_digest(path, files) != recorded[name]:
+            what = "is whole, but not what was sealed"
+            own = [Damage(file, "altered", what, block) for file in files]
         found += own
     return found
 
@@ -208,17 +204,15 @@ def _block(
 def _chunk(path: Path, manifest: Manifest, block: Block, name: str, number: int) -> Damage | None:
     layout = manifest.layout
     file = layout.chunk_files(block, name)[number]
-    shape = layout.chunks[name][1:]
-    dtype = layout.dtype if name == "activations" else "float32"
     try:
-        values = read_frame(path / file, shape, dtype, compressed=layout.codec != "none")
+        values = read_chunk_file(path, layout, file)
     except FileNotFoundError:
         return Damage(file, "missing", "is missing", block)
     except TornFrameError as error:
         return Damage(file, "torn", str(error), block)
     except (FrameError, RuntimeError) as error:
         return Damage(file, "altered", str(error), block)
-    rows = even_ranges(layout.grid[0], shape[1])[number]
+    rows = even_ranges(layout.grid[0], layout.chunks[name][2])[number]
     values = values[: len(block.samples), : len(rows)]
     if name == "activations":
         values = manifest.precision.decode_array(values)

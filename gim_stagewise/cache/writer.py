@@ -8,7 +8,6 @@ in the journal is whole, and a cache that is sealed has all its blocks.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -17,15 +16,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from gim_stagewise.cache.codecs import codec_pipeline
-from gim_stagewise.cache.layout import Block, CacheLayout, Labelled, create_arrays
+from gim_stagewise.cache.columns import write_checksums, write_samples
+from gim_stagewise.cache.digests import files_digest
+from gim_stagewise.cache.journal import BuildFolder
+from gim_stagewise.cache.layout import Block, CacheLayout, create_arrays
 from gim_stagewise.cache.manifest import (
-    BuildFolder,
     Manifest,
     file_digests,
     read_manifest,
@@ -42,7 +41,7 @@ from gim_stagewise.durable import (
     storage_errors,
 )
 from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
-from gim_stagewise.sources import SPLITS, Source
+from gim_stagewise.sources import Source
 
 
 @dataclass(frozen=True)
@@ -263,30 +262,9 @@ class CacheWriter:
         return sealed
 
 
-def write_checksums(path: Path, digests: list[dict[str, str]]) -> None:
-    """Write the blocks' hashes into a group."""
-    group = zarr.open_group(str(path), mode="r+").create_group("checksums")
-    for name in digests[0]:
-        hashes = b"".join(bytes.fromhex(block[name]) for block in digests)
-        values = np.frombuffer(hashes, np.uint8).reshape(-1, 32)
-        _put(group, name, values, ("block", "byte"))
-
-
 def block_digests(folder: Path, layout: CacheLayout, block: Block) -> dict[str, str]:
-    """SHA-256 of a block's files, by array.
-
-    Raises
-    ------
-    FileNotFoundError
-        If one is missing.
-    """
-    found = {}
-    for name in layout.shapes:
-        digest = hashlib.sha256()
-        for file in layout.chunk_files(block, name):
-            digest.update((folder / file).read_bytes())
-        found[name] = digest.hexdigest()
-    return found
+    """SHA-256 of a block's files, by array; errors as of `files_digest`."""
+    return {name: files_digest(folder, layout.chunk_files(block, name)) for name in layout.shapes}
 
 
 def drop_activations(path: Path) -> Manifest:
@@ -330,37 +308,3 @@ def discard_cache(path: Path) -> None:
         trash = path.with_name(f".{path.name}.trash-{uuid.uuid4().hex[:8]}")
         rename(path, trash)
         remove(trash)
-
-
-def write_samples(path: Path, source: Labelled) -> None:
-    """Write ids, splits and labels into a group."""
-    group = zarr.open_group(str(path), mode="r+")
-    ids = list(source.ids)
-    position = {item_id: index for index, item_id in enumerate(ids)}
-    mask = np.zeros(len(ids), dtype=np.uint8)
-    for bit, split in enumerate(SPLITS):
-        mask[[position[item_id] for item_id in source.split(split)]] |= 1 << bit
-    _put(group, "ids", np.array(ids, dtype=np.dtypes.StringDType()), ("sample",))
-    _put(group, "splits", mask, ("sample",)).attrs.update(
-        # Climate and forecast conventions, section 3.5: readers know how to spell these out.
-        {
-            "flag_masks": [1 << bit for bit in range(len(SPLITS))],
-            "flag_meanings": " ".join(SPLITS),
-        }
-    )
-    if source.label_names:
-        labels = group.create_group("labels")
-        for name in source.label_names:
-            _put(labels, name, source.labels(name), ("sample",))
-
-
-def _put(group: zarr.Group, name: str, values: NDArray[Any], axes: tuple[str, ...]) -> Any:
-    return group.create_array(
-        name,
-        data=values,
-        chunks=values.shape,
-        compressors=[ZstdCodec(), Crc32cCodec()],
-        dimension_names=axes,
-        chunk_key_encoding={"name": "default", "separator": "."},
-        config={"write_empty_chunks": True},
-    )

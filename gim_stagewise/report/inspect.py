@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from gim_stagewise.cache import BuildFolder, Manifest, read_frame, read_manifest, stored_blocks
+from gim_stagewise.cache import BuildFolder, Manifest, read_chunk_file, read_manifest, stored_blocks
 from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
 from gim_stagewise.stage.disk import folder_bytes
 
@@ -114,14 +114,13 @@ def _channel_statistics(
     parts = []
     for file in chosen:
         sample, row = (int(n) for n in file.name.split(".")[2:4])
-        shape = layout.chunks["activations"][1:]
         try:
-            part = read_frame(file, shape, layout.dtype, compressed=layout.codec != "none")
+            part = read_chunk_file(path, layout, f"activations/{file.name}")
         except (ValueError, RuntimeError, OSError) as error:
             problems.append(f"activations/{file.name} is damaged ({_first_line(error)})")
             continue
         samples = min(layout.chunk, layout.samples - sample * layout.chunk)
-        rows = min(shape[1], layout.grid[0] - row * shape[1])
+        rows = min(part.shape[1], layout.grid[0] - row * part.shape[1])
         part = manifest.precision.decode_array(part[:samples, :rows].copy())
         parts.append(np.moveaxis(part, 3, 0).reshape(part.shape[3], -1))
     if not parts:

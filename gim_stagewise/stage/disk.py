@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from gim_stagewise.cache import CacheLayout, Manifest, Precision, encoded_bytes
+from gim_stagewise.cache import CacheLayout, Precision, encoded_bytes
 from gim_stagewise.errors import OverBudgetError, StorageError
 from gim_stagewise.models import INPUT_OPERATIONS
 from gim_stagewise.sources import PatchSource, Request, Source, read_stacked
@@ -117,7 +117,7 @@ def require_free(folder: Path, needed: int, what: str) -> None:
         raise StorageError(
             f"{what}: about {format_bytes(needed)} are to be written, and {format_bytes(free)} are "
             'free there. Make space, choose another --dir, or store less (keep = "last-two", '
-            'cache.codec = "zstd", materialize = "never"); nothing was changed'
+            'cache.codec = "zstd", materialize = "never"); none of it was written'
         )
 
 
@@ -176,20 +176,6 @@ def plan_disk(
 def stored_samples(source: Source, layout: CacheLayout) -> int:
     """Samples that are written, once for each view."""
     return sum(len(block.samples) for block in layout.blocks(source))
-
-
-def sampled_bytes(
-    frozen: FrozenModule, samples: np.ndarray, manifest: Manifest, space: Workspace
-) -> float:
-    """Bytes of one sample's activations on disk, found on a few samples."""
-    rows = torch.from_numpy(samples).flatten(0, 2)
-    operation, precision = manifest.stored_operation, manifest.precision
-
-    def stored(z: torch.Tensor) -> torch.Tensor:
-        return precision.encode(z if operation is None else INPUT_OPERATIONS[operation](z))[0]
-
-    z, _ = frozen_forward(frozen, rows, space.config.extract, keep=stored)
-    return encoded_bytes(z.numpy(), manifest.layout.codec) / len(samples)
 
 
 def _encoded_bytes(

@@ -8,9 +8,7 @@ coordinator alone commits what they staged.
 from __future__ import annotations
 
 import platform
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -232,52 +230,6 @@ class Executor(Protocol):
 
     def run(self, job: BlockJob, source: Source, blocks: list[Block]) -> Generator[StagedBlock]:
         """Stage all blocks, in any order."""
-
-
-class InProcess:
-    """Runs blocks in this process: while one is computed, the next is read and the last written.
-
-    It is computed by the thread that asks, whose memory is kept (see `use_allocator`); others read,
-    compress and write.
-    """
-
-    def __init__(self, writers: int = 1) -> None:
-        self._writers = writers
-
-    def run(self, job: BlockJob, source: Source, blocks: Iterable[Block]) -> Generator[StagedBlock]:
-        worker = job.open(source)
-        writing: deque[Future[StagedBlock]] = deque()
-        executor = ThreadPoolExecutor(1 + self._writers, "blocks")
-        waiting = iter(blocks)
-
-        def read_next() -> tuple[Block, Future[NDArray[np.float32]]] | None:
-            block = next(waiting, None)
-            if block is None:
-                return None
-            return block, executor.submit(worker.read, worker.ids(block), block.view)
-
-        try:
-            ahead = read_next()
-            while ahead is not None:
-                block, reading = ahead
-                samples = reading.result()
-                ahead = read_next()
-                try:
-                    outputs = worker.outputs(block, samples)
-                except Exception:
-                    # What was computed before it is not lost with the block that failed.
-                    for future in writing:
-                        yield future.result()
-                    raise
-                del samples
-                if len(writing) == self._writers:
-                    yield writing.popleft().result()
-                writing.append(executor.submit(worker.stage, block, *outputs))
-                del outputs
-            while writing:
-                yield writing.popleft().result()
-        finally:
-            executor.shutdown(cancel_futures=True)
 
 
 def extract(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -91,10 +91,20 @@ def plan_extraction(
         If it does not fit; the message names both numbers and a remedy.
     """
     workers = workers or Workers()
+    if budget.lean:
+        # What is counted is the least it can take: what does not fit by that is not tried out.
+        least = project_forward(needs.spec, measure=False, margin=False)
+        _plan(needs, budget, workers, forward=least)
+    forward = project_forward(needs.spec, measure=budget.lean)
+    return _plan(needs, budget, workers, forward=forward)
+
+
+def _plan(needs: StageNeeds, budget: Budget, workers: Workers, *, forward: int) -> ExtractionPlan:
     spec = needs.spec
+    _check_device(spec, budget, forward)
     on_gpu = spec.device == "cuda"
     plan = ExtractionPlan(
-        forward=plan_forward(spec, budget),
+        forward=forward,
         block=BLOCKS_AT_ONCE * block_bytes(needs.item_bytes, needs.layout),
         workers=0,
         base=BASE_BYTES,
@@ -114,7 +124,7 @@ def plan_extraction(
             f"there are {usable_cores()}: use {cores} or less",
             key="--workers",
         )
-    plan = ExtractionPlan(plan.forward, plan.block, count, BASE_BYTES, on_gpu)
+    plan = replace(plan, workers=count)
     if plan.host > allowed and workers.scheduler is None:
         _refuse(spec, plan, fitting, allowed)
     return plan
@@ -136,15 +146,7 @@ def _refuse(spec: StepSpec, plan: ExtractionPlan, fitting: int, allowed: int) ->
     )
 
 
-def plan_forward(spec: StepSpec, budget: Budget) -> int:
-    """Bytes that the frozen module takes on the device while it extracts.
-
-    Raises
-    ------
-    OverBudgetError
-        If that is more than is allowed there.
-    """
-    forward = project_forward(spec, measure=budget.lean)
+def _check_device(spec: StepSpec, budget: Budget, forward: int) -> None:
     allowed = budget.device_bytes(torch.device(spec.device))
     if allowed is not None and forward > allowed:
         raise OverBudgetError(
@@ -153,4 +155,3 @@ def plan_forward(spec: StepSpec, budget: Budget) -> int:
             f"or allow --allowed-mem {round_up(forward)}",
             needed=forward,
         )
-    return forward

@@ -19,6 +19,7 @@ from gim_stagewise.cache import (
     Manifest,
     Precision,
     discard_cache,
+    encoded_bytes,
     metadata_problem,
     read_manifest,
 )
@@ -40,7 +41,6 @@ from gim_stagewise.stage.disk import (
     bytes_of_caches,
     folder_bytes,
     require_free,
-    sampled_bytes,
     stored_samples,
 )
 from gim_stagewise.stage.extract import BlockJob, VirtualCache, extract
@@ -209,11 +209,13 @@ class StageOutputs:
     def _check_free(self, frozen: FrozenModule, manifest: Manifest) -> None:
         """Refuse to begin a cache that the disk has no room for."""
         layout = manifest.layout
-        each = layout.embedding_bytes * 1.0
+        each = float(layout.embedding_bytes)
         if layout.materialized:
             ids, view = self._calibration_samples()
             samples = read_stacked(self.source, [Request(item_id, view) for item_id in ids[0]])
-            each += sampled_bytes(frozen, samples, manifest, self.workspace)
+            storing = Storing.of(manifest)
+            arrays = compute_block(frozen, samples, ids[0], self.workspace.config.extract, storing)
+            each += encoded_bytes(arrays["activations"], layout.codec) / len(samples)
         path = self.workspace.cache_path(self.index)
         needed = round(each * stored_samples(self.source, layout)) - folder_bytes(path)
         require_free(path.parent, needed, f"cache {path}")

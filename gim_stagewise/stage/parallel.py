@@ -1,4 +1,4 @@
-"""Blocks of a cache as Dask tasks: a local cluster, or one that is already running.
+"""Who computes the blocks of a cache: this process, a local Dask cluster, or one that is running.
 
 The result does not depend on any of this: a block's bits are decided by the block, the module and
 the recorded numerics, and only the coordinator commits.
@@ -10,17 +10,20 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import CancelledError
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gim_stagewise.cache import Block, StagedBlock
 from gim_stagewise.errors import ConfigError, GimStageError, WorkersLostError
 from gim_stagewise.processes import usable_cores
 from gim_stagewise.sources import Source
 from gim_stagewise.stage.cluster import local_cluster
-from gim_stagewise.stage.extract import BLOCKS_AT_ONCE, BlockJob, BlockWorker, Executor, InProcess
+from gim_stagewise.stage.extract import BLOCKS_AT_ONCE, BlockJob, BlockWorker, Executor
 from gim_stagewise.stage.extraction_plan import ExtractionPlan, Workers
 
 # Starting a cluster takes some seconds; work that is done sooner stays in this process.
@@ -36,6 +39,52 @@ def choose_executor(workers: Workers, plan: ExtractionPlan) -> Executor:
         return Adaptive(plan.workers) if workers.count is None else LocalWorkers(plan.workers)
     # A GPU is done with a block before one core has compressed the last.
     return InProcess(min(3, usable_cores())) if plan.on_gpu else InProcess()
+
+
+class InProcess:
+    """Runs blocks in this process: while one is computed, the next is read and the last written.
+
+    It is computed by the thread that asks, whose memory is kept (see `use_allocator`); others read,
+    compress and write.
+    """
+
+    def __init__(self, writers: int = 1) -> None:
+        self._writers = writers
+
+    def run(self, job: BlockJob, source: Source, blocks: Iterable[Block]) -> Generator[StagedBlock]:
+        worker = job.open(source)
+        writing: deque[Future[StagedBlock]] = deque()
+        executor = ThreadPoolExecutor(1 + self._writers, "blocks")
+        waiting = iter(blocks)
+
+        def read_next() -> tuple[Block, Future[NDArray[np.float32]]] | None:
+            block = next(waiting, None)
+            if block is None:
+                return None
+            return block, executor.submit(worker.read, worker.ids(block), block.view)
+
+        try:
+            ahead = read_next()
+            while ahead is not None:
+                block, reading = ahead
+                samples = reading.result()
+                ahead = read_next()
+                try:
+                    outputs = worker.outputs(block, samples)
+                except Exception:
+                    # What was computed before it is not lost with the block that failed.
+                    for future in writing:
+                        yield future.result()
+                    raise
+                del samples
+                if len(writing) == self._writers:
+                    yield writing.popleft().result()
+                writing.append(executor.submit(worker.stage, block, *outputs))
+                del outputs
+            while writing:
+                yield writing.popleft().result()
+        finally:
+            executor.shutdown(cancel_futures=True)
 
 
 class Adaptive:
