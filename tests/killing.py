@@ -6,6 +6,7 @@ that has everything imported and nothing running, and answers with the child's e
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -61,7 +62,8 @@ def serve() -> None:
     """Answer requests until there are no more."""
     # What a run needs, so that a child begins at once; nothing of it starts a thread.
     import distributed  # noqa: F401
-    import sklearn.linear_model  # noqa: F401
+    import sklearn.linear_model
+    import sklearn.preprocessing  # noqa: F401
     import torch
 
     import gim_stagewise.pipeline
@@ -76,6 +78,7 @@ def serve() -> None:
             pipeline = gim_stagewise.pipeline.Pipeline.from_file(request["file"], device="cpu")
             pipeline.check_budget(pipeline.check())
             known.add(request["file"])
+            gc.freeze()  # so that children need not look at, and so copy, what they share
         child = os.fork()
         if child == 0:
             try:

@@ -43,7 +43,7 @@ class Full:
 @pytest.fixture
 def small(tiny: Path) -> Path:
     """One module, one training step, three blocks."""
-    return shorten(tiny, modules=1, batch=36, epochs=1, chunk=20)
+    return shorten(tiny, modules=1, batch=36, epochs=1, chunk=20, probe=False)
 
 
 @pytest.mark.parametrize("zarrs", [True, False])

@@ -126,7 +126,7 @@ def restore(tree: Tree, folder: Path) -> None:
 @pytest.fixture
 def small(tiny: Path) -> Path:
     """One module, two training steps, two blocks."""
-    return shorten(tiny, modules=1, batch=18, epochs=1, chunk=26)
+    return shorten(tiny, modules=1, batch=18, epochs=1, chunk=26, probe=False)
 
 
 @pytest.mark.parametrize("zarrs", [True, pytest.param(False, marks=pytest.mark.slow)])

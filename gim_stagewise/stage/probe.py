@@ -123,17 +123,17 @@ def probe_accuracy(
     def accuracy(strength: float, rows: NDArray[np.int64], x: object, y: object) -> float:
         logistic = LogisticRegression(C=strength, tol=1e-6, max_iter=5000)
         classifier = make_pipeline(StandardScaler(), logistic)
-        # One thread: on problems of this size threads cost twenty times what they save.
-        with warnings.catch_warnings(), threadpool_limits(1):
-            warnings.filterwarnings("ignore", message=".*lbfgs failed to converge.*")
-            classifier.fit(fitted[rows], train.labels[rows])
+        classifier.fit(fitted[rows], train.labels[rows])
         return float(classifier.score(x, y))
 
-    best = max(
-        STRENGTHS,
-        key=lambda c: accuracy(c, fit, fitted[validation], train.labels[validation]),
-    )
-    return accuracy(best, order, unseen, test.labels)
+    # One thread: on problems of this size threads cost twenty times what they save.
+    with warnings.catch_warnings(), threadpool_limits(1):
+        warnings.filterwarnings("ignore", message=".*lbfgs failed to converge.*")
+        best = max(
+            STRENGTHS,
+            key=lambda c: accuracy(c, fit, fitted[validation], train.labels[validation]),
+        )
+        return accuracy(best, order, unseen, test.labels)
 
 
 @dataclass(frozen=True)
