@@ -26,13 +26,13 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from conftest import write_tiny  # noqa: E402 - the tests' own pipeline and server
 from helpers import assert_same_files, results_of  # noqa: E402
-from killing import Runs, killing_server, points_of, small_pipeline  # noqa: E402
+from killing import points_of, run_warm, small_pipeline  # noqa: E402
 
 KILLS_A_FOLDER = 4
 
 
 def one_folder(
-    runs: Runs, file: Path, undisturbed: Path, folder: Path, draw: random.Random, seconds: float
+    file: Path, undisturbed: Path, folder: Path, draw: random.Random, seconds: float
 ) -> Counter[str]:
     """Kill runs in one folder, then let one end; returns how often each kind of kill hit."""
     points = len(points_of(file.parent / "log"))
@@ -45,11 +45,11 @@ def one_folder(
         else:
             options = {"kill_after": draw.uniform(0.05, 3 * seconds if workers else seconds)}
             kind = "after a time"
-        status = runs(file, folder, workers=workers, **options)
+        status = run_warm(file, folder, workers=workers, **options)
         assert status in (0, -signal.SIGKILL), (status, options)
         if status:
             hits[kind + (", with a Dask worker" if workers else "")] += 1
-    assert runs(file, folder) == 0
+    assert run_warm(file, folder) == 0
     assert_same_files(folder, undisturbed)
     assert results_of(folder) == results_of(undisturbed)
     left = [path.name for path in folder.rglob(".*") if path.name != ".lock"]
@@ -68,16 +68,16 @@ def main() -> None:
     draw = random.Random(arguments.seed)
     hits: Counter[str] = Counter()
     folders, started = 0, time.monotonic()
-    with tempfile.TemporaryDirectory() as place, killing_server() as runs:
+    with tempfile.TemporaryDirectory() as place:
         file = small_pipeline(write_tiny(Path(place)))
         undisturbed = Path(place) / "undisturbed"
-        assert runs(file, undisturbed, log=str(Path(place) / "log")) == 0
+        assert run_warm(file, undisturbed, log=str(Path(place) / "log")) == 0
         again = time.monotonic()
-        assert runs(file, Path(place) / "again") == 0
+        assert run_warm(file, Path(place) / "again") == 0
         seconds = time.monotonic() - again
         while hits.total() < wanted:
             folder = Path(place) / str(folders)
-            hits += one_folder(runs, file, undisturbed, folder, draw, seconds)
+            hits += one_folder(file, undisturbed, folder, draw, seconds)
             shutil.rmtree(folder)
             folders += 1
             print(f"{hits.total()} kills in {folders} folders", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,13 @@ def shorten(
 def live_parameters() -> int:
     """Numbers held by all parameters that exist in this process, garbage included."""
     return sum(o.numel() for o in gc.get_objects() if isinstance(o, torch.nn.Parameter))
+
+
+def one_error(done: subprocess.CompletedProcess[str], code: int) -> str:
+    """The single message of a command that failed as it should."""
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]

@@ -1,25 +1,16 @@
-"""Runs that are killed at a point, each in a process of its own that starts at once.
-
-Run as a script this is a server: for every request, a line of JSON, it forks a child from a process
-that has everything imported and nothing running, and answers with the child's exit status.
-"""
+"""Runs that are killed at a point, each in a process of its own."""
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from helpers import edit, shorten
+from warm import warm
 
 
 def run_and_die(request: dict[str, Any]) -> None:
@@ -58,68 +49,23 @@ def small_pipeline(file: Path) -> Path:
     return file
 
 
-def serve() -> None:
-    """Answer requests until there are no more."""
-    # What a run needs, so that a child begins at once; nothing of it starts a thread.
-    import distributed  # noqa: F401
-    import sklearn.linear_model
-    import sklearn.preprocessing  # noqa: F401
-    import torch
+def count_beforehand(request: dict[str, Any]) -> None:
+    """What every run of a pipeline counts first is the same: children find it counted."""
+    from gim_stagewise.pipeline import Pipeline
 
-    import gim_stagewise.pipeline
-    import gim_stagewise.report.record
-
-    torch.set_num_threads(1)
-    known = set()
-    for line in sys.stdin:
-        request = json.loads(line)
-        if request["file"] not in known:
-            # What every run of it counts beforehand is the same; children find it counted.
-            pipeline = gim_stagewise.pipeline.Pipeline.from_file(request["file"], device="cpu")
-            pipeline.check_budget(pipeline.check())
-            known.add(request["file"])
-            gc.freeze()  # so that children need not look at, and so copy, what they share
-        child = os.fork()
-        if child == 0:
-            try:
-                run_and_die(request)
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-                os._exit(1)
-            os._exit(0)
-        delay = request.get("kill_after", 3600)
-        timer = threading.Timer(delay, os.kill, (child, signal.SIGKILL))
-        timer.start()
-        _, status = os.waitpid(child, 0)
-        timer.cancel()
-        print(os.waitstatus_to_exitcode(status), flush=True)
+    if request["file"] not in _counted:
+        pipeline = Pipeline.from_file(request["file"], device="cpu")
+        pipeline.check_budget(pipeline.check())
+        _counted.add(request["file"])
 
 
-class Runs:
-    """Asks the server for runs."""
-
-    def __init__(self, server: subprocess.Popen[str]) -> None:
-        self._server = server
-
-    def __call__(self, file: Path, folder: Path, **options: Any) -> int:
-        """The exit status of one run: 0 if it is done, -9 if it was killed."""
-        request = {"file": str(file), "folder": str(folder), **options}
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        return int(self._server.stdout.readline())
+_counted: set[str] = set()
 
 
-@contextmanager
-def killing_server() -> Iterator[Runs]:
-    """Start the server, and end it."""
-    with subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
-        yield Runs(server)
-        assert server.stdin is not None
-        server.stdin.close()
+def run_warm(file: Path, folder: Path, *, kill_after: float = 3600, **options: Any) -> int:
+    """The exit status of one run (see `run_and_die`): 0 if it is done, -9 if it was killed."""
+    request = {"file": str(file), "folder": str(folder), **options}
+    return warm()("killing:run_and_die", request, before="count_beforehand", kill_after=kill_after)
 
 
 def points_of(log: Path) -> list[tuple[str, str, str]]:
@@ -162,7 +108,3 @@ def one_of_each(points: list[tuple[str, str, str]], seed: int) -> list[int]:
             continue
         places.setdefault(point, []).append(number)
     return sorted(draw.choice(numbers) for numbers in places.values())
-
-
-if __name__ == "__main__":
-    serve()

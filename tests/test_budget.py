@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import edit, weights_of
-from test_cli import gim_stage, one_error
+from helpers import edit, one_error, weights_of
+from warm import gim_stage
 
 from gim_stagewise.cache import Cache
 from gim_stagewise.errors import OverBudgetError, StorageError

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import edit, weights_of
-from test_cli import gim_stage
+from warm import gim_stage
 
 from gim_stagewise.cache import Cache
 from gim_stagewise.pipeline import Pipeline

@@ -4,33 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import edit, weights_of
-
-
-def gim_stage(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "gim_stagewise.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-    )
-
-
-def one_error(done: subprocess.CompletedProcess[str], code: int) -> str:
-    """The single message of a command that failed as it should."""
-    assert done.returncode == code, done.stderr
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.stderr
-    return lines[0]
+from helpers import edit, one_error, weights_of
+from warm import gim_stage
 
 
 def test_the_tour_step_by_step_equals_run(tiny: Path, tmp_path: Path) -> None:

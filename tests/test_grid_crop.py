@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import edit
-from test_cli import gim_stage, one_error
+from helpers import edit, one_error
 from test_virtual import assert_same_weights, never, run
+from warm import gim_stage
 
 from gim_stagewise.cache import Cache
 from gim_stagewise.config import parse_pipeline

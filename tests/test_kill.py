@@ -15,16 +15,10 @@ from pathlib import Path
 
 import pytest
 from helpers import assert_same_files, results_of
-from killing import Runs, killing_server, one_of_each, points_of, small_pipeline
+from killing import one_of_each, points_of, run_warm, small_pipeline
 
 RANDOM_MOMENTS = 12
 WITH_DASK = 5
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
-    with killing_server() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +28,20 @@ def small(tmp_path_factory: pytest.TempPathFactory, new_tiny: Callable[[Path], P
 
 
 @pytest.fixture(scope="module")
-def undisturbed(runs: Runs, small: Path) -> Path:
+def undisturbed(small: Path) -> Path:
     folder = small.parent / "undisturbed"
-    assert runs(small, folder, log=str(small.parent / "log")) == 0
+    assert run_warm(small, folder, log=str(small.parent / "log")) == 0
     return folder
 
 
-def test_a_run_is_the_same_twice(runs: Runs, small: Path, undisturbed: Path) -> None:
-    assert runs(small, small.parent / "twice") == 0
+def test_a_run_is_the_same_twice(small: Path, undisturbed: Path) -> None:
+    assert run_warm(small, small.parent / "twice") == 0
     assert_same_files(small.parent / "twice", undisturbed)
 
 
 @pytest.mark.parametrize("half", [0, 1])
 def test_killed_at_every_kind_of_point(
-    runs: Runs, small: Path, undisturbed: Path, tmp_path: Path, half: int
+    small: Path, undisturbed: Path, tmp_path: Path, half: int
 ) -> None:
     points = points_of(small.parent / "log")
     named = {(when, name) for when, name, _ in points}
@@ -56,34 +50,32 @@ def test_killed_at_every_kind_of_point(
     chosen = one_of_each(points, seed=0)
     assert len(chosen) > 50
     for number in chosen[half::2]:
-        kill_and_finish(runs, small, undisturbed, tmp_path / str(number), [number])
+        kill_and_finish(small, undisturbed, tmp_path / str(number), [number])
 
 
 @pytest.mark.slow
-def test_killed_at_every_point(runs: Runs, small: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_at_every_point(small: Path, undisturbed: Path, tmp_path: Path) -> None:
     for number in range(len(points_of(small.parent / "log"))):
-        kill_and_finish(runs, small, undisturbed, tmp_path / str(number), [number])
+        kill_and_finish(small, undisturbed, tmp_path / str(number), [number])
 
 
-def test_killed_again_and_again(runs: Runs, small: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_again_and_again(small: Path, undisturbed: Path, tmp_path: Path) -> None:
     total = len(points_of(small.parent / "log"))
     for seed in range(RANDOM_MOMENTS):
         draw = random.Random(seed)
         kills = [draw.randrange(total // 2) for _ in range(draw.randrange(2, 6))]
-        kill_and_finish(runs, small, undisturbed, tmp_path / str(seed), kills)
+        kill_and_finish(small, undisturbed, tmp_path / str(seed), kills)
 
 
-def kill_and_finish(
-    runs: Runs, file: Path, undisturbed: Path, folder: Path, kills: list[int]
-) -> None:
+def kill_and_finish(file: Path, undisturbed: Path, folder: Path, kills: list[int]) -> None:
     """Kill runs in one folder at these points, one after the other, then let one end."""
     log = folder.with_name(f"{folder.name}.log")
     killed = 0
     for number in kills:
-        status = runs(file, folder, kill_at=number, log=str(log))
+        status = run_warm(file, folder, kill_at=number, log=str(log))
         assert status in (0, -signal.SIGKILL)
         killed += status != 0
-    assert runs(file, folder, log=str(log)) == 0, (folder, kills)
+    assert run_warm(file, folder, log=str(log)) == 0, (folder, kills)
     assert_same_files(folder, undisturbed)
     assert results_of(folder) == results_of(undisturbed)
     assert not [path for path in folder.rglob(".*") if path.name != ".lock"], "leftovers"
@@ -118,7 +110,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("seed", range(WITH_DASK))
 def test_killed_with_dask_workers(
-    runs: Runs, small: Path, undisturbed: Path, tmp_path: Path, seed: int
+    small: Path, undisturbed: Path, tmp_path: Path, seed: int
 ) -> None:
     draw = random.Random(seed)
     total = len(points_of(small.parent / "log"))
@@ -135,6 +127,6 @@ def test_killed_with_dask_workers(
         text=True,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert runs(small, tmp_path / "out") == 0
+    assert run_warm(small, tmp_path / "out") == 0
     assert_same_files(tmp_path / "out", undisturbed)
     assert results_of(tmp_path / "out") == results_of(undisturbed)

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_cli import gim_stage, one_error
+from helpers import one_error
+from warm import gim_stage
 
 from gim_stagewise.errors import FolderInUseError
 from gim_stagewise.lock import exclusive

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import edit, weights_of
+from helpers import edit, one_error, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numcodecs import BitRound
-from test_cli import gim_stage, one_error
 from torch import Tensor
+from warm import gim_stage
 
 from gim_stagewise.cache import Cache, Precision, PrecisionError, open_cache, read_manifest
 from gim_stagewise.errors import (

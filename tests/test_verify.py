@@ -10,8 +10,8 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import pytest
-from helpers import edit
-from test_cli import gim_stage, one_error
+from helpers import edit, one_error
+from warm import gim_stage
 
 from gim_stagewise.cache import Cache, find_damage
 from gim_stagewise.errors import CorruptCacheError, StaleCacheError

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import edit, weights_of
-from test_cli import gim_stage, one_error
+from helpers import edit, one_error, weights_of
+from warm import gim_stage
 
 from gim_stagewise.cache import Cache, Digest, read_manifest
 from gim_stagewise.cache.manifest import write_manifest
