@@ -47,6 +47,7 @@ class SourceConfig(_Table):
 
     ``root``, ``options`` and ``splits`` are passed on to the source, which checks them. ``digest``
     says how much of the data decides its identity (see `gim_stagewise.sources.parts.PartsSource`).
+    ``on_error = "skip"`` leaves out large files that cannot be used, and records which.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class SourceConfig(_Table):
     options: dict[str, Any] = {}
     splits: dict[Literal["unlabeled", "train", "test"], dict[str, Any]] = {}
     digest: Literal["full", "sampled"] = "full"
+    on_error: Literal["stop", "skip"] = "stop"
 
 
 class AugmentConfig(_Table):

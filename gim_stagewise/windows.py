@@ -63,7 +63,8 @@ class PatchGrid:
     """A grid of square patches, partly overlapping where ``stride < size``.
 
     The paper takes 16×16 patches with 8 pixels overlap (section 4.1): ``size=16, stride=8``.
-    Pixels that do not fill a last patch are left out at the right and bottom.
+    Pixels that do not fill a last patch, at the right and bottom, are left out, or with ``fill``
+    get one more patch, which reaches beyond the image (see `mirrored`).
 
     Parameters
     ----------
@@ -71,10 +72,13 @@ class PatchGrid:
         Side of a patch, in pixels.
     stride : int
         Pixels between the starts of neighbouring patches.
+    fill : bool
+        Whether every pixel that patches without a remainder would have is in one.
     """
 
     size: int
     stride: int
+    fill: bool = False
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.stride < 1:
@@ -82,7 +86,11 @@ class PatchGrid:
 
     def count(self, length: int) -> int:
         """Patches along an axis of ``length`` pixels; 0 if not even one fits."""
-        return 0 if length < self.size else (length - self.size) // self.stride + 1
+        if length < self.size:
+            return 0
+        whole = (length - self.size) // self.stride + 1
+        covered, following = (whole - 1) * self.stride + self.size, whole * self.stride
+        return whole + (self.fill and max(covered, following) < length)
 
     def extent(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the grid over an image."""
@@ -102,6 +110,29 @@ class PatchGrid:
         and stride 8).
         """
         return (self.size - 1) // self.stride
+
+
+def mirrored(wanted: Span, length: int) -> tuple[Span, list[int]]:
+    """What to read for a run of positions that may reach beyond the end.
+
+    Parameters
+    ----------
+    wanted : Span
+        Beyond the end by no more than ``length``.
+    length : int
+
+    Returns
+    -------
+    (Span, list of int)
+        What to read, and for each position wanted its place in that. Beyond the end positions are
+        those before it in reverse, the last one first.
+    """
+    places = [
+        place if place < length else 2 * length - 1 - place
+        for place in range(wanted.start, wanted.stop)
+    ]
+    read = Span(min(places), max(places) + 1)
+    return read, [place - read.start for place in places]
 
 
 def even_ranges(count: int, size: int) -> list[Span]:

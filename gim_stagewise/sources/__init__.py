@@ -37,7 +37,7 @@ __all__ = [
 def open_source(config: SourceConfig) -> Source:
     """Open the dataset of a pipeline file.
 
-    Kinds: ``"digits"``, ``"torchvision:<Class>"``, ``"npy"``, ``"zarr"``.
+    Kinds: ``"digits"``, ``"torchvision:<Class>"``, ``"npy"``, ``"zarr"``, ``"large"``.
 
     Raises
     ------
@@ -66,7 +66,11 @@ def open_source(config: SourceConfig) -> Source:
         from gim_stagewise.sources.arrays import open_arrays
 
         return open_arrays(config)
+    if kind == "large" and not name:
+        from gim_stagewise.sources.large import open_large
+
+        return open_large(config)
     raise ConfigError(
-        f'is {config.kind!r}, expected "digits", "torchvision:<Class>", "npy" or "zarr"',
+        f'is {config.kind!r}, expected "digits", "torchvision:<Class>", "npy", "zarr" or "large"',
         key="source.kind",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -100,7 +101,7 @@ def _axes(config: SourceConfig, images: Any, where: Path) -> tuple[str, ...]:
 class NpyFile:
     """An npy file read by position, never mapped: mapped pages count as resident memory.
 
-    ``file[i]`` reads one row, ``file[:]`` everything.
+    ``file[i]`` reads one row, ``file[:]`` everything, `read` a region along all axes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -142,6 +143,24 @@ class NpyFile:
             )
         array = np.frombuffer(data, dtype=self.dtype).reshape(count, *self.shape[1:])
         return array if isinstance(index, slice) else array[0]
+
+    def read(self, region: Sequence[slice]) -> NDArray[Any]:
+        """A region, a slice without a step for each axis: one read for each run of bytes."""
+        spans = [range(length)[own] for own, length in zip(region, self.shape, strict=True)]
+        # What is taken whole at the end is one run with the axis before it.
+        axis = len(spans) - 1
+        while axis > 0 and len(spans[axis]) == self.shape[axis]:
+            axis -= 1
+        steps = [math.prod(self.shape[n + 1 :]) * self.dtype.itemsize for n in range(len(spans))]
+        run = len(spans[axis]) * steps[axis]
+        data = bytearray()
+        with self._path.open("rb") as file:
+            for place in itertools.product(*spans[:axis]):
+                offset = sum(n * step for n, step in zip(place, steps, strict=False))
+                offset += self._offset + spans[axis].start * steps[axis]
+                data += _pread(file.fileno(), offset, run)
+        shape = [len(span) for span in spans]
+        return np.frombuffer(data, dtype=self.dtype).reshape(shape)
 
 
 def _pread(descriptor: int, offset: int, count: int) -> bytearray:

@@ -14,10 +14,8 @@ from gim_stagewise.config import AugmentConfig
 from gim_stagewise.errors import ConfigError, DataError
 from gim_stagewise.seeds import derive_seed
 from gim_stagewise.sources.base import PATCH_AXES, Item, Request, Source, Split, UniformItems
+from gim_stagewise.sources.pixels import PixelForm, cut_patches
 from gim_stagewise.windows import PatchGrid
-
-# ITU-R BT.601 luma, as torchvision's and Pillow's grayscale.
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
 class PatchSource:
@@ -63,17 +61,7 @@ class PatchSource:
                 "not one patch fits",
                 key="patches.size",
             )
-        if augment.grayscale and first.channels not in (1, 3):
-            raise ConfigError(
-                f"is true, but sample {first.id} has {first.channels} channels; it takes 1 or 3",
-                key="augment.grayscale",
-            )
-        self._channels = 1 if augment.grayscale else first.channels
-        if augment.mean is not None and len(augment.mean) != self._channels:
-            raise ConfigError(
-                f"has {len(augment.mean)} numbers, the image {self._channels} channels",
-                key="augment.mean",
-            )
+        self._form = PixelForm(augment, first)
         if augment.crop is None:
             self._check_equal_sizes(first)
 
@@ -111,18 +99,18 @@ class PatchSource:
 
     @property
     def channels(self) -> int:
-        return self._channels
+        return self._form.channels
 
     @property
     def item_bytes(self) -> int:
-        return 4 * self._extent[0] * self._extent[1] * self._channels * self._grid.size**2
+        return 4 * self._extent[0] * self._extent[1] * self.channels * self._grid.size**2
 
     @property
     def ids(self) -> Sequence[str]:
         return self._images.ids
 
     def items(self) -> Sequence[Item]:
-        return UniformItems(self.ids, self._extent, self._channels, "float32")
+        return UniformItems(self.ids, self._extent, self.channels, "float32")
 
     def split(self, name: Split) -> Sequence[str]:
         return self._images.split(name)
@@ -149,23 +137,10 @@ class PatchSource:
         )
 
     def _prepare(self, image: NDArray[Any], request: Request) -> NDArray[np.float32]:
-        augment = self._augment
-        pixels = _to_unit(image, request.id)
-        if augment.grayscale and len(pixels) == 3:
-            pixels = np.tensordot(_LUMA, pixels, axes=1)[None]
-        if len(pixels) != self._channels:
-            raise DataError(
-                f"sample {request.id} has {len(pixels)} channels, expected {self._channels}"
-            )
-        if augment.pad:
-            pixels = np.pad(pixels, ((0, 0), (augment.pad,) * 2, (augment.pad,) * 2))
-        pixels = self._crop_and_flip(pixels, request)
-        if augment.mean is not None and augment.std is not None:
-            mean, std = (
-                np.array(v, np.float32)[:, None, None] for v in (augment.mean, augment.std)
-            )
-            pixels = (pixels - mean) / std
-        return np.ascontiguousarray(pixels, dtype=np.float32)
+        pixels = self._form.scaled(image, request.id)
+        if pad := self._augment.pad:
+            pixels = np.pad(pixels, ((0, 0), (pad, pad), (pad, pad)))
+        return self._form.normalised(self._crop_and_flip(pixels, request))
 
     def _crop_and_flip(self, pixels: NDArray[np.float32], request: Request) -> NDArray[np.float32]:
         crop = self._augment.crop
@@ -187,15 +162,11 @@ class PatchSource:
         return pixels[:, :, ::-1] if flip else pixels
 
     def _patches(self, image: NDArray[Any], request: Request) -> NDArray[np.float32]:
-        pixels = self._prepare(image, request)
-        grid = self._grid
-        windows = np.lib.stride_tricks.sliding_window_view(pixels, (grid.size, grid.size), (1, 2))
-        # [channel, row, column, height, width], one window per pixel: keep those on the grid.
-        windows = windows[:, :: grid.stride, :: grid.stride]
+        patches = cut_patches(self._prepare(image, request), self._grid)
         if request.region is not None:
             rows, columns = request.region
-            windows = windows[:, rows.slice, columns.slice]
-        return np.ascontiguousarray(windows.transpose(1, 2, 0, 3, 4))
+            patches = patches[rows.slice, columns.slice]
+        return np.ascontiguousarray(patches)
 
     def content_digest(self) -> str:
         drawn = self._seed if self._augment.random else None
@@ -206,21 +177,3 @@ class PatchSource:
             "seed": drawn,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _to_unit(image: NDArray[Any], item_id: str) -> NDArray[np.float32]:
-    if image.dtype.kind in "iu" and image.dtype.name not in ("uint8", "uint16"):
-        raise DataError(
-            f"sample {item_id} has pixels of type {image.dtype}, whose range says nothing about "
-            "brightness; store uint8 (0 to 255), uint16 (0 to 65535), or floats to be used as is"
-        )
-    if np.issubdtype(image.dtype, np.integer):
-        return image.astype(np.float32) / np.float32(np.iinfo(image.dtype).max)
-    if image.dtype.kind not in "bf":
-        raise DataError(
-            f"sample {item_id} has values of type {image.dtype}; expected integers or floats"
-        )
-    pixels = image.astype(np.float32)
-    if not np.isfinite(pixels).all():
-        raise DataError(f"sample {item_id} has pixels that are NaN or infinite; mend or remove it")
-    return pixels

@@ -1,0 +1,260 @@
+"""Images too large to be read whole, each in a file of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gim_stagewise.config import SourceConfig
+from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError, GimStageError
+from gim_stagewise.sources.base import IMAGE_AXES, SPLITS, Item, Request, Split
+from gim_stagewise.sources.files import RegionFile, open_region_file
+from gim_stagewise.windows import Region, full_region, tiles
+
+# Side of the regions in which data is looked at once, to know it again.
+_SIDE = 1024
+# Of each file, where its digest is sampled.
+_SAMPLED_REGIONS = 16
+# Files that are held open.
+_MOST_OPEN = 32
+
+
+def open_large(config: SourceConfig) -> LargeSource:
+    """Images in files of any size: ``kind = "large"``.
+
+    Each table ``[source.splits.<split>]`` has ``files``, a pattern such as ``"*.tif"`` or a list of
+    paths, below ``source.root``; for kinds of files see `gim_stagewise.sources.files`. Options:
+    ``axes``, the order of axes where files do not say it, and ``level`` of a pyramid.
+
+    Raises
+    ------
+    ConfigError
+        If the tables are wrong.
+    DataNotFoundError
+        If a file is not there.
+    DataError
+        If one cannot be read, and ``source.on_error`` is "stop".
+    """
+    if config.download:
+        raise ConfigError("is true, but files are never fetched", key="source.download")
+    unknown = set(config.options) - {"axes", "level"}
+    if unknown:
+        raise ConfigError(
+            "unknown key; known: axes, level", key=f"source.options.{sorted(unknown)[0]}"
+        )
+    axes, level = config.options.get("axes"), config.options.get("level", 0)
+    if axes is not None and not isinstance(axes, str):
+        raise ConfigError(f"is {axes!r}, expected names of axes", key="source.options.axes")
+    if type(level) is not int or level < 0:
+        raise ConfigError(f"is {level!r}, expected 0 or more", key="source.options.level")
+    if not config.splits:
+        raise ConfigError(
+            'missing; say which files each split has, as in unlabeled = {files = "*.tif"}',
+            key="source.splits",
+        )
+    root = Path(config.root or ".")
+    files = {split: _find(root, split, table) for split, table in config.splits.items()}
+    return LargeSource(
+        files, axes=axes, level=level, digest=config.digest, on_error=config.on_error
+    )
+
+
+def _find(root: Path, split: Split, table: Mapping[str, Any]) -> dict[str, Path]:
+    """Files of a split by their names: paths below the root."""
+    key = f"source.splits.{split}"
+    if unknown := set(table) - {"files"}:
+        raise ConfigError("unknown key; known: files", key=f"{key}.{sorted(unknown)[0]}")
+    stated = table.get("files")
+    if isinstance(stated, str):
+        found = sorted(path for path in root.glob(stated) if not path.name.startswith("."))
+        if not found:
+            raise DataNotFoundError(f"no file matches {stated!r} below {root.absolute()}")
+        return {path.relative_to(root).as_posix(): path for path in found}
+    if not isinstance(stated, list) or not all(isinstance(name, str) for name in stated):
+        raise ConfigError(
+            f"is {stated!r}, expected a pattern or a list of paths", key=f"{key}.files"
+        )
+    return {name: root / name for name in stated}
+
+
+class LargeSource:
+    """A `Source` of images that are read in regions, of any sizes.
+
+    A sample's id is ``<split>/<path below the root>``. Where no split is called *unlabeled*, the
+    training images serve as unlabeled ones as well.
+
+    Parameters
+    ----------
+    files : mapping
+        From split to its files by name.
+    axes, level
+        See `open_region_file`.
+    digest : {"full", "sampled"}
+        What `content_digest` covers: all values, or some regions of each file.
+    on_error : {"stop", "skip"}
+        What becomes of a file that cannot be used. With "skip" all values are looked at first, and
+        such files are left out and listed in ``skipped``.
+
+    Attributes
+    ----------
+    skipped : dict
+        Why files were left out, by id.
+
+    Raises
+    ------
+    DataError, DataNotFoundError
+        If a file cannot be used; with "skip", if none can.
+    """
+
+    axes = IMAGE_AXES
+    chunk_items = 1
+    views = 0
+    label_names: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        files: Mapping[Split, Mapping[str, Path]],
+        *,
+        axes: str | None = None,
+        level: int = 0,
+        digest: Literal["full", "sampled"] = "full",
+        on_error: Literal["stop", "skip"] = "stop",
+    ) -> None:
+        self._axes = axes
+        self._level = level
+        self._digest = digest
+        self._open: OrderedDict[str, RegionFile] = OrderedDict()
+        self._paths = {
+            f"{split}/{name}": path
+            for split in SPLITS
+            for name, path in files.get(split, {}).items()
+        }
+        self.skipped: dict[str, str] = {}
+        self._digests: dict[str, str] = {}
+        self._items: dict[str, Item] = {}
+        for item_id in self._paths:
+            try:
+                self._items[item_id] = self._describe(item_id)
+                if on_error == "skip":
+                    self._digests[item_id] = self._digest_of(item_id)
+            except (DataError, DataNotFoundError) as error:
+                if on_error == "stop":
+                    raise
+                self._items.pop(item_id, None)
+                self.skipped[item_id] = str(error)
+        if not self._items:
+            first = next(iter(self.skipped.values()), "no files")
+            raise DataError(f"not one of {len(self._paths)} files can be used; the first: {first}")
+        self._check_channels(on_error)
+
+    def _check_channels(self, on_error: str) -> None:
+        first = next(iter(self._items.values()))
+        for item in list(self._items.values()):
+            if item.channels == first.channels:
+                continue
+            problem = f"sample {item.id} has {item.channels} channels, {first.id} {first.channels}"
+            if on_error == "stop":
+                raise DataError(f"{problem}; all images of a dataset need the same")
+            self.skipped[item.id] = problem
+            del self._items[item.id]
+
+    def _file(self, item_id: str) -> RegionFile:
+        if item_id in self._open:
+            self._open.move_to_end(item_id)
+            return self._open[item_id]
+        path = self._paths.get(item_id)
+        if path is None:
+            raise DataError(f"no sample {item_id!r} in this source")
+        opened = open_region_file(path, axes=self._axes, level=self._level)
+        self._open[item_id] = opened
+        if len(self._open) > _MOST_OPEN:
+            self._open.popitem(last=False)
+        return opened
+
+    def _describe(self, item_id: str) -> Item:
+        file = self._file(item_id)
+        if 0 in file.extent:
+            raise DataError(f"sample {item_id} is empty: its extent is {file.extent}")
+        return Item(item_id, file.extent, file.channels, file.dtype.name)
+
+    @property
+    def item_bytes(self) -> int:
+        return max(
+            item.channels * math.prod(item.extent) * np.dtype(item.dtype).itemsize
+            for item in self._items.values()
+        )
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return list(self._items)
+
+    def items(self) -> Sequence[Item]:
+        return list(self._items.values())
+
+    def split(self, name: Split) -> Sequence[str]:
+        found = [item_id for item_id in self._items if item_id.startswith(f"{name}/")]
+        if name == "unlabeled" and not found:
+            return self.split("train")
+        return found
+
+    def labels(self, name: str) -> NDArray[np.int64]:
+        raise DataError(f"no labels called {name!r}: large images have none")
+
+    def read(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
+        return [self._read(request) for request in requests]
+
+    def _read(self, request: Request) -> NDArray[Any]:
+        item = self._items.get(request.id)
+        if item is None:
+            raise DataError(f"no sample {request.id!r} in this source")
+        return self._region(request.id, request.region or full_region(item.extent))
+
+    def _region(self, item_id: str, region: Region) -> NDArray[Any]:
+        try:
+            return self._file(item_id).read(region)
+        except GimStageError as error:
+            raise type(error)(f"sample {item_id}: {error}") from None
+        except OSError as error:
+            raise DataNotFoundError(
+                f"sample {item_id} cannot be read any more ({error.strerror or error}); was "
+                f"{self._paths[item_id]} moved or removed?"
+            ) from None
+
+    def content_digest(self) -> str:
+        return self._content
+
+    @cached_property
+    def _content(self) -> str:
+        digest = hashlib.sha256(f"{self._digest};".encode())
+        for item_id in self._items:
+            own = self._digests.get(item_id) or self._digest_of(item_id)
+            digest.update(f"{item_id}:{own}\n".encode())
+        return digest.hexdigest()
+
+    def _digest_of(self, item_id: str) -> str:
+        """Hash of an image's values; raises what reading them raises."""
+        item = self._items[item_id]
+        digest = hashlib.sha256(f"{item.extent}{item.channels}{item.dtype};".encode())
+        regions = tiles(item.extent, (_SIDE, _SIDE))
+        if self._digest == "sampled" and len(regions) > _SAMPLED_REGIONS:
+            last = len(regions) - 1
+            chosen = range(_SAMPLED_REGIONS)
+            regions = [regions[n * last // (_SAMPLED_REGIONS - 1)] for n in chosen]
+        for region in regions:
+            values = self._region(item_id, region)
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                raise DataError(
+                    f"sample {item_id} has pixels that are NaN or infinite in rows "
+                    f"{region[0].start} to {region[0].stop}, columns {region[1].start} to "
+                    f"{region[1].stop}; mend or remove it"
+                )
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()
