@@ -78,12 +78,13 @@ def verify(path: Path, progress: Progress) -> Verification:
 
 
 def _cache(path: Path, found: Verification, progress: Progress) -> None:
-    found.checked.append(path)
     try:
         damage = find_damage(path, progress)
     except CorruptCacheError as error:
+        found.checked.append(path)
         found.problems.append((path / "zarr.json", "altered", str(error)))
         return
+    found.checked.append(path)
     if damage:
         found.damage[path] = damage
         found.problems += [(path / one.file, one.kind, one.what) for one in damage]

@@ -27,6 +27,7 @@ from gim_stagewise.cache import (
     Precision,
     StagedBlock,
     discard_cache,
+    find_damage,
     open_cache,
     read_manifest,
     stage_block,
@@ -39,6 +40,7 @@ from gim_stagewise.errors import (
     NonFiniteError,
     PartialCacheError,
 )
+from gim_stagewise.progress import Silent
 from gim_stagewise.sources import PatchSource, Request, read_stacked
 from gim_stagewise.sources.parts import ArrayPart, PartsSource
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
@@ -220,6 +222,37 @@ def test_a_recorded_block_whose_files_are_not_as_recorded_is_written_again(
     assert [block.index for block in writer.pending] == [1, 2]
 
 
+@pytest.mark.parametrize("damage", ["gone", "altered"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "ids/c.0",
+        "ids/zarr.json",
+        "splits/c.0",
+        "labels/class/c.0",
+        "activations/zarr.json",
+        "pooled/zarr.json",
+    ],
+)
+def test_an_unfinished_build_is_begun_again_if_what_it_began_with_is_not_there(
+    tmp_path: Path, file: str, damage: str
+) -> None:
+    path = tmp_path / "m1.zarr"
+    stage_and_commit(CacheWriter(path, make_manifest(), make_source()), 2)
+    if damage == "gone":
+        (path / file).unlink()
+    else:
+        content = bytearray((path / file).read_bytes())
+        content[len(content) // 2] ^= 1
+        (path / file).write_bytes(content)
+    writer = CacheWriter(path, make_manifest(), make_source())
+    assert writer.pending == writer.blocks
+    stage_and_commit(writer, len(writer.blocks))
+    writer.seal()
+    assert find_damage(path, Silent()) == []
+    assert list(Cache(path).ids) == list(make_source().ids)
+
+
 def test_a_run_whose_build_was_taken_over_commits_nothing(tmp_path: Path) -> None:
     path = tmp_path / "m1.zarr"
     first = CacheWriter(path, make_manifest(), make_source())
@@ -267,7 +300,7 @@ def test_the_checksums_of_a_sealed_cache_are_those_of_its_files(tmp_path: Path) 
         recorded = zarr.open_array(str(cache.path / "checksums" / name), mode="r")
         for block in cache.manifest.layout.blocks(make_source()):
             digest = hashlib.sha256()
-            for file in cache.manifest.layout.chunk_files(block, name):
+            for file in cache.manifest.layout.parts(block)[name].files:
                 digest.update((cache.path / file).read_bytes())
             assert bytes(np.asarray(recorded[block.index])) == digest.digest()
 
@@ -318,7 +351,7 @@ def test_only_caches_are_replaced(tmp_path: Path) -> None:
 
 def test_large_samples_are_cut_into_chunks_between_grid_rows(tmp_path: Path) -> None:
     layout = CacheLayout(3, 1, (10, 10), (200, 16, 16), 200, 1, "none")
-    rows = layout.chunks["activations"][2]
+    rows = layout.arrays["activations"].chunks[2]
     assert 4 * rows * 10 * 200 * 16 * 16 <= 16_000_000 < 4 * (rows + 1) * 10 * 200 * 16 * 16
     source = make_source()
     for block in replace(layout, samples=SAMPLES).blocks(source)[:2]:

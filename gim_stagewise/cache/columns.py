@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from gim_stagewise.cache.frames import CHECKSUM_BYTES, RESIDUE
-from gim_stagewise.cache.layout import Labelled
+from gim_stagewise.cache.layout import Labelled, StoredArray
 from gim_stagewise.cache.manifest import Manifest
 from gim_stagewise.sources import SPLITS
 
@@ -38,20 +37,19 @@ _SMALL = 1_000_000
 def metadata_problem(path: Path, manifest: Manifest) -> str:
     """What is wrong with the array metadata of a cache; empty if nothing is."""
     layout = manifest.layout
-    names = [*layout.shapes, "ids", "splits"]
-    names += [f"labels/{file.parent.name}" for file in path.glob("labels/*/zarr.json")]
-    for name in names:
-        shape = layout.shapes.get(name, (layout.samples,))
-        chunks = layout.chunks.get(name, shape)
-        dtype = (layout.dtypes | {"ids": "string", "splits": "uint8"}).get(name, "int64")
-        if problem := _array_problem(path / name, shape, chunks, dtype):
+    each = (layout.samples,)
+    columns = {"ids": "string", "splits": "uint8"}
+    columns |= {f"labels/{f.parent.name}": "int64" for f in path.glob("labels/*/zarr.json")}
+    small = {name: StoredArray(each, each, dtype, ("sample",)) for name, dtype in columns.items()}
+    for name, array in (layout.arrays | small).items():
+        if problem := _array_problem(path / name, array):
             return f"{name} {problem}"
-        if name not in layout.chunks and not (path / name / "c.0").is_file():
+        if name in small and not (path / name / "c.0").is_file():
             return f"{name} has lost its values"
     return ""
 
 
-def _array_problem(path: Path, shape: Sequence[int], chunks: Sequence[int], dtype: str) -> str:
+def _array_problem(path: Path, array: StoredArray) -> str:
     try:
         content = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
         found = {
@@ -67,7 +65,7 @@ def _array_problem(path: Path, shape: Sequence[int], chunks: Sequence[int], dtyp
         return f"has metadata that cannot be read ({type(error).__name__}: {error})"
     if kinds != (3, "array", "regular"):
         return "is not a Zarr v3 array with a regular grid of chunks"
-    expected = {"shape": tuple(shape), "chunks": tuple(chunks), "values of type": dtype}
+    expected = {"shape": array.shape, "chunks": array.chunks, "values of type": array.dtype}
     for what, value in expected.items():
         if found[what] != value:
             return f"has {what} {found[what]}, not {value}"

@@ -106,11 +106,11 @@ def read_chunk_file(
     cache: Path, layout: CacheLayout, file: str, *, verify: bool = True
 ) -> NDArray[Any]:
     """Read a chunk file of a cache by its path in the group (see `read_frame`)."""
-    name = file.partition("/")[0]
+    array = layout.arrays[file.rpartition("/")[0]]
     return read_frame(
         cache / file,
-        layout.chunks[name][1:],
-        layout.dtypes[name],
+        array.chunks,
+        array.dtype,
         compressed=layout.codec != "none",
         verify=verify,
     )

@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -33,7 +34,7 @@ import zarr
 from numpy.typing import NDArray
 
 from gim_stagewise.cache.codecs import zarr_codecs
-from gim_stagewise.cache.precision import Precision
+from gim_stagewise.cache.precision import PLAIN, Precision
 from gim_stagewise.sources import Split
 from gim_stagewise.windows import Span, even_ranges
 
@@ -54,6 +55,38 @@ class Block:
     index: int
     view: int
     samples: Span
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """One of the arrays that blocks are written to."""
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: str
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BlockPart:
+    """What a block is in one array.
+
+    Parameters
+    ----------
+    array : str
+        Name of the array.
+    place : tuple of int and slice
+        Where in it the block's values are.
+    files : tuple of str
+        The chunk files that hold them, by their paths below the group.
+    inside : tuple
+        For each file, where in its chunk they are; what else a chunk has is padding.
+    """
+
+    array: str
+    place: tuple[int | slice, ...]
+    files: tuple[str, ...]
+    inside: tuple[tuple[int | slice, ...], ...]
 
 
 class Listed(Protocol):
@@ -120,29 +153,29 @@ class CacheLayout:
         return 4 * math.prod(self.grid) * self.embedding
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each array that blocks are written to."""
-        lead = (self.views, self.samples, *self.grid)
-        shapes = {"activations": (*lead, *self.cell), "pooled": (*lead, self.embedding)}
-        return shapes if self.materialized else {"pooled": shapes["pooled"]}
+    def kinds(self) -> tuple[str, ...]:
+        """What a block has parts of."""
+        return ("activations", "pooled") if self.materialized else ("pooled",)
 
-    @property
-    def chunks(self) -> dict[str, tuple[int, ...]]:
-        """Chunk shape of each array that blocks are written to."""
+    @cached_property
+    def arrays(self) -> dict[str, StoredArray]:
+        """The arrays that blocks are written to, by name."""
+        lead = (self.views, self.samples, *self.grid)
+        pooled = StoredArray(
+            (*lead, self.embedding),
+            (1, self.chunk, *self.grid, self.embedding),
+            "float32",
+            POOLED_AXES,
+        )
+        if not self.materialized:
+            return {"pooled": pooled}
         rows = self.grid[0]
         if self.sample_bytes > MAX_CHUNK_BYTES:
             # Even one sample is too much for a chunk: cut it between grid rows.
             rows = max(1, rows * MAX_CHUNK_BYTES // self.sample_bytes)
-        pooled = (1, self.chunk, *self.grid, self.embedding)
-        if not self.materialized:
-            return {"pooled": pooled}
-        return {"activations": (1, self.chunk, rows, self.grid[1], *self.cell), "pooled": pooled}
-
-    @property
-    def dtypes(self) -> dict[str, str]:
-        """Type of the values of each array that blocks are written to."""
-        types = {"activations": self.dtype, "pooled": "float32"}
-        return {name: types[name] for name in self.shapes}
+        chunks = (1, self.chunk, rows, self.grid[1], *self.cell)
+        activations = StoredArray((*lead, *self.cell), chunks, self.dtype, ACTIVATION_AXES)
+        return {"activations": activations, "pooled": pooled}
 
     def blocks(self, source: Listed) -> list[Block]:
         """All blocks, in storage order; a block is there if one of its samples needs that view."""
@@ -157,18 +190,28 @@ class CacheLayout:
                     found.append(Block(len(found), view, samples))
         return found
 
-    def chunk_files(self, block: Block, only: str | None = None) -> list[str]:
-        """Paths, below the group, of the chunk files that hold a block, in one array or in all."""
-        files = []
-        for name, chunks in self.chunks.items():
-            if only not in (None, name):
-                continue
-            shape = self.shapes[name]
-            rows = math.ceil(shape[2] / chunks[2])
-            tail = ".0" * (len(shape) - 3)
-            first = block.samples.start // self.chunk
-            files += [f"{name}/c.{block.view}.{first}.{row}{tail}" for row in range(rows)]
-        return files
+    def parts(self, block: Block) -> dict[str, BlockPart]:
+        """What a block is in each array."""
+        return {name: self._part(name, block) for name in self.arrays}
+
+    def _part(self, name: str, block: Block) -> BlockPart:
+        array = self.arrays[name]
+        tail = ".0" * (len(array.shape) - 3)
+        first = block.samples.start // self.chunk
+        # Where samples are large, a chunk has some of their grid rows.
+        rows = even_ranges(self.grid[0], array.chunks[2])
+        return BlockPart(
+            array=name,
+            place=(block.view, block.samples.slice),
+            files=tuple(
+                f"{name}/c.{block.view}.{first}.{number}{tail}" for number in range(len(rows))
+            ),
+            inside=tuple((0, slice(len(block.samples)), slice(len(own))) for own in rows),
+        )
+
+    def chunk_files(self, block: Block) -> list[str]:
+        """Paths, below the group, of all chunk files that hold a block."""
+        return [file for part in self.parts(block).values() for file in part.files]
 
 
 def auto_chunk(sample_bytes: int) -> int:
@@ -179,24 +222,22 @@ def auto_chunk(sample_bytes: int) -> int:
 def create_arrays(path: Path, layout: CacheLayout, precision: Precision) -> None:
     """Create the group at ``path`` with the empty arrays that blocks are written to."""
     group = zarr.open_group(str(path), mode="w-", zarr_format=3)
-    names = {"activations": ACTIVATION_AXES, "pooled": POOLED_AXES}
-    for name in layout.shapes:
-        stored = name == "activations"
-        dtype = layout.dtypes[name]
+    for name, stored in layout.arrays.items():
+        own = PLAIN if name == "pooled" else precision
         array = group.create_array(
             name,
-            shape=layout.shapes[name],
-            chunks=layout.chunks[name],
-            dtype=dtype,
-            compressors=zarr_codecs(layout.codec, np.dtype(dtype).itemsize),
-            dimension_names=names[name],
-            fill_value=_nothing(precision.name if stored else "float32"),
+            shape=stored.shape,
+            chunks=stored.chunks,
+            dtype=stored.dtype,
+            compressors=zarr_codecs(layout.codec, np.dtype(stored.dtype).itemsize),
+            dimension_names=stored.axes,
+            fill_value=_nothing(own.name),
             # All chunk files of an array in one folder: one folder to flush after a rename.
             chunk_key_encoding={"name": "default", "separator": "."},
             # All-zero chunks are data too: a chunk file that is absent is a chunk that is lost.
             config={"write_empty_chunks": True},
         )
-        if stored:
+        if name != "pooled":
             array.attrs.update(precision.as_json())
 
 

@@ -228,9 +228,9 @@ def _parse_layout(content: dict[str, Any]) -> CacheLayout:
         raise ValueError(f"a grid of {layout.grid} and cells of {layout.cell}")
     if layout.codec not in CODECS or type(layout.materialized) is not bool:
         raise ValueError(f"a codec {layout.codec!r}")
-    for name, chunk in layout.chunks.items():
-        if math.prod(chunk) * np.dtype(layout.dtypes[name]).itemsize > MOST_CHUNK_BYTES:
-            raise ValueError(f"chunks of {name} with {chunk} values: too large")
+    for name, array in layout.arrays.items():
+        if math.prod(array.chunks) * np.dtype(array.dtype).itemsize > MOST_CHUNK_BYTES:
+            raise ValueError(f"chunks of {name} with {array.chunks} values: too large")
     return layout
 
 
@@ -251,7 +251,7 @@ def _inside(name: str) -> str:
 def file_digests(path: Path, layout: CacheLayout) -> dict[str, str]:
     """SHA-256 of the files of a cache that are neither chunks nor the manifest."""
     found = {}
-    arrays = {path / name for name in layout.shapes}
+    arrays = {path / name for name in layout.arrays}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
         chunk = file.parent in arrays and file.name.startswith("c.")

@@ -148,7 +148,7 @@ class Cache:
         for view, position in {self._place(request) for request in requests}:
             first = position // layout.chunk * layout.chunk
             samples = Span(first, min(first + layout.chunk, layout.samples))
-            for file in layout.chunk_files(Block(-1, view, samples), "activations"):
+            for file in layout.parts(Block(-1, view, samples))["activations"].files:
                 announce(self.path / file)
 
     def _require_activations(self) -> None:
@@ -261,10 +261,9 @@ class Cache:
         """
         layout = self.manifest.layout
         samples = Span(number * layout.chunk, min((number + 1) * layout.chunk, layout.samples))
-        # A chunk of its own for some grid rows, where one sample is large; the last one is padded.
-        parts = even_ranges(layout.grid[0], layout.chunks[name][2])
-        files = layout.chunk_files(Block(-1, view, samples), name)
-        for rows, file in zip(parts, files, strict=True):
+        part = layout.parts(Block(-1, view, samples))[name]
+        rows_of = even_ranges(layout.grid[0], layout.arrays[name].chunks[2])
+        for rows, file, inside in zip(rows_of, part.files, part.inside, strict=True):
             if rows.stop <= needed.start or rows.start >= needed.stop:
                 continue
             try:
@@ -274,7 +273,7 @@ class Cache:
                 raise CorruptCacheError(self._damage(file, "is missing")) from None
             except (FrameError, RuntimeError) as error:
                 raise CorruptCacheError(self._damage(file, str(error))) from None
-            yield rows, values[: len(samples), : len(rows)]
+            yield rows, values[inside]
 
     def _small_array(self, name: str, dtype: str) -> NDArray[Any]:
         """An array with an entry per sample."""

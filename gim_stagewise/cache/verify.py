@@ -18,11 +18,11 @@ from gim_stagewise.cache.digests import files_digest
 from gim_stagewise.cache.frames import FrameError, TornFrameError, read_chunk_file
 from gim_stagewise.cache.layout import Block
 from gim_stagewise.cache.manifest import Manifest, read_manifest
+from gim_stagewise.cache.precision import PLAIN, Precision
 from gim_stagewise.errors import CorruptCacheError, PartialCacheError
 from gim_stagewise.processes import usable_cores
 from gim_stagewise.progress import Progress
 from gim_stagewise.sources import SPLITS, Split
-from gim_stagewise.windows import even_ranges
 
 Kind = Literal["missing", "torn", "altered", "non-finite"]
 # Each holds one chunk, so that memory stays bounded.
@@ -165,7 +165,7 @@ def sealed_digests(path: Path, manifest: Manifest, blocks: int) -> list[dict[str
         If there are not so many.
     """
     columns = {}
-    for name in manifest.layout.shapes:
+    for name in manifest.layout.kinds:
         try:
             rows = read_numbers(path / "checksums" / name, (blocks, 32), "uint8")
         except (FileNotFoundError, ValueError) as error:
@@ -189,33 +189,36 @@ def _block(
 ) -> list[Damage]:
     """What is wrong with a block's files."""
     found: list[Damage] = []
-    for name in manifest.layout.shapes:
-        files = manifest.layout.chunk_files(block, name)
+    for name, part in manifest.layout.parts(block).items():
+        precision = manifest.precision if name == "activations" else PLAIN
         own = [
-            d for number in range(len(files)) if (d := _chunk(path, manifest, block, name, number))
+            damage
+            for file, inside in zip(part.files, part.inside, strict=True)
+            if (damage := _chunk(path, manifest, block, file, inside, precision))
         ]
-        if not own and recorded is not None and files_digest(path, files) != recorded[name]:
+        if not own and recorded and files_digest(path, list(part.files)) != recorded[name]:
             what = "is whole, but not what was sealed"
-            own = [Damage(file, "altered", what, block) for file in files]
+            own = [Damage(file, "altered", what, block) for file in part.files]
         found += own
     return found
 
 
-def _chunk(path: Path, manifest: Manifest, block: Block, name: str, number: int) -> Damage | None:
-    layout = manifest.layout
-    file = layout.chunk_files(block, name)[number]
+def _chunk(
+    path: Path,
+    manifest: Manifest,
+    block: Block,
+    file: str,
+    inside: tuple[int | slice, ...],
+    precision: Precision,
+) -> Damage | None:
     try:
-        values = read_chunk_file(path, layout, file)
+        values = read_chunk_file(path, manifest.layout, file)
     except FileNotFoundError:
         return Damage(file, "missing", "is missing", block)
     except TornFrameError as error:
         return Damage(file, "torn", str(error), block)
     except (FrameError, RuntimeError) as error:
         return Damage(file, "altered", str(error), block)
-    rows = even_ranges(layout.grid[0], layout.chunks[name][2])[number]
-    values = values[: len(block.samples), : len(rows)]
-    if name == "activations":
-        values = manifest.precision.decode_array(values)
-    if not np.isfinite(values).all():
+    if not np.isfinite(precision.decode_array(values[inside])).all():
         return Damage(file, "non-finite", "has values that are NaN or infinite", block)
     return None

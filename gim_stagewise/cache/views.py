@@ -82,8 +82,8 @@ class DecodedArray:
         layout = cache.manifest.layout
         self._cache = cache
         self._name = name
-        self.shape = layout.shapes[name]
-        self.chunks = layout.chunks[name]
+        self.shape = layout.arrays[name].shape
+        self.chunks = layout.arrays[name].chunks
         self.ndim = len(self.shape)
 
     @property

@@ -89,18 +89,19 @@ def stage_block(
     """
     # Of its own for each attempt: a block whose worker was lost is computed again by another.
     folder = staging / f"block-{block.index}-{uuid.uuid4().hex[:8]}"
+    parts = manifest.layout.parts(block)
     files = manifest.layout.chunk_files(block)
     with storage_errors(f"writing block {block.index} of {cache}"):
         try:
             folder.mkdir()  # not its parent: if that is gone, another run has taken over
-            for name in manifest.layout.shapes:
-                values = arrays[name]
-                (folder / name).mkdir()
-                shutil.copyfile(cache / name / "zarr.json", folder / name / "zarr.json")
-                with codec_pipeline(), operation("write", folder / name):
-                    stored = zarr.open_array(str(folder / name), mode="r+")
+            for name, part in parts.items():
+                values, own = arrays[name], folder / part.array
+                own.mkdir(parents=True)
+                shutil.copyfile(cache / part.array / "zarr.json", own / "zarr.json")
+                with codec_pipeline(), operation("write", own):
+                    stored = zarr.open_array(str(own), mode="r+")
                     target = stored.with_config({"write_empty_chunks": True})
-                    target[block.view, block.samples.slice] = values
+                    target[part.place] = values
             if error is not None:
                 error.save(folder / "error.npy")
                 fsync_file(folder / "error.npy")
@@ -136,7 +137,7 @@ class CacheWriter:
         self._blocks = manifest.layout.blocks(source)
         with storage_errors(str(path)):
             resumed = self._build.resume(manifest.content) if self._is_ours() else None
-            if resumed is None:
+            if resumed is None or not self._metadata_intact(resumed[0], source):
                 discard_cache(path)
                 self.staging = self._build.start(manifest.content, len(self._blocks))
                 self._done: dict[int, dict[str, str]] = {}
@@ -174,12 +175,25 @@ class CacheWriter:
     def _create(self, source: Source) -> None:
         # Built aside and moved into place whole: a folder at `path` always has its metadata.
         new = self.staging / "new"
-        create_arrays(new, self.manifest.layout, self.manifest.precision)
-        write_samples(new, source)
+        self._write_metadata(new, source)
         write_manifest(new, self.manifest)
         flush_tree(new)
         rename(new, self.path)
         fsync_directory(self.path.parent)
+
+    def _write_metadata(self, folder: Path, source: Source) -> None:
+        create_arrays(folder, self.manifest.layout, self.manifest.precision)
+        write_samples(folder, source)
+
+    def _metadata_intact(self, staging: Path, source: Source) -> bool:
+        """Whether an unfinished build has what it began with: the seal would vouch for it."""
+        expected = staging / "expected"
+        self._write_metadata(expected, source)
+        files = [file for file in expected.rglob("*") if file.is_file()]
+        own = (file for file in files if file != expected / "zarr.json")  # has its own checksum
+        same = all(_same_bytes(file, self.path / file.relative_to(expected)) for file in own)
+        remove(expected)
+        return same
 
     @property
     def pending(self) -> list[Block]:
@@ -262,9 +276,15 @@ class CacheWriter:
         return sealed
 
 
+def _same_bytes(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
+
+
 def block_digests(folder: Path, layout: CacheLayout, block: Block) -> dict[str, str]:
     """SHA-256 of a block's files, by array; errors as of `files_digest`."""
-    return {name: files_digest(folder, layout.chunk_files(block, name)) for name in layout.shapes}
+    return {
+        name: files_digest(folder, list(part.files)) for name, part in layout.parts(block).items()
+    }
 
 
 def drop_activations(path: Path) -> Manifest:

@@ -97,32 +97,39 @@ def _count_chunks(path: Path, manifest: Manifest, problems: list[str]) -> None:
     except CorruptCacheError as error:
         problems.append(_first_line(error))
         return
-    for name in layout.shapes:
-        there = {file.name for file in _chunk_files(path / name)}
-        files = [file for block in blocks for file in layout.chunk_files(block, name)]
-        missing = sum(file.partition("/")[2] not in there for file in files)
+    there = {file.relative_to(path).as_posix() for file in path.rglob("c.*")}
+    files = {
+        name: [f for b in blocks for f in layout.parts(b)[name].files] for name in layout.kinds
+    }
+    for name, expected in files.items():
+        missing = sum(file not in there for file in expected)
         if missing:
-            problems.append(f"{name}: {missing} of {len(files)} chunks are missing")
+            problems.append(f"{name}: {missing} of {len(expected)} chunks are missing")
 
 
 def _channel_statistics(
     path: Path, manifest: Manifest, problems: list[str]
 ) -> list[dict[str, float]]:
     layout = manifest.layout
-    files = _chunk_files(path / "activations") if layout.materialized else []
-    chosen = files[:: max(1, len(files) // SAMPLED_CHUNKS)][:SAMPLED_CHUNKS]
+    try:
+        blocks = stored_blocks(path, manifest) if layout.materialized else []
+    except CorruptCacheError:
+        blocks = []  # which was said
+    there = [
+        (file, inside)
+        for part in (layout.parts(block)["activations"] for block in blocks)
+        for file, inside in zip(part.files, part.inside, strict=True)
+        if (path / file).is_file()
+    ]
     parts = []
-    for file in chosen:
-        sample, row = (int(n) for n in file.name.split(".")[2:4])
+    for file, inside in there[:: max(1, len(there) // SAMPLED_CHUNKS)][:SAMPLED_CHUNKS]:
         try:
-            part = read_chunk_file(path, layout, f"activations/{file.name}")
+            part = read_chunk_file(path, layout, file)
         except (ValueError, RuntimeError, OSError) as error:
-            problems.append(f"activations/{file.name} is damaged ({_first_line(error)})")
+            problems.append(f"{file} is damaged ({_first_line(error)})")
             continue
-        samples = min(layout.chunk, layout.samples - sample * layout.chunk)
-        rows = min(part.shape[1], layout.grid[0] - row * part.shape[1])
-        part = manifest.precision.decode_array(part[:samples, :rows].copy())
-        parts.append(np.moveaxis(part, 3, 0).reshape(part.shape[3], -1))
+        part = manifest.precision.decode_array(part[inside].copy())
+        parts.append(np.moveaxis(part, -3, 0).reshape(part.shape[-3], -1))
     if not parts:
         return []
     values = np.concatenate(parts, axis=1)
