@@ -83,7 +83,7 @@ def encode_part(folder: Path, part: Span, shape: tuple[int, ...]) -> None:
 
 def make_master(folder: Path, count: int) -> None:
     """The activations that all stores get: ``master.npy`` [sample, row, column, channel, ...]."""
-    layout = read_manifest(folder / "out" / "m2.zarr").layout
+    layout = read_manifest(folder / "out" / "m2.zarr").sample_layout
     shape = (count, *layout.grid, *layout.cell)
     np.lib.format.open_memmap(folder / "master.npy", "w+", np.float16, shape).flush()
     cores = len(os.sched_getaffinity(0))

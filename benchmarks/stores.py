@@ -59,7 +59,7 @@ def write_ours(folder: Path, target: Path, form: str, codec: str) -> None:
     precision = Precision(form).calibrated(*sample.transpose(0, 1).flatten(1).aminmax(dim=1))
     dtype = np.dtype(precision.stored_dtype)
     layout = replace(
-        manifest.layout,
+        manifest.sample_layout,
         samples=len(master.values),
         codec=codec,
         dtype=dtype.name,
@@ -83,8 +83,8 @@ def read_ours(target: Path, workers: int, dtype: torch.dtype) -> Epoch:
     loader = Loader(cache, cache.ids, batch=BATCH, window=WINDOW, seed=0, stage=3)
 
     # As a training does: a batch's memory is used for the next.
-    patches = BATCH * math.prod(cache.manifest.layout.grid)
-    memory = torch.empty(patches, *cache.manifest.layout.cell, dtype=dtype)
+    patches = BATCH * math.prod(cache.manifest.sample_layout.grid)
+    memory = torch.empty(patches, *cache.manifest.sample_layout.cell, dtype=dtype)
 
     def epoch(number: int) -> Iterator[torch.Tensor]:
         for batch in loader.batches(number):

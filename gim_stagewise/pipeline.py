@@ -204,7 +204,7 @@ class Pipeline:
             )
         if not cache.materialized:
             cache = self._below(cache).virtual_cache()
-        layout = cache.manifest.layout
+        layout = cache.layout
         return Stage(self.workspace, index, cache, layout.grid, layout.cell)
 
     def _below(self, cache: Cache) -> Stage:

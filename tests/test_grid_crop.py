@@ -37,7 +37,7 @@ def batches(source: Source, *, window: int, epoch: int = 0) -> list[torch.Tensor
 def test_a_batch_is_cut_out_of_whole_samples(cropped: Path, tmp_path: Path) -> None:
     run(cropped, tmp_path / "out", until=1)
     cache = Cache(tmp_path / "out" / "m1.zarr")
-    assert cache.manifest.layout.grid == (5, 5)
+    assert cache.manifest.sample_layout.grid == (5, 5)
     patches = open_patches(parse_pipeline(cropped.read_text(), file="x"))
     for source in (cache, patches):
         whole = dict(zip(source.ids, source.read([Request(i) for i in source.ids]), strict=True))

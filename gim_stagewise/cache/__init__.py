@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from gim_stagewise.cache.codecs import codec_implementation, encoded_bytes
 from gim_stagewise.cache.columns import metadata_problem, write_checksums, write_samples
+from gim_stagewise.cache.create import create_arrays
 from gim_stagewise.cache.digests import Digest, flatten
 from gim_stagewise.cache.frames import read_chunk_file
 from gim_stagewise.cache.journal import BuildFolder
-from gim_stagewise.cache.layout import Block, CacheLayout, auto_chunk, create_arrays
+from gim_stagewise.cache.layout import Block, CacheLayout, auto_chunk
 from gim_stagewise.cache.manifest import Manifest, read_manifest, write_manifest
 from gim_stagewise.cache.precision import PLAIN, Precision, is_precision
 from gim_stagewise.cache.precision_error import PrecisionError
 from gim_stagewise.cache.reader import Cache, open_cache
+from gim_stagewise.cache.sealed import SealedCache
+from gim_stagewise.cache.tiled import TiledCache
+from gim_stagewise.cache.tiles import Layout, TiledLayout
 from gim_stagewise.cache.verify import Damage, find_damage, sealed_digests, stored_blocks
 from gim_stagewise.cache.writer import (
     CacheWriter,
@@ -31,10 +35,14 @@ __all__ = [
     "CacheWriter",
     "Damage",
     "Digest",
+    "Layout",
     "Manifest",
     "Precision",
     "PrecisionError",
+    "SealedCache",
     "StagedBlock",
+    "TiledCache",
+    "TiledLayout",
     "auto_chunk",
     "block_digests",
     "codec_implementation",

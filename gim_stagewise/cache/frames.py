@@ -21,7 +21,7 @@ import numpy as np
 from numcodecs import blosc
 from numpy.typing import NDArray
 
-from gim_stagewise.cache.layout import CacheLayout
+from gim_stagewise.cache.tiles import Layout
 
 CHECKSUM_BYTES = 4
 # The CRC-32C of anything that is followed by its own CRC-32C.
@@ -102,9 +102,7 @@ def read_frame(
     return values.view(dtype).reshape(shape)
 
 
-def read_chunk_file(
-    cache: Path, layout: CacheLayout, file: str, *, verify: bool = True
-) -> NDArray[Any]:
+def read_chunk_file(cache: Path, layout: Layout, file: str, *, verify: bool = True) -> NDArray[Any]:
     """Read a chunk file of a cache by its path in the group (see `read_frame`)."""
     array = layout.arrays[file.rpartition("/")[0]]
     return read_frame(

@@ -26,15 +26,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
-from gim_stagewise.cache.codecs import zarr_codecs
-from gim_stagewise.cache.precision import PLAIN, Precision
 from gim_stagewise.sources import Split
 from gim_stagewise.windows import Span, even_ranges
 
@@ -50,11 +46,15 @@ MAX_CHUNK_BYTES = 16_000_000
 
 @dataclass(frozen=True)
 class Block:
-    """The unit of work and of commit: one chunk of samples in one view."""
+    """The unit of work and of commit: one chunk of samples in one view, or one tile of a sample.
+
+    ``tile`` has the tile's number along each axis, where samples are cut into tiles.
+    """
 
     index: int
     view: int
     samples: Span
+    tile: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,11 @@ class CacheLayout:
         activations = StoredArray((*lead, *self.cell), chunks, self.dtype, ACTIVATION_AXES)
         return {"activations": activations, "pooled": pooled}
 
+    @property
+    def block_count(self) -> int:
+        """Blocks in a view of all samples."""
+        return math.ceil(self.samples / self.chunk)
+
     def blocks(self, source: Listed) -> list[Block]:
         """All blocks, in storage order; a block is there if one of its samples needs that view."""
         ids = source.ids
@@ -217,30 +222,3 @@ class CacheLayout:
 def auto_chunk(sample_bytes: int) -> int:
     """Samples per chunk so that a chunk reaches `MIN_CHUNK_BYTES`."""
     return math.ceil(MIN_CHUNK_BYTES / sample_bytes)
-
-
-def create_arrays(path: Path, layout: CacheLayout, precision: Precision) -> None:
-    """Create the group at ``path`` with the empty arrays that blocks are written to."""
-    group = zarr.open_group(str(path), mode="w-", zarr_format=3)
-    for name, stored in layout.arrays.items():
-        own = PLAIN if name == "pooled" else precision
-        array = group.create_array(
-            name,
-            shape=stored.shape,
-            chunks=stored.chunks,
-            dtype=stored.dtype,
-            compressors=zarr_codecs(layout.codec, np.dtype(stored.dtype).itemsize),
-            dimension_names=stored.axes,
-            fill_value=_nothing(own.name),
-            # All chunk files of an array in one folder: one folder to flush after a rename.
-            chunk_key_encoding={"name": "default", "separator": "."},
-            # All-zero chunks are data too: a chunk file that is absent is a chunk that is lost.
-            config={"write_empty_chunks": True},
-        )
-        if name != "pooled":
-            array.attrs.update(precision.as_json())
-
-
-def _nothing(precision: str) -> float | int:
-    """What a chunk that is not stored (yet) reads as: NaN, which nobody takes for activations."""
-    return {"uint8": 0, "bfloat16": 0x7FC0, "float8_e4m3": 0x7F}.get(precision, float("nan"))

@@ -17,6 +17,7 @@ from gim_stagewise.cache.codecs import CODECS, MOST_CHUNK_BYTES
 from gim_stagewise.cache.digests import Digest, files_digest
 from gim_stagewise.cache.layout import FORMAT_VERSION, CacheLayout
 from gim_stagewise.cache.precision import Precision
+from gim_stagewise.cache.tiles import Layout, TiledLayout
 from gim_stagewise.durable import json_checksum, write_json
 from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
 
@@ -51,8 +52,8 @@ class Manifest:
     stored_operation : str or None
         An operation of the next module that was applied before storing.
     encoding : str
-        "patch": each patch was encoded on its own.
-    layout : CacheLayout
+        "patch": each patch was encoded on its own; "dense": modules saw the whole input.
+    layout : CacheLayout or TiledLayout
     sealed : bool
         Whether all blocks are there.
     files : dict
@@ -69,12 +70,18 @@ class Manifest:
     precision: Precision
     stored_operation: str | None
     encoding: str
-    layout: CacheLayout
+    layout: Layout
     sealed: bool = False
     calibration: str | None = None
     error: dict[str, Any] | None = None
     choice: dict[str, Any] | None = None
     files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def sample_layout(self) -> CacheLayout:
+        """The layout of samples of one size; of another kind is the caller's mistake."""
+        assert isinstance(self.layout, CacheLayout)
+        return self.layout
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -207,7 +214,7 @@ def _parse_error(content: Any) -> dict[str, Any] | None:
     return error
 
 
-def _parse_layout(content: dict[str, Any]) -> CacheLayout:
+def _parse_layout(content: dict[str, Any]) -> Layout:
     """A layout that a cache can have.
 
     Raises
@@ -215,23 +222,54 @@ def _parse_layout(content: dict[str, Any]) -> CacheLayout:
     ValueError, TypeError
         If it says anything else.
     """
-    layout = CacheLayout(
-        **{**content, "grid": tuple(content["grid"]), "cell": tuple(content["cell"])}
-    )
-    sizes = (layout.samples, layout.views, layout.chunk, layout.embedding)
-    for size in (*sizes, *layout.grid, *layout.cell):
-        if type(size) is not int or size < 1:
-            raise ValueError(f"a size of {size!r}")
-    if layout.views > MOST_VIEWS:
-        raise ValueError(f"{layout.views} views")
-    if len(layout.grid) != 2 or len(layout.cell) != 3:
-        raise ValueError(f"a grid of {layout.grid} and cells of {layout.cell}")
+    layout = _tiled_layout(content) if "tile" in content else _sample_layout(content)
     if layout.codec not in CODECS or type(layout.materialized) is not bool:
         raise ValueError(f"a codec {layout.codec!r}")
     for name, array in layout.arrays.items():
         if math.prod(array.chunks) * np.dtype(array.dtype).itemsize > MOST_CHUNK_BYTES:
             raise ValueError(f"chunks of {name} with {array.chunks} values: too large")
     return layout
+
+
+def _sample_layout(content: dict[str, Any]) -> CacheLayout:
+    layout = CacheLayout(
+        **{**content, "grid": tuple(content["grid"]), "cell": tuple(content["cell"])}
+    )
+    _check_sizes(layout.samples, layout.views, layout.chunk, layout.embedding)
+    _check_sizes(*layout.grid, *layout.cell)
+    if layout.views > MOST_VIEWS:
+        raise ValueError(f"{layout.views} views")
+    if len(layout.grid) != 2 or len(layout.cell) != 3:
+        raise ValueError(f"a grid of {layout.grid} and cells of {layout.cell}")
+    return layout
+
+
+def _tiled_layout(content: dict[str, Any]) -> TiledLayout:
+    own = {name: tuple(content[name]) for name in ("ids", "extents", "tile", "cell")}
+    extents = tuple(tuple(extent) for extent in own["extents"])
+    layout = TiledLayout(**{**content, **own, "extents": extents})
+    _check_sizes(*layout.tile, *layout.cell, layout.pool, layout.embedding)
+    _check_sizes(*(length for extent in extents for length in extent))
+    if any(type(item_id) is not str for item_id in layout.ids):
+        raise TypeError("ids that are no strings")
+    if {"", ".", ".."} & set(layout.ids):
+        raise ValueError("ids that are no names")
+    if not len(layout.ids) == len(set(layout.ids)) == len(extents) > 0:
+        raise ValueError(f"{len(layout.ids)} ids and {len(extents)} extents")
+    axes = len(layout.tile)
+    if axes not in (1, 2) or any(len(extent) != axes for extent in extents):
+        raise ValueError(f"tiles of {layout.tile} and extents of another kind")
+    if len(layout.cell) not in (1, 3) or (len(layout.cell) == 3 and axes == 1):
+        raise ValueError(f"cells of {layout.cell} along {axes} axes")
+    if any(size % layout.pool for size in layout.tile):
+        raise ValueError(f"tiles of {layout.tile}, pooled by {layout.pool}")
+    return layout
+
+
+def _check_sizes(*sizes: object) -> None:
+    for size in sizes:
+        if type(size) is not int or size < 1:
+            raise ValueError(f"a size of {size!r}")
 
 
 def _inside(name: str) -> str:
@@ -248,7 +286,7 @@ def _inside(name: str) -> str:
     return name
 
 
-def file_digests(path: Path, layout: CacheLayout) -> dict[str, str]:
+def file_digests(path: Path, layout: Layout) -> dict[str, str]:
     """SHA-256 of the files of a cache that are neither chunks nor the manifest."""
     found = {}
     arrays = {path / name for name in layout.arrays}

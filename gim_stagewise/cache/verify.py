@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from numpy.typing import NDArray
 from gim_stagewise.cache.columns import read_numbers, read_strings
 from gim_stagewise.cache.digests import files_digest
 from gim_stagewise.cache.frames import FrameError, TornFrameError, read_chunk_file
-from gim_stagewise.cache.layout import Block
+from gim_stagewise.cache.layout import Block, CacheLayout
 from gim_stagewise.cache.manifest import Manifest, read_manifest
 from gim_stagewise.cache.precision import PLAIN, Precision
+from gim_stagewise.cache.tiles import TiledLayout
 from gim_stagewise.errors import CorruptCacheError, PartialCacheError
 from gim_stagewise.processes import usable_cores
 from gim_stagewise.progress import Progress
@@ -128,6 +128,8 @@ def stored_blocks(path: Path, manifest: Manifest) -> list[Block]:
     """
     try:
         read_strings(path / "ids", manifest.layout.samples)
+        if isinstance(manifest.layout, TiledLayout):
+            sealed_digests(path, manifest, manifest.layout.block_count)
         return manifest.layout.blocks(_StoredSamples(path, manifest))
     except (FileNotFoundError, ValueError) as error:
         raise CorruptCacheError(f"{path}: ids or splits cannot be used ({error})") from None
@@ -148,8 +150,9 @@ def _confirmed(path: Path, manifest: Manifest, broken: set[str]) -> bool:
             read_strings(path / "ids", manifest.layout.samples)
         except (FileNotFoundError, ValueError) as error:
             raise CorruptCacheError(f"{path}: ids {error}") from None
-        return True
-    blocks = math.ceil(manifest.layout.samples / manifest.layout.chunk)
+        if isinstance(manifest.layout, CacheLayout):
+            return True
+    blocks = manifest.layout.block_count
     if "checksums" not in broken and manifest.layout.views == 1:
         sealed_digests(path, manifest, blocks)
         return True

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from gim_stagewise.cache.codecs import codec_pipeline
 from gim_stagewise.cache.columns import write_checksums, write_samples
+from gim_stagewise.cache.create import create_arrays
 from gim_stagewise.cache.digests import files_digest
 from gim_stagewise.cache.journal import BuildFolder
-from gim_stagewise.cache.layout import Block, CacheLayout, create_arrays
+from gim_stagewise.cache.layout import Block
 from gim_stagewise.cache.manifest import (
     Manifest,
     file_digests,
@@ -31,6 +32,7 @@ from gim_stagewise.cache.manifest import (
     write_manifest,
 )
 from gim_stagewise.cache.precision_error import PrecisionError
+from gim_stagewise.cache.tiles import Layout
 from gim_stagewise.durable import (
     flush_tree,
     fsync_directory,
@@ -280,7 +282,7 @@ def _same_bytes(one: Path, other: Path) -> bool:
     return other.is_file() and one.read_bytes() == other.read_bytes()
 
 
-def block_digests(folder: Path, layout: CacheLayout, block: Block) -> dict[str, str]:
+def block_digests(folder: Path, layout: Layout, block: Block) -> dict[str, str]:
     """SHA-256 of a block's files, by array; errors as of `files_digest`."""
     return {
         name: files_digest(folder, list(part.files)) for name, part in layout.parts(block).items()

@@ -216,10 +216,13 @@ def measure_choice(
     try:
         scratch.mkdir()
         write_seconds, cache = _scratch_cache(scratch, manifest, arrays, storing, reading)
-        warm_seconds = _read_seconds(cache, reading, whole=manifest.layout.samples)
+        warm_seconds = _read_seconds(cache, reading, whole=manifest.sample_layout.samples)
         files = [file for file in cache.path.rglob("c.*") if file.is_file()]
         cold_seconds = _read_seconds(
-            cache, reading, whole=manifest.layout.samples, before=lambda: _forget_pages(files)
+            cache,
+            reading,
+            whole=manifest.sample_layout.samples,
+            before=lambda: _forget_pages(files),
         )
         size = sum(file.stat().st_size for file in files if file.parent.name == "activations")
         samples_there = len(cache.ids)
@@ -231,10 +234,10 @@ def measure_choice(
         read_warm=warm_seconds,
         read_cold=max(cold_seconds, warm_seconds),
         sample_bytes=size // samples_there,
-        samples=manifest.layout.samples,
+        samples=manifest.sample_layout.samples,
         passes=passes,
         memory=available_host_bytes(),
-        embedding_bytes=manifest.layout.samples * manifest.layout.embedding_bytes,
+        embedding_bytes=manifest.sample_layout.samples * manifest.sample_layout.embedding_bytes,
     )
     return choice, manifest.precision.decode_array(arrays["activations"])
 
@@ -261,11 +264,11 @@ def _scratch_cache(
     reading: Reading,
 ) -> tuple[float, Cache]:
     """A few chunks of these outputs, over and over; and the seconds to write a sample of them."""
-    chunk = manifest.layout.chunk
-    batch = _batch_read(reading, manifest.layout.sample_bytes)
+    chunk = manifest.sample_layout.chunk
+    batch = _batch_read(reading, manifest.sample_layout.sample_bytes)
     chunks = max(_CHUNKS_READ, math.ceil(_CHUNKS_READ * batch / chunk))
     layout = replace(
-        manifest.layout, samples=chunks * chunk, views=1, chunk=chunk, materialized=True
+        manifest.sample_layout, samples=chunks * chunk, views=1, chunk=chunk, materialized=True
     )
     manifest = replace(manifest, layout=layout, sealed=True, files={})
     path = scratch / "cache"

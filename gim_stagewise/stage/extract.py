@@ -218,11 +218,11 @@ class VirtualCache(Cache):
         # The last one is kept: batches in storage order end within a chunk.
         if self._last is None or self._last[0] != (view, number):
             self._last = None
-            layout = self.manifest.layout
+            layout = self.layout
             start = number * layout.chunk
             ids = list(self.ids[start : min(start + layout.chunk, layout.samples)])
             self._last = ((view, number), self.worker.compute(ids, view)["activations"])
-        yield Span(0, self.manifest.layout.grid[0]), self._last[1]
+        yield Span(0, self.layout.grid[0]), self._last[1]
 
 
 class Executor(Protocol):

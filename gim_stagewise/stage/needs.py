@@ -104,13 +104,13 @@ def chain_bytes(source: Source) -> int:
         space = Workspace(job.config, "", Path(), job.code_folder, torch.device(job.device))
         size = job.config.patches.size
         grid, cell = (
-            (below.manifest.layout.grid, below.manifest.layout.cell)
+            (below.layout.grid, below.layout.cell)
             if isinstance(below, Cache)
-            else (source.manifest.layout.grid, (job.in_channels, size, size))
+            else (source.layout.grid, (job.in_channels, size, size))
         )
         shape = check_shape(space, job.manifest.module, grid, cell)
         spec = step_spec(space, job.manifest.module, shape)
-        total += virtual_bytes(spec, below.item_bytes, source.manifest.layout)
+        total += virtual_bytes(spec, below.item_bytes, source.layout)
         source = below
     return total
 

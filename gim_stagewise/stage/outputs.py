@@ -208,7 +208,7 @@ class StageOutputs:
 
     def _check_free(self, frozen: FrozenModule, manifest: Manifest) -> None:
         """Refuse to begin a cache that the disk has no room for."""
-        layout = manifest.layout
+        layout = manifest.sample_layout
         each = float(layout.embedding_bytes)
         if layout.materialized:
             ids, view = self._calibration_samples()

@@ -1,0 +1,141 @@
+"""What all sealed caches are alike in, whatever their layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gim_stagewise.cache.columns import metadata_problem, read_numbers, read_strings
+from gim_stagewise.cache.digests import Digest, files_digest
+from gim_stagewise.cache.frames import FrameError, read_chunk_file
+from gim_stagewise.cache.manifest import Manifest, read_manifest
+from gim_stagewise.cache.precision import Precision
+from gim_stagewise.errors import CorruptCacheError, DataError, PartialCacheError
+from gim_stagewise.sources import SPLITS, Split
+
+
+class SealedCache:
+    """A cache that is complete: its identity, ids, splits and labels.
+
+    Parameters
+    ----------
+    path : Path
+    verify : bool
+        Whether every chunk is compared with its checksum before it is used.
+
+    Raises
+    ------
+    CacheNotFoundError
+        If there is none.
+    PartialCacheError
+        If it was never sealed.
+    CorruptCacheError
+        If its metadata is damaged.
+    """
+
+    def __init__(self, path: str | Path, *, verify: bool = True) -> None:
+        self.path = Path(path)
+        self._verify = verify
+        self.manifest: Manifest = read_manifest(self.path)
+        if not self.manifest.sealed:
+            raise PartialCacheError(
+                f"{self.path} was begun but never finished; `gim-stage run` or `gim-stage extract` "
+                "goes on where it stopped"
+            )
+        self._check_files()
+        if problem := metadata_problem(self.path, self.manifest):
+            raise CorruptCacheError(self._damage(*problem.split(" ", 1)))
+
+    def _check_files(self) -> None:
+        """Compare all files but the chunks, which are small, with what was sealed."""
+        for name, digest in self.manifest.files.items():
+            try:
+                found = files_digest(self.path, [name])
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise CorruptCacheError(self._damage(name, "is missing")) from None
+            if found != digest:
+                raise CorruptCacheError(self._damage(name, "was altered or damaged"))
+
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        """Ids of all samples, in storage order."""
+        with self._naming("ids"):
+            return read_strings(self.path / "ids", self.manifest.layout.samples)
+
+    def split(self, name: Split) -> Sequence[str]:
+        if name not in SPLITS:
+            raise DataError(f"no split {name!r}; there are: {', '.join(SPLITS)}")
+        mask = self._small_array("splits", "uint8")
+        return list(compress(self.ids, mask & (1 << SPLITS.index(name))))
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        folder = self.path / "labels"
+        return tuple(sorted(p.parent.name for p in folder.glob("*/zarr.json")))
+
+    def labels(self, name: str) -> NDArray[np.int64]:
+        if name not in self.label_names:
+            raise DataError(
+                f"no labels called {name!r} in {self.path}; there are: {self.label_names}"
+            )
+        return self._small_array(f"labels/{name}", "int64")
+
+    @property
+    def materialized(self) -> bool:
+        """Whether activations are stored, and not embeddings alone."""
+        return self.manifest.layout.materialized
+
+    @property
+    def precision(self) -> Precision:
+        """The form in which activations are stored."""
+        return self.manifest.precision
+
+    def _require_activations(self) -> None:
+        if not self.materialized:
+            raise DataError(
+                f'{self.path} stores embeddings alone (cache.materialize = "never", or keep); '
+                "`gim-stage run` of its pipeline computes activations where they are needed"
+            )
+
+    def content_digest(self) -> str:
+        # What is read is the same whatever lossless codec it went through.
+        parts = self.manifest.content.parts
+        return Digest({k: v for k, v in parts.items() if k != "numerics.codec"}).value
+
+    def _read_file(self, file: str) -> NDArray[Any]:
+        """A chunk, until this thread reads another one."""
+        try:
+            return read_chunk_file(self.path, self.manifest.layout, file, verify=self._verify)
+        except FileNotFoundError:
+            # Zarr reads an absent chunk as the fill value; here it is a loss.
+            raise CorruptCacheError(self._damage(file, "is missing")) from None
+        except (FrameError, RuntimeError) as error:
+            raise CorruptCacheError(self._damage(file, str(error))) from None
+
+    def _small_array(self, name: str, dtype: str) -> NDArray[Any]:
+        """An array with an entry per sample."""
+        _ = self.ids  # they confirm how many samples there are
+        with self._naming(name):
+            return read_numbers(self.path / name, (self.manifest.layout.samples,), dtype)
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise CorruptCacheError(self._damage(name, "is missing")) from None
+        except ValueError as error:
+            raise CorruptCacheError(self._damage(name, str(error))) from None
+
+    def _damage(self, where: str, what: str) -> str:
+        return (
+            f"cache {self.path}: {where} {what}; `gim-stage verify {self.path} --repair` looks for "
+            "more of that and computes it again"
+        )

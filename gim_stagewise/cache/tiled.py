@@ -1,0 +1,138 @@
+"""A sealed cache of items of any size as a `Source`, read in regions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gim_stagewise.cache.frames import announce
+from gim_stagewise.cache.layout import Block
+from gim_stagewise.cache.sealed import SealedCache
+from gim_stagewise.cache.tiles import TiledLayout
+from gim_stagewise.errors import DataError
+from gim_stagewise.sources import Item, Request
+from gim_stagewise.windows import Region, Span, common, full_region, tiles_over, within
+
+
+class TiledCache(SealedCache):
+    """Stored activations of items of any size, read in regions as the input of the next module.
+
+    Values come decoded, float32 with the axes of `TiledLayout.axes`, unless the stored form is
+    asked for. An item's extent is that of its outputs. Parameters and errors are those of
+    `SealedCache`.
+    """
+
+    chunk_items = 1
+    views = 0
+
+    @property
+    def layout(self) -> TiledLayout:
+        layout = self.manifest.layout
+        assert isinstance(layout, TiledLayout)
+        return layout
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return self.layout.axes
+
+    @property
+    def item_bytes(self) -> int:
+        return self.layout.place_bytes * max(math.prod(extent) for extent in self.layout.extents)
+
+    def items(self) -> Sequence[Item]:
+        layout = self.layout
+        return [
+            Item(item_id, extent, layout.cell[0], "float32")
+            for item_id, extent in zip(self.ids, layout.extents, strict=True)
+        ]
+
+    def read(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
+        return [self._decoded(values) for values in self.read_stored(requests)]
+
+    def _decoded(self, stored: NDArray[Any]) -> NDArray[np.float32]:
+        decode = self.precision.decode_array
+        # Scales are for (channel, height, width).
+        return decode(stored) if stored.ndim > 2 else decode(stored[:, None])[:, 0]
+
+    def read_stored(
+        self, requests: Sequence[Request], *, empty: Callable[..., NDArray[Any]] = np.empty
+    ) -> list[NDArray[Any]]:
+        """The regions asked for in their stored form; ``precision.decode`` makes floats of it.
+
+        ``empty``, called with shape and type, gives the memory for each of them.
+        """
+        self._require_activations()
+        return [self._region("activations", request, empty) for request in requests]
+
+    def read_pooled(self, item_id: str) -> NDArray[np.float32]:
+        """All embeddings of an item: [grid_row, grid_col, channel], or [time, channel]."""
+        layout = self.layout
+        extent = layout.arrays[layout.array_name("pooled", self._place(item_id))].shape[:-1]
+        return self._region("pooled", Request(item_id, region=full_region(extent)), np.empty)
+
+    def announce(self, requests: Iterable[Request]) -> None:
+        """Say what is going to be read soon, so that the disk is at work before it is."""
+        for request in requests:
+            number = self._place(request.id)
+            extent = self.layout.extents[number]
+            region = request.region or full_region(extent)
+            for tile, _ in tiles_over(region, extent, self.layout.tile):
+                block = Block(-1, 0, Span(number, number + 1), tile)
+                announce(self.path / self.layout.parts(block)["activations"].files[0])
+
+    def _place(self, item_id: str) -> int:
+        try:
+            return self._numbers[item_id]
+        except KeyError:
+            raise DataError(f"no sample {item_id!r} in {self.path}") from None
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {item_id: number for number, item_id in enumerate(self.ids)}
+
+    def _region(
+        self, kind: str, request: Request, empty: Callable[..., NDArray[Any]]
+    ) -> NDArray[Any]:
+        """A region put together from the tiles that it touches, each read once."""
+        layout, number = self.layout, self._place(request.id)
+        if request.view != 0:
+            raise DataError(f"no view {request.view} in {self.path}; it has view 0 alone")
+        array = layout.arrays[layout.array_name(kind, number)]
+        lead = 1 if kind == "activations" and layout.dense else 0
+        axes = slice(lead, lead + len(layout.tile))
+        extent, tile = array.shape[axes], array.chunks[axes]
+        region = request.region or full_region(extent)
+        _check_within(region, extent, request.id)
+        shape = (*array.shape[:lead], *map(len, region), *array.shape[axes.stop :])
+        out = empty(shape, np.dtype(array.dtype))
+        for place, own in tiles_over(region, extent, tile):
+            block = Block(-1, 0, Span(number, number + 1), place)
+            (file,) = layout.parts(block)[kind].files
+            part = common(own, region)
+            values = self.read_tile(file)
+            out[(slice(None),) * lead + within(part, region)] = values[
+                (slice(None),) * lead + within(part, own)
+            ]
+        return out
+
+    def read_tile(self, file: str) -> NDArray[Any]:
+        """The stored values of a chunk file, until this thread reads another one."""
+        return self._read_file(file)
+
+
+def _check_within(region: Region, extent: tuple[int, ...], item_id: str) -> None:
+    """Refuse regions that reach beyond an item.
+
+    Raises
+    ------
+    DataError
+    """
+    if len(region) != len(extent) or any(
+        span.stop > length for span, length in zip(region, extent, strict=True)
+    ):
+        raise DataError(f"sample {item_id!r} has extent {extent}, no region {region}")
