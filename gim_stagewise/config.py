@@ -242,7 +242,7 @@ def parse_pipeline(text: str, *, file: str) -> PipelineConfig:
     """Validate the text of a pipeline file; ``file`` is what errors call it."""
     try:
         content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers and nests without an end, too
         raise ConfigError(f"not valid TOML: {error}", file=file) from None
     try:
         return _validate(content)

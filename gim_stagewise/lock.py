@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 
-from gim_stagewise.errors import FolderInUseError
+from gim_stagewise.errors import ConfigError, FolderInUseError, StorageError
 
 # Folders that this process holds, and which thread does: a run locks its folder once, and the
 # stages within it find it locked by themselves.
@@ -65,7 +65,12 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked_file(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError):
+        raise ConfigError(
+            f"is {str(folder)!r}, which cannot be a folder: a file is in the way", key="--dir"
+        ) from None
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -85,7 +90,13 @@ def _locked_file(folder: Path) -> Iterator[None]:
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(about).encode(), 0)
+        try:
+            os.pwrite(descriptor, json.dumps(about).encode(), 0)
+        except OSError as error:
+            raise StorageError(
+                f"{folder / '.lock'}: {(error.strerror or '').lower()}; what was complete stays "
+                "valid. Make space, then give the same command again"
+            ) from None
         try:
             yield
         finally:

@@ -292,10 +292,10 @@ class Pipeline:
                 weights, _ = stage.current_weights()
                 if weights is None:
                     return index
-                cache, _ = stage.outputs.current(stage.outputs.manifest(weights))
+                found = stage.outputs.current(stage.outputs.manifest(weights))
             except (StaleCacheError, CorruptCacheError):
                 return index
-            if cache is None or not cache.sealed:
+            if not found.usable:
                 return index
         return last + 1
 

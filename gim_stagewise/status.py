@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gim_stagewise.cache import BuildFolder, read_manifest
 from gim_stagewise.durable import leftovers, rename
@@ -15,6 +15,7 @@ from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.stage.checkpoint import FrozenWeights, TrainingRecord, peek_checkpoint
 from gim_stagewise.stage.disk import folder_bytes
 from gim_stagewise.stage.identity import cache_recipe, recipe_differences, stage_recipe
+from gim_stagewise.stage.outputs import described
 from gim_stagewise.stage.stage import Stage
 
 State = Literal["missing", "training", "frozen", "partial", "sealed", "waiting", "stale", "corrupt"]
@@ -125,22 +126,25 @@ def _without_weights(pipeline: Pipeline, stage: Stage, why: str, size: int) -> S
         )
     if not why:
         return StageStatus(stage.index, "missing", cache_bytes=size)
-    state: State = "corrupt" if "damaged" in why else "stale"
-    return StageStatus(stage.index, state, why, cache_bytes=size)
+    try:
+        FrozenWeights.load(pipeline.workspace.weights_path(stage.index))
+    except CorruptCacheError:
+        return StageStatus(stage.index, "corrupt", why, cache_bytes=size)
+    return StageStatus(stage.index, "stale", why, cache_bytes=size)
 
 
 def _with_weights(stage: Stage, weights: FrozenWeights, size: int) -> StageStatus:
     record = weights.record
-    cache, why = stage.outputs.current(stage.outputs.manifest(weights))
-    if cache is None:
-        if not why:
+    found = stage.outputs.current(stage.outputs.manifest(weights))
+    if found.damage:
+        why = f"{described(found.damage)}; `gim-stage run` computes it again"
+        return StageStatus(stage.index, "corrupt", why, record=record, cache_bytes=size)
+    if found.manifest is None:
+        if not found.reason:
             return StageStatus(stage.index, "frozen", "its cache is not there yet", record=record)
-        path = stage.workspace.cache_path(stage.index)
-        try:
-            read_manifest(path)
-        except CorruptCacheError:
-            return StageStatus(stage.index, "corrupt", why, record=record, cache_bytes=size)
-        return StageStatus(stage.index, "stale", why, record=record, cache_bytes=size)
+        state: State = "corrupt" if found.unreadable else "stale"
+        return StageStatus(stage.index, state, found.reason, record=record, cache_bytes=size)
+    cache = found.manifest
     if cache.sealed:
         return StageStatus(stage.index, "sealed", record=record, cache_bytes=size)
     done, blocks = BuildFolder(stage.workspace.cache_path(stage.index)).done_blocks(cache.content)
@@ -199,20 +203,29 @@ def _candidates(pipeline: Pipeline) -> Iterator[tuple[Path, str]]:
                 continue
             if index not in states:
                 yield path, f"the pipeline has no module {index}"
-            elif reason := _why_removable(path, states[index]):
+            elif reason := _why_removable(pipeline, path, states[index]):
                 yield path, reason
 
 
-def _why_removable(path: Path, status: StageStatus) -> str:
-    if status.state in {"stale", "corrupt"}:
+def _why_removable(pipeline: Pipeline, path: Path, status: StageStatus) -> str:
+    """Why a file of a stage is of no use; empty if it is, or will be once something is mended."""
+    if path.suffix == ".pt":
+        if status.record is not None:
+            return "training is done"
+        return f"stale: {status.why}" if status.state == "stale" else ""
+    try:
+        read: Any = read_manifest if path.suffix == ".zarr" else FrozenWeights.load
+        recipe = read(path).recipe
+    except CorruptCacheError as error:
+        return f"cannot be read: {error}"
+    if status.state == "stale" and (path.suffix == ".zarr" or status.record is None):
         # Current weights under a stale cache are kept.
-        kept = path.suffix == ".safetensors" and status.record is not None
-        return "" if kept else f"{status.state}: {status.why}"
-    if path.suffix == ".pt" and status.record is not None:
-        return "training is done"
-    if path.suffix == ".zarr" and status.state in {"missing", "training"}:
-        return "its weights are gone"
-    return ""
+        return f"stale: {status.why}"
+    wanted = (cache_recipe if path.suffix == ".zarr" else stage_recipe)(
+        pipeline.config, status.module
+    )
+    changes = recipe_differences(recipe, wanted)
+    return f"stale: {'; '.join(changes)}" if changes else ""
 
 
 def _number(name: str, suffix: str) -> int | None:

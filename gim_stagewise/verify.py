@@ -63,7 +63,7 @@ def verify(path: Path, progress: Progress) -> Verification:
     if (path / "zarr.json").exists() or path.suffix == ".zarr":
         _cache(path, found, progress)
         return found
-    caches = sorted(path.glob("m*.zarr"))
+    caches = sorted(path.glob("m*.zarr"), key=_number)
     others = [*path.glob("m*.safetensors"), *path.glob("checkpoints/m*.pt"), *path.glob("run.json")]
     if not caches and not others:
         raise CacheNotFoundError(f"no cache and no run's folder at {path}")
@@ -75,6 +75,12 @@ def verify(path: Path, progress: Progress) -> Verification:
     for file in sorted(others):
         _file(file, found)
     return found
+
+
+def _number(cache: Path) -> tuple[int, str]:
+    """The module's number, to sort by: m9 comes before m10."""
+    digits = cache.stem.removeprefix("m")
+    return (int(digits) if digits.isdecimal() else 0, cache.name)
 
 
 def _cache(path: Path, found: Verification, progress: Progress) -> None:
@@ -93,6 +99,9 @@ def _cache(path: Path, found: Verification, progress: Progress) -> None:
 def _file(path: Path, found: Verification) -> None:
     found.checked.append(path)
     check = {".safetensors": FrozenWeights.load, ".pt": check_checkpoint}
+    if not path.is_file():
+        found.problems.append((path, "altered", "is no file"))
+        return
     try:
         check.get(path.suffix, read_checked_json)(path)
     except CorruptCacheError as error:

@@ -72,7 +72,7 @@ def make_manifest(*, codec: str = "lz4", content: str = "a") -> Manifest:
         module=1,
         pipeline_text="",
         recipe=Digest({"lr": 1}),
-        content=Digest({"weights": content}),
+        content=Digest({"weights": content, "input": "b"}),
         numerics={},
         precision=Precision("float32"),
         stored_operation=None,
@@ -277,7 +277,7 @@ def test_a_build_of_other_content_is_begun_again(tmp_path: Path) -> None:
     stage_and_commit(CacheWriter(path, make_manifest(), make_source()), 2)
     other = CacheWriter(path, make_manifest(content="b"), make_source())
     assert len(other.pending) == 3
-    assert read_manifest(path).content.parts == {"weights": "b"}
+    assert read_manifest(path).content.parts["weights"] == "b"
 
 
 def test_a_worker_left_over_from_an_earlier_run_changes_nothing(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_the_checksums_of_a_sealed_cache_are_those_of_its_files(tmp_path: Path) 
             digest = hashlib.sha256()
             for file in cache.manifest.layout.parts(block)[name].files:
                 digest.update((cache.path / file).read_bytes())
-            assert bytes(np.asarray(recorded[block.index])) == digest.digest()
+            assert bytes(np.asarray(recorded[block.index]))[:32] == digest.digest()
 
 
 def test_non_finite_activations_stop_the_extraction_and_name_the_sample(tmp_path: Path) -> None:
@@ -411,6 +411,29 @@ def test_a_chunk_file_that_was_cut_off_is_an_error(tmp_path: Path, size: int) ->
         cache.read([Request("train/5")])
 
 
+@pytest.mark.parametrize("kind", ["activations", "pooled"])
+def test_a_whole_chunk_in_anothers_place_is_not_believed(tmp_path: Path, kind: str) -> None:
+    cache = build(tmp_path / "m1.zarr")
+    one, other = sorted((cache.path / kind).glob("c.*"))[:2]
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    with pytest.raises(CorruptCacheError, match="is whole, but not what was sealed"):
+        cache.read([Request("train/0")]) if kind == "activations" else cache.read_pooled(
+            ["train/0"]
+        )
+
+
+def test_a_cache_made_again_under_an_open_one_is_not_mixed_with_it(tmp_path: Path) -> None:
+    cache = build(tmp_path / "m1.zarr")
+    cache.read([Request("train/0")])
+    draw = np.random.default_rng(2)
+    other = make_source(draw.random((SAMPLES, 1, 6, 6), dtype=np.float32))
+    extract(make_frozen(), other, tmp_path / "m1.zarr", make_manifest(content="b"))
+    with pytest.raises(CorruptCacheError, match="is whole, but not what was sealed"):
+        cache.read([Request("train/5")])
+
+
 def test_a_frame_of_another_size_is_not_decoded(tmp_path: Path) -> None:
     """Its checksum is right, so it was put there by somebody."""
     cache = build(tmp_path / "m1.zarr")
@@ -418,5 +441,7 @@ def test_a_frame_of_another_size_is_not_decoded(tmp_path: Path) -> None:
     frame = blosc.compress(np.zeros(10**6, np.float32), b"zstd", 5, blosc.SHUFFLE)
     assert len(frame) < 788  # what a chunk can take
     file.write_bytes(frame + google_crc32c.value(frame).to_bytes(4, "little"))
-    with pytest.raises(CorruptCacheError, match="declares 4000000 bytes"):
+    with pytest.raises(CorruptCacheError, match="not what was sealed"):
         cache.read([Request("train/5")])
+    with pytest.raises(CorruptCacheError, match="declares 4000000 bytes"):
+        Cache(cache.path, verify=False).read([Request("train/5")])

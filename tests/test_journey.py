@@ -326,12 +326,12 @@ def test_another_codec_stores_again_and_trains_nothing(tiny: Path, tmp_path: Pat
     ]
 
 
-def test_a_sealed_cache_that_lost_a_chunk_is_made_again(tiny: Path, tmp_path: Path) -> None:
+def test_a_sealed_cache_that_lost_a_chunk_gets_that_again(tiny: Path, tmp_path: Path) -> None:
     run(tiny, tmp_path / "out")
     run(tiny, tmp_path / "whole")
     next((tmp_path / "out" / "m2.zarr" / "activations").glob("c.0.3.*")).unlink()
     _, notes = run(tiny, tmp_path / "out")
-    assert "module 2: cache built again: damaged: 1 chunk files are missing" in notes
+    assert any(note.startswith("module 2: cache mended: activations/c.0.3.") for note in notes)
     assert_same_run(tmp_path / "out", tmp_path / "whole")
 
 

@@ -64,7 +64,7 @@ def make_manifest(layout: TiledLayout, **changes: Any) -> Manifest:
         module=1,
         pipeline_text="",
         recipe=Digest.of({"lr": 1}),
-        content=Digest.of({"weights": "a"}),
+        content=Digest.of({"weights": "a", "input": "b"}),
         numerics={},
         precision=Precision("float32"),
         stored_operation=None,
@@ -148,7 +148,7 @@ def test_blocks_have_every_place_of_every_array_once(
     blocks = layout.blocks(Items())
     assert len(blocks) == layout.block_count
     for number, block in enumerate(blocks):
-        assert block.index == number
+        assert block.index == number == layout.index(block.samples.start, block.tile)
         for part in layout.parts(block).values():
             seen[part.array][part.place] += 1
             files += part.files

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gim_stagewise.cache.codecs import codec_implementation, encoded_bytes
 from gim_stagewise.cache.columns import metadata_problem, write_checksums, write_samples
 from gim_stagewise.cache.create import create_arrays
-from gim_stagewise.cache.digests import Digest, flatten
+from gim_stagewise.cache.digests import Digest, files_digest, flatten
 from gim_stagewise.cache.frames import read_chunk_file
 from gim_stagewise.cache.journal import BuildFolder
 from gim_stagewise.cache.layout import Block, CacheLayout, auto_chunk
@@ -16,7 +16,13 @@ from gim_stagewise.cache.reader import Cache, open_cache
 from gim_stagewise.cache.sealed import SealedCache
 from gim_stagewise.cache.tiled import TiledCache
 from gim_stagewise.cache.tiles import Layout, TiledLayout
-from gim_stagewise.cache.verify import Damage, find_damage, sealed_digests, stored_blocks
+from gim_stagewise.cache.verify import (
+    Damage,
+    find_damage,
+    sealed_digests,
+    stored_blocks,
+    visible_damage,
+)
 from gim_stagewise.cache.writer import (
     CacheWriter,
     StagedBlock,
@@ -50,6 +56,7 @@ __all__ = [
     "discard_cache",
     "drop_activations",
     "encoded_bytes",
+    "files_digest",
     "find_damage",
     "flatten",
     "is_precision",
@@ -60,6 +67,7 @@ __all__ = [
     "sealed_digests",
     "stage_block",
     "stored_blocks",
+    "visible_damage",
     "write_checksums",
     "write_manifest",
     "write_samples",

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,23 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from gim_stagewise.cache.frames import CHECKSUM_BYTES, RESIDUE
-from gim_stagewise.cache.layout import Labelled, StoredArray
+from gim_stagewise.cache.layout import Block, Labelled, StoredArray
 from gim_stagewise.cache.manifest import Manifest
+from gim_stagewise.cache.tiles import Layout
 from gim_stagewise.sources import SPLITS
 
 # What decodes values; nothing that Zarr or its extensions know besides is ever called.
 _CODECS = {"bytes", "vlen-utf8", "blosc", "zstd", "crc32c"}
 _ZSTD_MAGIC = 0xFD2FB528
 # No two ids are equal, so no file of them is compressed by more than this.
-_MOST_COMPRESSED = 1000
+_MOST_COMPRESSED = 100
 _SMALL = 1_000_000
+
+
+def label_names(manifest: Manifest) -> tuple[str, ...]:
+    """Names of the labels that a cache was sealed with, whatever lies there now."""
+    files = (name.split("/") for name in manifest.files)
+    return tuple(sorted({p[1] for p in files if len(p) == 3 and p[0] == "labels"}))
 
 
 def metadata_problem(path: Path, manifest: Manifest) -> str:
@@ -39,7 +48,7 @@ def metadata_problem(path: Path, manifest: Manifest) -> str:
     layout = manifest.layout
     each = (layout.samples,)
     columns = {"ids": "string", "splits": "uint8"}
-    columns |= {f"labels/{f.parent.name}": "int64" for f in path.glob("labels/*/zarr.json")}
+    columns |= {f"labels/{name}": "int64" for name in label_names(manifest)}
     small = {name: StoredArray(each, each, dtype, ("sample",)) for name, dtype in columns.items()}
     for name, array in (layout.arrays | small).items():
         if problem := _array_problem(path / name, array):
@@ -57,11 +66,11 @@ def _array_problem(path: Path, array: StoredArray) -> str:
             "chunks": tuple(content["chunk_grid"]["configuration"]["chunk_shape"]),
             "values of type": content["data_type"],
         }
-        codecs = [codec["name"] for codec in content["codecs"]]
+        codecs = [str(codec["name"]) for codec in content["codecs"]]
         kinds = content["zarr_format"], content["node_type"], content["chunk_grid"]["name"]
     except FileNotFoundError:
         return "has lost its metadata"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"has metadata that cannot be read ({type(error).__name__}: {error})"
     if kinds != (3, "array", "regular"):
         return "is not a Zarr v3 array with a regular grid of chunks"
@@ -108,13 +117,54 @@ def _put(group: zarr.Group, name: str, values: NDArray[Any], axes: tuple[str, ..
     )
 
 
-def write_checksums(path: Path, digests: list[dict[str, str]]) -> None:
-    """Write the blocks' hashes into a group."""
+def write_checksums(
+    path: Path, cache: Path, layout: Layout, blocks: Sequence[Block], digests: list[dict[str, str]]
+) -> None:
+    """Write the blocks' hashes, and the checksums that their files end in, into a group.
+
+    A row is the SHA-256 of a block's files, one after the other, then the CRC-32C of each of them
+    (little-endian). The short one is compared whenever a chunk is read: a file that is whole, but
+    of another block or cache, is not believed.
+    """
     group = zarr.open_group(str(path), mode="r+").create_group("checksums")
-    for name in digests[0]:
-        hashes = b"".join(bytes.fromhex(block[name]) for block in digests)
-        values = np.frombuffer(hashes, np.uint8).reshape(-1, 32)
-        _put(group, name, values, ("block", "byte"))
+    for kind in layout.kinds:
+        rows = []
+        for block, sha256 in zip(blocks, digests, strict=True):
+            sums = [_last_bytes(cache / file) for file in layout.parts(block)[kind].files]
+            rows.append(bytes.fromhex(sha256[kind]) + b"".join(sums))
+        values = np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1)
+        _put(group, kind, values, ("block", "byte"))
+
+
+def _last_bytes(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        opened.seek(-CHECKSUM_BYTES, os.SEEK_END)
+        return opened.read()
+
+
+def read_checksums(path: Path, kind: str) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
+    """What `write_checksums` wrote: SHA-256 [block, byte], and CRC-32C [block, file].
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As of `read_numbers`, and if its shape is none that they can have.
+    """
+    place = path / "checksums" / kind
+    try:
+        shape = tuple(json.loads((place / "zarr.json").read_text(encoding="utf-8"))["shape"])
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"has metadata that cannot be read ({error!r})") from None
+    known = len(shape) == 2 and all(type(length) is int and length > 0 for length in shape)
+    if not known or shape[1] < 32 or shape[1] % 4:
+        raise ValueError(f"has shape {shape}")
+    rows = read_numbers(place, shape, "uint8")
+    return rows[:, :32], np.ascontiguousarray(rows[:, 32:]).view("<u4")
+
+
+def read_chunk_sums(path: Path, kind: str) -> NDArray[np.uint32]:
+    """CRC-32C of every chunk file of a kind: [block, file]; errors as of `read_checksums`."""
+    return read_checksums(path, kind)[1]
 
 
 def read_numbers(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
@@ -137,7 +187,8 @@ def read_numbers(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[Any]
 def read_strings(path: Path, count: int) -> list[str]:
     """Strings of an array with one chunk; errors as of `read_numbers`."""
     file = path / "c.0"
-    content = _decoded(file, _MOST_COMPRESSED * file.stat().st_size + _SMALL)
+    size = file.stat().st_size if file.is_file() else 0
+    content = _decoded(file, _MOST_COMPRESSED * size + _SMALL)
     if len(content) < 4 + 4 * count or struct.unpack_from("<I", content)[0] != count:
         raise ValueError(f"does not hold {count} strings")
     strings: list[str] = VLenUTF8().decode(content).tolist()
@@ -145,6 +196,10 @@ def read_strings(path: Path, count: int) -> list[str]:
 
 
 def _decoded(file: Path, most: int) -> bytes:
+    if not file.is_file():
+        raise FileNotFoundError(file)
+    if file.stat().st_size > most + _SMALL:
+        raise ValueError(f"has {file.stat().st_size} bytes, more than it can take")
     content = file.read_bytes()
     if google_crc32c.value(content) != RESIDUE:
         raise ValueError("has a checksum that does not match")

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Bytes of a file that are hashed at once.
+_PIECE = 1 << 20
+
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as one level with dotted keys."""
@@ -73,9 +76,14 @@ def files_digest(folder: Path, files: Iterable[str]) -> str:
     Raises
     ------
     FileNotFoundError
-        If one is missing.
+        If one is missing, or is no file (a folder, a pipe).
     """
     digest = hashlib.sha256()
-    for file in files:
-        digest.update((folder / file).read_bytes())
+    for name in files:
+        file = folder / name
+        if not file.is_file():
+            raise FileNotFoundError(file)
+        with file.open("rb") as opened:
+            while piece := opened.read(_PIECE):
+                digest.update(piece)
     return digest.hexdigest()

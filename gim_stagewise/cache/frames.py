@@ -58,7 +58,13 @@ class TornFrameError(FrameError):
 
 
 def read_frame(
-    file: Path, shape: tuple[int, ...], dtype: str, *, compressed: bool, verify: bool = True
+    file: Path,
+    shape: tuple[int, ...],
+    dtype: str,
+    *,
+    compressed: bool,
+    verify: bool = True,
+    sealed: np.uint32 | None = None,
 ) -> NDArray[Any]:
     """Read and decode a chunk file.
 
@@ -71,6 +77,8 @@ def read_frame(
         Whether values went through Blosc.
     verify : bool
         Whether the checksum is compared; sizes always are.
+    sealed : uint32, optional
+        The checksum that the file at this place was sealed with.
 
     Returns
     -------
@@ -89,6 +97,8 @@ def read_frame(
     _check_length(content, expected, compressed=compressed)
     if verify and google_crc32c.value(content) != RESIDUE:
         raise FrameError("has a checksum that does not match")
+    if sealed is not None and content[-CHECKSUM_BYTES:].view("<u4")[0] != sealed:
+        raise FrameError("is whole, but not what was sealed")
     frame = content[:-CHECKSUM_BYTES]
     if not compressed:
         if len(frame) != expected:
@@ -102,7 +112,14 @@ def read_frame(
     return values.view(dtype).reshape(shape)
 
 
-def read_chunk_file(cache: Path, layout: Layout, file: str, *, verify: bool = True) -> NDArray[Any]:
+def read_chunk_file(
+    cache: Path,
+    layout: Layout,
+    file: str,
+    *,
+    verify: bool = True,
+    sealed: np.uint32 | None = None,
+) -> NDArray[Any]:
     """Read a chunk file of a cache by its path in the group (see `read_frame`)."""
     array = layout.arrays[file.rpartition("/")[0]]
     return read_frame(
@@ -111,6 +128,7 @@ def read_chunk_file(cache: Path, layout: Layout, file: str, *, verify: bool = Tr
         array.dtype,
         compressed=layout.codec != "none",
         verify=verify,
+        sealed=sealed,
     )
 
 

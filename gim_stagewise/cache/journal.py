@@ -77,7 +77,8 @@ class BuildFolder:
         records = self._records()
         if not records or records[0]["content"] != content.value:
             return 0, 0
-        return len(records) - 1, records[0]["blocks"]
+        # One that was found damaged later was recorded once more.
+        return len({record["block"] for record in records[1:]}), records[0]["blocks"]
 
     def remove(self) -> None:
         if self.path.exists():

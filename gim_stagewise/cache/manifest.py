@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -135,12 +136,16 @@ def read_manifest(path: Path) -> Manifest:
     except UnicodeDecodeError:
         raise CorruptCacheError(f"{file} is damaged: not text. Build the cache again") from None
     try:
-        content = json.loads(text)["attributes"][KEY]
+        group = json.loads(text)
+        content = group["attributes"][KEY]
         version = content["format_version"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        kind = group["zarr_format"], group["node_type"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise CorruptCacheError(
             f"{path} is not a gim-stage cache, or its zarr.json is damaged"
         ) from None
+    if kind != (3, "group"):
+        raise CorruptCacheError(f"{file} is damaged: it says it is {kind}. Build the cache again")
     if version != FORMAT_VERSION:
         raise CorruptCacheError(
             f"{path} has cache format {version}, this version reads {FORMAT_VERSION}; "
@@ -175,8 +180,8 @@ def _parse(content: dict[str, Any]) -> Manifest:
         pipeline=str(content["pipeline"]),
         module=int(content["module"]),
         pipeline_text=str(content["pipeline_text"]),
-        recipe=Digest(content["recipe"]["parts"]),
-        content=Digest(content["content"]["parts"]),
+        recipe=_parse_digest(content["recipe"]),
+        content=_parse_digest(content["content"], needs=("weights", "input")),
         numerics=dict(content["numerics"]),
         precision=precision,
         stored_operation=_optional(content["stored_operation"], str),
@@ -188,6 +193,13 @@ def _parse(content: dict[str, Any]) -> Manifest:
         choice=_optional(content["choice"], dict),
         files={_inside(name): str(digest) for name, digest in content["files"].items()},
     )
+
+
+def _parse_digest(content: dict[str, Any], needs: Sequence[str] = ()) -> Digest:
+    parts = content["parts"]
+    if not isinstance(parts, dict) or not all(isinstance(parts.get(name), str) for name in needs):
+        raise TypeError(f"parts of a digest without {', '.join(needs) or 'names'}")
+    return Digest(parts)
 
 
 def _optional(value: Any, kind: type[T]) -> T | None:
@@ -281,18 +293,22 @@ def _inside(name: str) -> str:
         If it does not.
     """
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts:
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
         raise ValueError(f"{name!r} is not a file of a cache")
     return name
 
 
 def file_digests(path: Path, layout: Layout) -> dict[str, str]:
-    """SHA-256 of the files of a cache that are neither chunks nor the manifest."""
+    """SHA-256 of the files of a cache that are neither chunks nor the manifest.
+
+    What else somebody put there (a file browser's ``.DS_Store``) is no part of it.
+    """
     found = {}
     arrays = {path / name for name in layout.arrays}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
-        chunk = file.parent in arrays and file.name.startswith("c.")
-        if file.is_file() and not chunk and name != "zarr.json":
+        chunk = file.name.startswith("c.")
+        own = file.name == "zarr.json" or (chunk and file.parent not in arrays)
+        if own and name != "zarr.json" and file.is_file():
             found[name] = files_digest(path, [name])
     return found

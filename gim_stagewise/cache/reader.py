@@ -147,9 +147,13 @@ class Cache(SealedCache):
         return samples
 
     @cached_property
-    def _stored(self) -> set[tuple[int, int]]:
+    def _stored(self) -> dict[tuple[int, int], int]:
+        """Indexes of blocks, by view and chunk."""
         blocks = self.layout.blocks(self)
-        return {(block.view, block.samples.start // self.chunk_items) for block in blocks}
+        return {(b.view, b.samples.start // self.chunk_items): b.index for b in blocks}
+
+    def _index(self, view: int, chunk: int) -> int:
+        return chunk if self.layout.views == 1 else self._stored[view, chunk]
 
     def is_stored(self, view: int, chunk: int) -> bool:
         """Whether a view is stored for a chunk of samples; only unlabeled ones have several."""
@@ -179,10 +183,13 @@ class Cache(SealedCache):
         samples = Span(number * layout.chunk, min((number + 1) * layout.chunk, layout.samples))
         part = layout.parts(Block(-1, view, samples))[name]
         rows_of = even_ranges(layout.grid[0], layout.arrays[name].chunks[2])
-        for rows, file, inside in zip(rows_of, part.files, part.inside, strict=True):
+        index = self._index(view, number)
+        for place, (rows, file, inside) in enumerate(
+            zip(rows_of, part.files, part.inside, strict=True)
+        ):
             if rows.stop <= needed.start or rows.start >= needed.stop:
                 continue
-            yield rows, self._read_file(file)[inside]
+            yield rows, self._read_file(name, index, place, file)[inside]
 
 
 def open_cache(path: str | Path, *, verify: bool = True) -> Cache:

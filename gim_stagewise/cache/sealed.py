@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gim_stagewise.cache.columns import metadata_problem, read_numbers, read_strings
+from gim_stagewise.cache.columns import (
+    label_names,
+    metadata_problem,
+    read_chunk_sums,
+    read_numbers,
+    read_strings,
+)
 from gim_stagewise.cache.digests import Digest, files_digest
 from gim_stagewise.cache.frames import FrameError, read_chunk_file
 from gim_stagewise.cache.manifest import Manifest, read_manifest
@@ -43,6 +49,7 @@ class SealedCache:
     def __init__(self, path: str | Path, *, verify: bool = True) -> None:
         self.path = Path(path)
         self._verify = verify
+        self._sums: dict[str, NDArray[np.uint32]] = {}
         self.manifest: Manifest = read_manifest(self.path)
         if not self.manifest.sealed:
             raise PartialCacheError(
@@ -77,8 +84,7 @@ class SealedCache:
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        folder = self.path / "labels"
-        return tuple(sorted(p.parent.name for p in folder.glob("*/zarr.json")))
+        return label_names(self.manifest)
 
     def labels(self, name: str) -> NDArray[np.int64]:
         if name not in self.label_names:
@@ -109,15 +115,42 @@ class SealedCache:
         parts = self.manifest.content.parts
         return Digest({k: v for k, v in parts.items() if k != "numerics.codec"}).value
 
-    def _read_file(self, file: str) -> NDArray[Any]:
-        """A chunk, until this thread reads another one."""
+    def _read_file(self, kind: str, block: int, number: int, file: str) -> NDArray[Any]:
+        """A chunk, until this thread reads another one.
+
+        Parameters
+        ----------
+        kind : str
+            "activations" or "pooled".
+        block : int
+            Index of the block that it belongs to.
+        number : int
+            Which of the block's files of that kind it is.
+        file : str
+            Its path in the group.
+        """
+        layout = self.manifest.layout
+        # Its own checksum says that it is whole, the sealed one that it belongs here.
+        known = self._verify and f"checksums/{kind}/c.0.0" in self.manifest.files
+        sealed = self._chunk_sums(kind)[block, number] if known else None
         try:
-            return read_chunk_file(self.path, self.manifest.layout, file, verify=self._verify)
+            return read_chunk_file(self.path, layout, file, verify=self._verify, sealed=sealed)
         except FileNotFoundError:
             # Zarr reads an absent chunk as the fill value; here it is a loss.
             raise CorruptCacheError(self._damage(file, "is missing")) from None
         except (FrameError, RuntimeError) as error:
             raise CorruptCacheError(self._damage(file, str(error))) from None
+
+    def _chunk_sums(self, kind: str) -> NDArray[np.uint32]:
+        """CRC-32C of all chunk files of a kind, as they were sealed: [block, file]."""
+        if kind not in self._sums:
+            with self._naming(f"checksums/{kind}"):
+                sums = read_chunk_sums(self.path, kind)
+                file = f"checksums/{kind}/c.0.0"
+                if files_digest(self.path, [file]) != self.manifest.files[file]:
+                    raise ValueError("is not what was sealed")
+                self._sums[kind] = sums
+        return self._sums[kind]
 
     def _small_array(self, name: str, dtype: str) -> NDArray[Any]:
         """An array with an entry per sample."""

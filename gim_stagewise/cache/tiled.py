@@ -114,15 +114,11 @@ class TiledCache(SealedCache):
             block = Block(-1, 0, Span(number, number + 1), place)
             (file,) = layout.parts(block)[kind].files
             part = common(own, region)
-            values = self.read_tile(file)
+            values = self._read_file(kind, layout.index(number, place), 0, file)
             out[(slice(None),) * lead + within(part, region)] = values[
                 (slice(None),) * lead + within(part, own)
             ]
         return out
-
-    def read_tile(self, file: str) -> NDArray[Any]:
-        """The stored values of a chunk file, until this thread reads another one."""
-        return self._read_file(file)
 
 
 def _check_within(region: Region, extent: tuple[int, ...], item_id: str) -> None:

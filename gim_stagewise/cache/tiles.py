@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import accumulate, product
 from urllib.parse import quote
 
 import numpy as np
@@ -144,6 +144,19 @@ class TiledLayout:
             for tile in product(*map(range, self._tiles(extent))):
                 found.append(Block(len(found), 0, Span(number, number + 1), tile))
         return found
+
+    @cached_property
+    def _first(self) -> list[int]:
+        """Index of the first block of each item."""
+        counts = (math.prod(self._tiles(extent)) for extent in self.extents)
+        return [0, *accumulate(counts)]
+
+    def index(self, number: int, tile: tuple[int, ...]) -> int:
+        """Index of the block of an item's tile."""
+        place = 0
+        for own, count in zip(tile, self._tiles(self.extents[number]), strict=True):
+            place = place * count + own
+        return self._first[number] + place
 
     def region(self, block: Block) -> Region:
         """The places of a block."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gim_stagewise.cache.columns import read_numbers, read_strings
+from gim_stagewise.cache.columns import read_checksums, read_numbers, read_strings
 from gim_stagewise.cache.digests import files_digest
 from gim_stagewise.cache.frames import FrameError, TornFrameError, read_chunk_file
 from gim_stagewise.cache.layout import Block, CacheLayout
@@ -118,6 +118,27 @@ def find_damage(path: Path, progress: Progress) -> list[Damage]:
     return [*found, *chain.from_iterable(parts)]
 
 
+def visible_damage(path: Path, manifest: Manifest, blocks: Sequence[Block]) -> list[Damage]:
+    """What is wrong with a sealed cache that can be seen without reading its chunks.
+
+    Parameters
+    ----------
+    path : Path
+    manifest : Manifest
+    blocks : sequence of Block
+        Those that it should have.
+    """
+    found = [
+        damage for name, digest in manifest.files.items() if (damage := _file(path, name, digest))
+    ]
+    return found + [
+        Damage(file, "missing", "is missing", block)
+        for block in blocks
+        for file in manifest.layout.chunk_files(block)
+        if not (path / file).is_file()
+    ]
+
+
 def stored_blocks(path: Path, manifest: Manifest) -> list[Block]:
     """The blocks that a sealed cache should have.
 
@@ -170,11 +191,17 @@ def sealed_digests(path: Path, manifest: Manifest, blocks: int) -> list[dict[str
     columns = {}
     for name in manifest.layout.kinds:
         try:
-            rows = read_numbers(path / "checksums" / name, (blocks, 32), "uint8")
+            rows, _ = read_checksums(path, name)
+            _check_count(len(rows), blocks)
         except (FileNotFoundError, ValueError) as error:
             raise CorruptCacheError(f"{path}: checksums/{name} cannot be read ({error})") from None
         columns[name] = [bytes(row).hex() for row in rows]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _check_count(found: int, blocks: int) -> None:
+    if found != blocks:
+        raise ValueError(f"is of {found} blocks, not {blocks}")
 
 
 def _file(path: Path, name: str, digest: str) -> Damage | None:
@@ -214,9 +241,11 @@ def _chunk(
     inside: tuple[int | slice, ...],
     precision: Precision,
 ) -> Damage | None:
+    if (path / file).exists() and not (path / file).is_file():
+        return Damage(file, "altered", "is no file", block)
     try:
         values = read_chunk_file(path, manifest.layout, file)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Damage(file, "missing", "is missing", block)
     except TornFrameError as error:
         return Damage(file, "torn", str(error), block)

@@ -8,6 +8,7 @@ in the journal is whole, and a cache that is sealed has all its blocks.
 
 from __future__ import annotations
 
+import json
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -24,8 +25,9 @@ from gim_stagewise.cache.columns import write_checksums, write_samples
 from gim_stagewise.cache.create import create_arrays
 from gim_stagewise.cache.digests import files_digest
 from gim_stagewise.cache.journal import BuildFolder
-from gim_stagewise.cache.layout import Block
+from gim_stagewise.cache.layout import FORMAT_VERSION, Block
 from gim_stagewise.cache.manifest import (
+    KEY,
     Manifest,
     file_digests,
     read_manifest,
@@ -95,7 +97,8 @@ def stage_block(
     files = manifest.layout.chunk_files(block)
     with storage_errors(f"writing block {block.index} of {cache}"):
         try:
-            folder.mkdir()  # not its parent: if that is gone, another run has taken over
+            with operation("mkdir", folder):
+                folder.mkdir()  # not its parent: if that is gone, another took over
             for name, part in parts.items():
                 values, own = arrays[name], folder / part.array
                 own.mkdir(parents=True)
@@ -105,7 +108,8 @@ def stage_block(
                     target = stored.with_config({"write_empty_chunks": True})
                     target[part.place] = values
             if error is not None:
-                error.save(folder / "error.npy")
+                with operation("write", folder / "error.npy"):
+                    error.save(folder / "error.npy")
                 fsync_file(folder / "error.npy")
             for file in files:
                 fsync_file(folder / file)
@@ -143,7 +147,11 @@ class CacheWriter:
                 discard_cache(path)
                 self.staging = self._build.start(manifest.content, len(self._blocks))
                 self._done: dict[int, dict[str, str]] = {}
-                self._create(source)
+                try:
+                    self._create(source)
+                except BaseException:
+                    self.abandon()
+                    raise
             else:
                 self.staging, recorded = resumed
                 self._done = {
@@ -184,8 +192,10 @@ class CacheWriter:
         fsync_directory(self.path.parent)
 
     def _write_metadata(self, folder: Path, source: Source) -> None:
-        create_arrays(folder, self.manifest.layout, self.manifest.precision)
-        write_samples(folder, source)
+        with operation("write", folder):
+            create_arrays(folder, self.manifest.layout, self.manifest.precision)
+        with operation("write", folder / "ids"):
+            write_samples(folder, source)
 
     def _metadata_intact(self, staging: Path, source: Source) -> bool:
         """Whether an unfinished build has what it began with: the seal would vouch for it."""
@@ -233,8 +243,10 @@ class CacheWriter:
     def _write_checksums(self) -> None:
         """Put the blocks' hashes beside the arrays."""
         aside = self.staging / "seal"
-        zarr.open_group(str(aside), mode="w", zarr_format=3)
-        write_checksums(aside, [self._done[block.index] for block in self._blocks])
+        with operation("write", aside):
+            zarr.open_group(str(aside), mode="w", zarr_format=3)
+            done = [self._done[block.index] for block in self._blocks]
+            write_checksums(aside, self.path, self.manifest.layout, self._blocks, done)
         flush_tree(aside)
         remove(self.path / "checksums")
         rename(aside / "checksums", self.path / "checksums")
@@ -310,6 +322,23 @@ def drop_activations(path: Path) -> Manifest:
     return left
 
 
+def _is_cache(path: Path) -> bool:
+    """Whether a folder is what is left of a cache of ours, damaged or not, or empty."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    file = path / "zarr.json"
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    if KEY in text:
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
+            # One of a newer release is whole, for that release.
+            version = json.loads(text)["attributes"][KEY]["format_version"]
+            return type(version) is not int or version <= FORMAT_VERSION
+        return True
+    # Without its manifest it is known by the arrays that no other kind of group has together.
+    ours = {"ids", "splits", "pooled"}
+    return not any(path.iterdir()) or ours <= {child.name for child in path.iterdir()}
+
+
 def discard_cache(path: Path) -> None:
     """Remove a cache and what is left of its building; nothing half-removed keeps its name.
 
@@ -321,11 +350,11 @@ def discard_cache(path: Path) -> None:
     BuildFolder(path).remove()
     for leftover in path.parent.glob(f".{path.name}.trash-*"):
         remove(leftover)
-    if path.exists():
-        looks_like_cache = (path / "zarr.json").is_file() or (path / "activations").is_dir()
-        if not looks_like_cache and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() or path.is_symlink():
+        if not _is_cache(path):
             raise CorruptCacheError(
-                f"{path} is in the way and is not a cache; move it, or choose another --dir"
+                f"{path} is in the way and is not a cache of this version; move it, or choose "
+                "another --dir"
             )
         trash = path.with_name(f".{path.name}.trash-{uuid.uuid4().hex[:8]}")
         rename(path, trash)

@@ -96,7 +96,8 @@ def verify(
     found = check(path, progress)
     mended = []
     if repair:
-        for cache, damage in sorted(found.damage.items()):
+        # From the bottom up: a module's input is whole before its outputs are computed again.
+        for cache, damage in found.damage.items():
             for one in damage:
                 click.echo(f"{cache / one.file}: {one.kind}: {one.what}", err=True)
             if pipeline_file is None:
@@ -128,6 +129,7 @@ def verify(
 @options.pipeline_argument
 @options.folder_option("cache/NAME, with the pipeline's name")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@options.break_lock_option
 @options.json_option
 def clean(pipeline_file: Path, folder: Path | None, yes: bool, as_json: bool) -> None:
     """Remove leftovers and stale things from a run's folder, after listing them.

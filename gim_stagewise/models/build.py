@@ -226,14 +226,48 @@ def _user_files(module: ModuleType, folder: Path) -> dict[str, Path]:
             files[place] = file
             names = _imported_names(file, current)
             waiting += [sys.modules[name] for name in names if name in sys.modules]
+            # What is imported only once a function runs is code of the builder as well.
+            later = [path for name in names for path in _places(name, folder)]
+            files |= _files_below(later, folder, files)
+    return files
+
+
+def _places(name: str, folder: Path) -> list[Path]:
+    """Files in a folder that an import of that name would run."""
+    stem = folder.joinpath(*name.split("."))
+    found = [stem.with_suffix(".py"), stem / "__init__.py"]
+    return [path.resolve() for path in found if path.is_file()]
+
+
+def _files_below(waiting: list[Path], folder: Path, known: Mapping[str, Path]) -> dict[str, Path]:
+    """Files that are not imported yet, and what they would import, by their places."""
+    files: dict[str, Path] = {}
+    while waiting:
+        file = waiting.pop()
+        if not file.is_relative_to(folder) or "site-packages" in file.parts:
+            continue
+        place = file.relative_to(folder).as_posix()
+        if place in known or place in files:
+            continue
+        files[place] = file
+        package = ".".join(Path(place).parent.parts)
+        waiting += [path for name in _names_in(file, package) for path in _places(name, folder)]
     return files
 
 
 def _imported_names(file: Path, module: ModuleType) -> set[str]:
     """Names of modules that a file's import statements may mean."""
     package = getattr(module, "__package__", None) or ""
-    names = {module.__name__.rpartition(".")[0]}
-    for node in ast.walk(ast.parse(file.read_bytes())):
+    return _names_in(file, package) | ({module.__name__.rpartition(".")[0]} - {""})
+
+
+def _names_in(file: Path, package: str) -> set[str]:
+    names: set[str] = set()
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return names  # nothing can have imported it
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

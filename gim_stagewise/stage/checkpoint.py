@@ -79,6 +79,8 @@ def _state_digest(state: Any) -> str:
 
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
+            if value.nelement() * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError("a tensor that declares more than the file holds")
             digest.update(f"{tuple(value.shape)}:{value.dtype};".encode())
             flat = value.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().data)
@@ -139,6 +141,20 @@ class TrainingRecord:
     projected_mem: int = 0
     measured_mem: int = 0
     shuffle_quality: float = 1.0
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> TrainingRecord:
+        """The reverse of ``asdict``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If that is no record.
+        """
+        numbers = {name: value for name, value in content.items() if name != "numerics"}
+        if any(isinstance(v, bool) or not isinstance(v, int | float) for v in numbers.values()):
+            raise TypeError("a record of something else than numbers")
+        return cls(**numbers, numerics=dict(content["numerics"]))
 
 
 @dataclass(frozen=True)
@@ -219,6 +235,8 @@ class FrozenWeights:
         CorruptCacheError
             If it is damaged or not ours.
         """
+        if path.exists() and not path.is_file():
+            raise CorruptCacheError(f"{path} is no file; remove it, and train the module again")
         if not path.is_file():
             raise CacheNotFoundError(f"no frozen weights at {path}; train that module first")
         try:
@@ -229,20 +247,27 @@ class FrozenWeights:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             weights = cls(
                 module=int(about["module"]),
-                recipe=Digest(about["recipe"]["parts"]),
+                recipe=Digest(dict(about["recipe"]["parts"])),
                 input_content=str(about["input_content"]),
                 builder_source=str(about["builder_source"]),
                 behaviour=str(about["behaviour"]),
                 training=str(about["training"]),
                 in_shape=tuple(int(size) for size in about["in_shape"]),
-                chain=about["chain"],
+                chain=None if about["chain"] is None else str(about["chain"]),
                 pipeline_text=str(about["pipeline_text"]),
-                record=TrainingRecord(**about["record"]),
+                record=TrainingRecord.from_json(about["record"]),
                 tensors=tensors,
             )
             described = hashlib.sha256(text.encode()).hexdigest() == metadata["sha256"]
             intact = described and weights.digest == about["weights"]
-        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (
+            SafetensorError,
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise CorruptCacheError(
                 f"{path} is damaged or not a frozen module of gim-stage "
                 f"({type(error).__name__}: {error}); train the module again"

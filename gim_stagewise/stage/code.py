@@ -30,7 +30,8 @@ def code_staleness(workspace: Workspace, weights: FrozenWeights) -> str:
     except RuntimeError:
         same = False
     if not same:
-        return f"the code of {builder.reference!r} computes something else now"
+        old, new = weights.builder_source[:8], builder.source_digest[:8]
+        return f"the code of {builder.reference!r} computes something else now ({old}… → {new}…)"
     workspace.progress.note(
         f"module {weights.module}: the code of {builder.reference!r} changed, "
         "but not its results; kept"

@@ -274,9 +274,9 @@ def extract(
             for staged in blocks:
                 writer.commit(staged)
                 task.advance(len(staged.block.samples))
+        trim_heap()
+        check_error(writer.error(), job.config.stage(job.manifest.module).cache, job.manifest)
+        return writer.seal()
     except BaseException:
         writer.abandon()
         raise
-    trim_heap()
-    check_error(writer.error(), job.config.stage(job.manifest.module).cache, job.manifest)
-    return writer.seal()

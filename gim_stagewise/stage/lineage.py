@@ -30,19 +30,24 @@ def foreign_content(workspace: Workspace, data: Callable[[], Source], cache: Cac
     weights_path = beside / f"m{index}.safetensors"
     below_path = beside / f"m{index - 1}.zarr"
     if index == 1 and workspace.code_folder is not None:
-        if parts["input"] != data().content_digest():
-            return "the data of its source changed"
+        if (reason := _changed(parts["input"], data().content_digest())) != "":
+            return f"the data of its source changed ({reason})"
     elif index > 1 and below_path.exists():
         below = Cache(below_path)
-        if parts["input"] != below.content_digest():
-            return f"it was made from another {below_path.name} than the one beside it"
+        if (reason := _changed(parts["input"], below.content_digest())) != "":
+            return f"it was made from another {below_path.name} than the one beside it ({reason})"
         if reason := foreign_content(workspace, data, below):
             return f"{below_path.name} below it: {reason}"
     if not weights_path.exists():
         return ""
     weights = FrozenWeights.load(weights_path)
-    if weights.digest != parts["weights"]:
-        return f"it was made with other weights than {weights_path.name} beside it"
+    if (reason := _changed(parts["weights"], weights.digest)) != "":
+        return f"it was made with other weights than {weights_path.name} beside it ({reason})"
     if workspace.code_folder is None:
         return ""
     return code_staleness(workspace, weights)
+
+
+def _changed(old: str, new: str) -> str:
+    """From what to what; empty if it is the same."""
+    return "" if old == new else f"{old[:8]}… → {new[:8]}…"

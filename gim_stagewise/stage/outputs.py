@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,13 +15,14 @@ from gim_stagewise.cache import (
     BuildFolder,
     Cache,
     CacheWriter,
+    Damage,
     Digest,
     Manifest,
     Precision,
     discard_cache,
     encoded_bytes,
-    metadata_problem,
     read_manifest,
+    visible_damage,
 )
 from gim_stagewise.durable import sweep
 from gim_stagewise.errors import (
@@ -51,6 +52,39 @@ from gim_stagewise.stage.parallel import choose_executor
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.storing import Storing, check_error, compute_block
 from gim_stagewise.stage.workspace import Workspace, with_absolute_places
+
+
+@dataclass(frozen=True)
+class FoundCache:
+    """What there is of a module's cache.
+
+    Parameters
+    ----------
+    manifest : Manifest or None
+        Of one that can be kept or gone on with; None if there is none.
+    reason : str
+        Why not, where there is more to say than that nothing is there.
+    damage : list of Damage
+        What a sealed one has lost, which can be computed again.
+    unreadable : bool
+        Whether there is one that nobody can read.
+    """
+
+    manifest: Manifest | None
+    reason: str = ""
+    damage: list[Damage] = field(default_factory=list)
+    unreadable: bool = False
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is a sealed cache with all that it should have."""
+        return self.manifest is not None and self.manifest.sealed and not self.damage
+
+
+def described(damage: list[Damage]) -> str:
+    """Damage in a few words."""
+    first = f"{damage[0].file} {damage[0].what}"
+    return first if len(damage) == 1 else f"{first}, and {len(damage) - 1} more"
 
 
 class StageOutputs:
@@ -107,7 +141,12 @@ class StageOutputs:
             sweep(self.workspace.folder)
             if force:
                 discard_cache(self.workspace.cache_path(self.index))
-            found, reason = self.current(manifest)
+            there = self.current(manifest)
+            found, reason = there.manifest, there.reason
+            if found is not None and there.damage:
+                found, reason = self._mended(weights, found, there.damage)
+                if found is not None:
+                    return found, True
             if found is not None and found.sealed:
                 BuildFolder(self.workspace.cache_path(self.index)).remove()
                 self._check_recorded_error(found)
@@ -126,6 +165,19 @@ class StageOutputs:
                 self._check_free(frozen, manifest)
             del frozen
             return self._extract(weights, manifest, workers), True
+
+    def _mended(
+        self, weights: FrozenWeights, manifest: Manifest, damage: list[Damage]
+    ) -> tuple[Manifest | None, str]:
+        """The cache with what it lost computed again; or None, and why that cannot be."""
+        from gim_stagewise.stage.repair import repair
+
+        try:
+            repair(self, weights, damage)
+        except (StaleCacheError, CorruptCacheError) as error:
+            return None, f"damaged ({described(damage)}), and not mended: {error}"
+        self._note(f"cache mended: {described(damage)}")
+        return manifest, ""
 
     def _gone_on_with(self, wanted: Manifest, begun: Manifest) -> Manifest:
         """The manifest of a build that goes on: what was found out when it began stays."""
@@ -235,7 +287,7 @@ class StageOutputs:
             To read one of them.
         """
         layout = cache_layout(self.workspace, self.index, self.shape, self.source)
-        nothing = Digest({})
+        nothing = Digest({"weights": "", "input": ""})
         manifest = Manifest(
             pipeline="",
             module=self.index,
@@ -317,36 +369,30 @@ class StageOutputs:
         """The outputs, computed when they are read."""
         return VirtualCache(self.block_job(weights, self.manifest(weights), Path()), self.source)
 
-    def current(self, wanted: Manifest) -> tuple[Manifest | None, str]:
-        """A cache that can be kept, or gone on with; else None and the reason, if there is one."""
+    def current(self, wanted: Manifest) -> FoundCache:
+        """What there is of a cache, and whether it can be kept, gone on with or mended."""
+        path = self.workspace.cache_path(self.index)
         try:
-            found = read_manifest(self.workspace.cache_path(self.index))
+            found = read_manifest(path)
         except CacheNotFoundError:
-            return None, ""
+            return FoundCache(None)
         except CorruptCacheError as error:
-            return None, str(error)
+            return FoundCache(None, str(error), unreadable=True)
         changes = identity.cache_differences(found, wanted.recipe, wanted.content)
         if changes:
-            return None, "; ".join(changes)
+            return FoundCache(None, "; ".join(changes))
+        if not found.sealed and found.content.value != wanted.content.value:
+            begun = "; ".join(found.content.differences(wanted.content))
+            return FoundCache(None, f"what was begun would not be of one piece: {begun}")
         # Where old activations may go, or were not worth storing, they are computed when needed.
         may_go = self.workspace.config.keep != "all" or self._config.cache.materialize == "auto"
         if wanted.layout.materialized and not found.layout.materialized and not may_go:
-            return None, "its activations are not stored"
-        return (None, damage) if found.sealed and (damage := self._damage(found)) else (found, "")
-
-    def _damage(self, manifest: Manifest) -> str:
-        """What is wrong with a sealed cache that can be seen without reading its chunks."""
-        path = self.workspace.cache_path(self.index)
-        if problem := metadata_problem(path, manifest):
-            return f"damaged: {problem}"
-        missing = self._missing_chunks(manifest)
-        return f"damaged: {missing} chunk files are missing" if missing else ""
-
-    def _missing_chunks(self, manifest: Manifest) -> int:
-        path = self.workspace.cache_path(self.index)
-        blocks = manifest.layout.blocks(self.source)
-        files = [file for block in blocks for file in manifest.layout.chunk_files(block)]
-        return sum(not (path / file).is_file() for file in files)
+            return FoundCache(None, "its activations are not stored")
+        if not found.sealed:
+            return FoundCache(found)
+        return FoundCache(
+            found, damage=visible_damage(path, found, found.layout.blocks(self.source))
+        )
 
     def _frozen(self, weights: FrozenWeights, device: torch.device) -> FrozenModule:
         module = self.workspace.build(self.index, self.shape.cell_in[0])

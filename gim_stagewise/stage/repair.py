@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from gim_stagewise.cache import (
     Manifest,
     block_digests,
     create_arrays,
+    files_digest,
     read_manifest,
     sealed_digests,
     write_checksums,
@@ -119,27 +118,48 @@ class _Repair:
         zarr.open_group(str(new), mode="w", zarr_format=3)
         blocks = self.manifest.layout.blocks(self.outputs.source)
         digests = [block_digests(self.path, self.manifest.layout, block) for block in blocks]
-        write_checksums(new, digests)
+        write_checksums(new, self.path, self.manifest.layout, blocks, digests)
         self._replace(new, names)
 
     def _replace(self, new: Path, names: list[str]) -> None:
         for name in names:
             file = new / name
-            content = file.read_bytes() if file.is_file() else b""
-            if hashlib.sha256(content).hexdigest() != self.manifest.files[name]:
+            known = file.is_file() and not file.is_symlink()
+            if not known or files_digest(new, [name]) != self.manifest.files[name]:
                 raise CorruptCacheError(
                     f"{self.path}: {name} is damaged, and what would replace it is not what was "
                     f"sealed. {_rebuild(self.outputs)}"
                 )
         flush_tree(new)
         for name in names:
-            target = self.path / name
-            if target.is_dir():
-                shutil.rmtree(target)
-            target.parent.mkdir(parents=True, exist_ok=True)
+            target = self._target(name)
             rename(new / name, target)
             fsync_directory(target.parent)
             fsync_directory(target.parent.parent)
+
+    def _target(self, name: str) -> Path:
+        """Where a file of the cache goes: in folders of the cache alone, in nobody's way.
+
+        Raises
+        ------
+        CorruptCacheError
+            If a link leads elsewhere, or a folder has the file's name.
+        """
+        target = self.path / name
+        folders = [folder for folder in target.parents if folder.is_relative_to(self.path)]
+        for folder in reversed(folders):
+            if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+                raise CorruptCacheError(
+                    f"{folder} is no folder of a cache but a link or a file; remove it, and give "
+                    "the same command again"
+                )
+            folder.mkdir(exist_ok=True)
+        if target.is_dir() and not target.is_symlink():
+            raise CorruptCacheError(
+                f"{target} is a folder where a file belongs; remove it, and give the same command "
+                "again"
+            )
+        return target
 
     def _blocks(self, blocks: list[Block], digests: list[dict[str, str]] | None) -> None:
         outputs, staging = self.outputs, self.staging / "blocks"
@@ -162,8 +182,9 @@ class _Repair:
                     )
                 folders = set()
                 for file in staged.files:
-                    rename(staged.folder / file, self.path / file)
-                    folders.add((self.path / file).parent)
+                    target = self._target(file)
+                    rename(staged.folder / file, target)
+                    folders.add(target.parent)
                 for folder in sorted(folders):
                     fsync_directory(folder)
                 task.advance()

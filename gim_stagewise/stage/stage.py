@@ -147,7 +147,8 @@ class Stage:
         reason = self._staleness(weights)
         if reason:
             raise StaleCacheError(
-                f"{path} is stale: {reason}; train module {self.index} again first"
+                f"{path} is stale: {reason}; train it again first, with `gim-stage train --module "
+                f"{self.index}` and the same input or pipeline"
             )
         return weights
 

@@ -31,6 +31,7 @@ from gim_stagewise.stage.checkpoint import (
     TrainingRecord,
     load_checkpoint,
     module_tensors,
+    peek_checkpoint,
     save_checkpoint,
 )
 from gim_stagewise.stage.feed import SampleReader
@@ -281,7 +282,8 @@ class _Trainer:
 
     def _diverged(self, what: str, step: int) -> NonFiniteError:
         job = self.job
-        kept = f"is {job.checkpoint}" if job.checkpoint.exists() else "is none: it was before one"
+        own = peek_checkpoint(job.checkpoint, run=job.run) is not None
+        kept = f"is {job.checkpoint}" if own else "is none: it was before one"
         return NonFiniteError(
             f"module {job.stage}: {what} at step {step} (epoch {self.at.epoch + 1}, lr "
             f"{job.config.lr}); the last good checkpoint {kept}. "
