@@ -98,13 +98,13 @@ def kind_of(path: Path) -> str:
 def one_of_each(points: list[tuple[str, str, str]], seed: int) -> list[int]:
     """For each kind of point, the number of one of them.
 
-    What is on the disk after an operation is there before the next one as well, so that only what
-    comes after a rename or an entry in a journal is a kind of its own.
+    Of those after something changed on the disk: what is there then is there before the next
+    operation as well, and a flush changes nothing that a kill could show.
     """
     draw = random.Random(seed)
     places: dict[tuple[str, str, str], list[int]] = {}
     for number, point in enumerate(points):
-        if point[0] == "after" and point[1] not in ("rename", "append"):
+        if point[0] == "before" or point[1] == "fsync":
             continue
         places.setdefault(point, []).append(number)
     return sorted(draw.choice(numbers) for numbers in places.values())

@@ -293,8 +293,6 @@ def test_a_worker_left_over_from_an_earlier_run_changes_nothing(tmp_path: Path) 
 def test_the_checksums_of_a_sealed_cache_are_those_of_its_files(tmp_path: Path) -> None:
     import hashlib
 
-    import zarr
-
     cache = build(tmp_path / "m1.zarr")
     for name in ("activations", "pooled"):
         recorded = zarr.open_array(str(cache.path / "checksums" / name), mode="r")
@@ -343,6 +341,15 @@ def test_only_caches_are_replaced(tmp_path: Path) -> None:
     with pytest.raises(CorruptCacheError, match="is not a cache"):
         CacheWriter(precious, make_manifest(), make_source())
     assert (precious / "thesis.txt").read_text() == "all of it"
+    group = zarr.open_group(str(tmp_path / "m3.zarr"), mode="w")
+    group.create_array("mine", data=np.arange(3))
+    with pytest.raises(CorruptCacheError, match="is not a cache of this version"):
+        CacheWriter(tmp_path / "m3.zarr", make_manifest(), make_source())
+    build(tmp_path / "m4.zarr")
+    file = tmp_path / "m4.zarr" / "zarr.json"
+    file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(CorruptCacheError, match="is not a cache of this version"):
+        CacheWriter(tmp_path / "m4.zarr", make_manifest(), make_source())
     build(tmp_path / "m2.zarr")
     shutil.rmtree(tmp_path / "m2.zarr" / "activations")
     discard_cache(tmp_path / "m2.zarr")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -13,6 +14,8 @@ from typing import Any
 
 import click
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from gim_stagewise.cli import main
 from gim_stagewise.durable import json_checksum
@@ -148,3 +151,74 @@ def test_manifests(made: Path, tmp_path: Path, part: int, capfd: Any) -> None:
             captured = capfd.readouterr()
             assert code in allowed, (seed, command, captured.err)
             assert "Traceback" not in captured.err, (seed, command, captured.err)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"recipe": {"parts": [1]}},
+        {"content": {"parts": "x"}},
+        {"content": {"parts": {}}},
+        {"files": {"a\0b": "0" * 64}},
+    ],
+)
+def test_manifests_that_were_made_up(
+    made: Path, tmp_path: Path, change: dict[str, Any], capfd: Any
+) -> None:
+    shutil.copytree(made / "out", tmp_path / "out")
+    file = tmp_path / "out" / "m1.zarr" / "zarr.json"
+    whole = json.loads(file.read_text())
+    content = {**whole["attributes"]["gim_stage"], **change}
+    content["checksum"] = json_checksum(content)
+    file.write_text(json.dumps({**whole, "attributes": {"gim_stage": content}}))
+    ends_in_one_line(made, tmp_path / "out", capfd)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, '{"attributes": ' + "9" * 5000 + "}", '{"zarr_format": []}']
+)
+def test_manifests_that_json_cannot_take(made: Path, tmp_path: Path, text: str, capfd: Any) -> None:
+    shutil.copytree(made / "out", tmp_path / "out")
+    (tmp_path / "out" / "m1.zarr" / "zarr.json").write_text(text)
+    ends_in_one_line(made, tmp_path / "out", capfd)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("validation_loss", None), ("seconds", "x"), ("epochs", True), ("numerics", 3)],
+)
+def test_weights_with_records_that_were_made_up(
+    made: Path, tmp_path: Path, part: str, value: Any, capfd: Any
+) -> None:
+    shutil.copytree(made / "out", tmp_path / "out")
+    file = tmp_path / "out" / "m1.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        about = json.loads(opened.metadata()["gim_stage"])
+    about["record"][part] = value
+    text = json.dumps(about)
+    metadata = {"gim_stage": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    save_file(load_file(file), file, metadata=metadata)
+    ends_in_one_line(made, tmp_path / "out", capfd)
+
+
+def ends_in_one_line(made: Path, out: Path, capfd: Any) -> None:
+    for command in (
+        ("inspect", out / "m1.zarr"),
+        ("status", made / "tiny.toml", "--dir", out),
+        ("verify", out, "-q"),
+        ("probe", "--input", out / "m1.zarr"),
+        ("train", "--module", "2", "--input", out / "m1.zarr", "-q"),
+        ("extract", "--module", "1", "--pipeline", made / "tiny.toml", "--dir", out, "-q"),
+        ("verify", out / "m1.zarr", "--repair", "-q"),
+    ):
+        code = call(*command)
+        captured = capfd.readouterr()
+        assert code in (0, 2, 4), (command, captured.err)
+        assert "Traceback" not in captured.err, (command, captured.err)
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 5000, "seed = " + "9" * 5000])
+def test_pipeline_files_that_toml_cannot_take(tmp_path: Path, text: str, capfd: Any) -> None:
+    (tmp_path / "x.toml").write_text(text)
+    assert call("run", tmp_path / "x.toml") == 2
+    assert "not valid TOML" in capfd.readouterr().err

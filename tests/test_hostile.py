@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -27,6 +28,7 @@ from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.progress import Silent
 from gim_stagewise.sources import Request
 from gim_stagewise.stage.checkpoint import check_checkpoint, load_checkpoint
+from gim_stagewise.verify import mend
 
 LARGE = 2**36
 
@@ -239,3 +241,60 @@ def test_a_cache_of_somebody_else_is_only_read(cache: Path, tmp_path: Path) -> N
     assert find_damage(cache, Silent()) == []
     after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     assert after == before
+
+
+def test_labels_that_were_put_there_later_are_not_read(cache: Path) -> None:
+    shutil.copytree(cache / "labels" / "class", cache / "labels" / "aaa")
+    assert Cache(cache).label_names == ("class",)
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_repair_stays_within_the_cache(made: Path, tmp_path: Path, link: bool) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(made / "out", folder)
+    path = folder / "m1.zarr"
+    victim = tmp_path / "victim" / "documents"
+    victim.mkdir(parents=True)
+    (victim / "thesis.txt").write_text("all of it")
+    name = "activations"
+    if link:
+        (path / "extra").symlink_to(tmp_path / "victim")
+        name = "extra/documents"
+    resealed(path, lambda m: m["files"].update({name: hashlib.sha256(b"").hexdigest()}))
+    before = {file: file.read_bytes() for file in tmp_path.rglob("c.*")}
+    pipeline = Pipeline.from_file(made / "tiny.toml", folder=folder, device="cpu")
+    with pytest.raises(CorruptCacheError):
+        mend(pipeline, path, find_damage(path, Silent()))
+    assert (victim / "thesis.txt").read_text() == "all of it"
+    assert {file: file.read_bytes() for file in tmp_path.rglob("c.*")} == before
+
+
+def test_a_folder_of_the_cache_that_is_a_link_is_not_followed(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(made / "out", folder)
+    path = folder / "m1.zarr"
+    (path / "pooled").rename(tmp_path / "elsewhere")
+    (path / "pooled").symlink_to(tmp_path / "elsewhere")
+    chunk = tmp_path / "elsewhere" / "c.0.1.0.0.0"
+    chunk.write_bytes(b"torn")
+    pipeline = Pipeline.from_file(made / "tiny.toml", folder=folder, device="cpu")
+    with pytest.raises(CorruptCacheError, match="a link"):
+        mend(pipeline, path, find_damage(path, Silent()))
+    assert chunk.read_bytes() == b"torn"
+
+
+@pytest.mark.parametrize("name", ["ids/c.0", "pooled/c.0.1.0.0.0", "activations/c.0.1.0.0.0.0.0"])
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_file_is_damage(cache: Path, name: str, kind: str) -> None:
+    (cache / name).unlink()
+    os.mkfifo(cache / name) if kind == "pipe" else (cache / name).mkdir()
+    damage = find_damage(cache, Silent())
+    assert [one.file for one in damage] == [name]
+
+
+def test_a_checkpoint_that_declares_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+    state = {"run": "x", "best": torch.zeros(1).expand(2**33)}
+    torch.save({**state, "checksum": "0" * 64}, tmp_path / "m1.pt")
+    assert (tmp_path / "m1.pt").stat().st_size < 10_000
+    with pytest.raises(CorruptCacheError):
+        check_checkpoint(tmp_path / "m1.pt")

@@ -22,6 +22,7 @@ from helpers import assert_same_run, edit, live_parameters, weights_of
 from gim_stagewise.cache import Cache, read_manifest
 from gim_stagewise.errors import ConfigError, FolderInUseError, StaleCacheError
 from gim_stagewise.models import pool
+from gim_stagewise.models.build import forget_user_code
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.progress import Silent, Task
 from gim_stagewise.report.record import save_record
@@ -269,6 +270,31 @@ def test_a_module_of_ones_own_is_trained(tiny: Path, tmp_path: Path) -> None:
     assert any("computes something else now" in note for note in notes)
 
 
+def test_code_that_is_imported_late_is_code_of_the_module(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "own_nets.py").write_text(
+        "from torch import nn\n"
+        "def block(in_channels):\n"
+        "    from own_parts.layers import last\n"
+        "    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), last())\n"
+    )
+    (tmp_path / "own_parts").mkdir()
+    layers = tmp_path / "own_parts" / "layers.py"
+    layers.write_text("from . import deeper\nlast = lambda: deeper.make()\n")
+    (tmp_path / "own_parts" / "__init__.py").touch()
+    deeper = tmp_path / "own_parts" / "deeper.py"
+    deeper.write_text("from torch import nn\ndef make():\n    return nn.ReLU()\n")
+    edit(
+        tiny, 'build = "residual"\noptions = { stem = 4, channels = 6 }', 'build = "own_nets:block"'
+    )
+    tiny.write_text(tiny.read_text().partition("[module.2]")[0])
+    run(tiny, tmp_path / "out")
+    _, notes = run_reloaded(tiny, tmp_path / "out")
+    assert any("nothing to do" in note for note in notes)
+    deeper.write_text(deeper.read_text().replace("ReLU", "Tanh"))
+    _, notes = run_reloaded(tiny, tmp_path / "out")
+    assert any("computes something else now" in note for note in notes)
+
+
 def test_code_that_trains_otherwise_is_noticed_also_if_frozen_results_are_the_same(
     tiny: Path, tmp_path: Path
 ) -> None:
@@ -356,8 +382,8 @@ def test_two_runs_in_one_folder_exclude_each_other(tiny: Path, tmp_path: Path) -
 
 
 def run_reloaded(file: Path, folder: Path) -> tuple[Pipeline, list[str]]:
-    """Run as a new process would, with the user's module imported anew."""
-    sys.modules.pop("own_nets", None)
+    """Run as a new process would, with the user's code imported anew."""
+    forget_user_code()
     return run(file, folder)
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +13,9 @@ from pathlib import Path
 import pytest
 from helpers import assert_same_files, results_of
 from killing import one_of_each, points_of, run_warm, small_pipeline
+
+from gim_stagewise.cache import Block, read_manifest
+from gim_stagewise.windows import even_ranges
 
 RANDOM_MOMENTS = 12
 WITH_DASK = 5
@@ -48,7 +48,7 @@ def test_killed_at_every_kind_of_point(
     for name in ("write", "fsync", "rename", "append", "remove"):
         assert {("before", name), ("after", name)} <= named
     chosen = one_of_each(points, seed=0)
-    assert len(chosen) > 50
+    assert len(chosen) > 25
     for number in chosen[half::2]:
         kill_and_finish(small, undisturbed, tmp_path / str(number), [number])
 
@@ -100,33 +100,47 @@ def work_of(log: Path) -> Iterator[str]:
             yield f"checkpoint {checkpoint[1]}"
 
 
-SCRIPT = """
-import json, sys
-from killing import run_and_die
-if __name__ == "__main__":
-    run_and_die(json.loads(sys.argv[1]))
-"""
+@pytest.fixture(scope="module")
+def with_dask(small: Path, undisturbed: Path) -> list[int]:
+    """Points at which workers are at work: the coordinator commits blocks of either cache."""
+    log = small.parent / "log with dask"
+    assert run_warm(small, small.parent / "with dask", workers=1, log=str(log)) == 0
+    assert_same_files(small.parent / "with dask", undisturbed)
+    points = points_of(log)
+    commits = [n for n, (_, name, kind) in enumerate(points) if name == "append"]
+    assert len(commits) > 6, "no blocks were committed"
+    return [n for n in range(len(points)) if any(abs(n - commit) < 10 for commit in commits[2:])]
 
 
 @pytest.mark.parametrize("seed", range(WITH_DASK))
 def test_killed_with_dask_workers(
-    small: Path, undisturbed: Path, tmp_path: Path, seed: int
+    small: Path, undisturbed: Path, with_dask: list[int], tmp_path: Path, seed: int
 ) -> None:
-    draw = random.Random(seed)
-    total = len(points_of(small.parent / "log"))
-    request = {"file": str(small), "folder": str(tmp_path / "out"), "workers": 1}
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    # Half of the points are those of blocks, which workers come to and not this process.
-    request["kill_at"] = draw.randrange(total // 3)
-    done = subprocess.run(
-        [sys.executable, script, json.dumps(request)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert run_warm(small, tmp_path / "out") == 0
-    assert_same_files(tmp_path / "out", undisturbed)
-    assert results_of(tmp_path / "out") == results_of(undisturbed)
+    number = random.Random(seed).choice(with_dask)
+    folder = tmp_path / "out"
+    assert run_warm(small, folder, workers=1, kill_at=number) == -signal.SIGKILL
+    done = {
+        file: file.stat().st_ino
+        for cache in folder.glob("m*.zarr")
+        for block in committed(cache)
+        for file in (cache / name for name in read_manifest(cache).layout.chunk_files(block))
+    }
+    assert run_warm(small, folder, workers=1) == 0
+    assert_same_files(folder, undisturbed)
+    assert results_of(folder) == results_of(undisturbed)
+    assert not [path for path in folder.rglob(".*") if path.name != ".lock"], "leftovers"
+    for file, inode in done.items():
+        assert file.stat().st_ino == inode, "a block that was done was done again"
+
+
+def committed(cache: Path) -> list[Block]:
+    """Blocks that an unsealed cache's journal has."""
+    manifest = read_manifest(cache)
+    if manifest.sealed:
+        return []
+    journal = cache.with_name(f".{cache.name}.build") / "journal.jsonl"
+    lines = journal.read_text().splitlines()[1:] if journal.exists() else []
+    numbers = {json.loads(line)["block"] for line in lines}
+    layout = manifest.sample_layout
+    spans = even_ranges(layout.samples, layout.chunk)  # there is one view
+    return [Block(number, 0, spans[number]) for number in sorted(numbers)]

@@ -178,6 +178,38 @@ def test_what_waits_for_a_lost_cache_is_kept(tiny: Path, done: Path, lost: str) 
     assert {path: path.read_bytes() for path in done.glob("m*.safetensors")} == whole
 
 
+@pytest.mark.parametrize(
+    ("file", "removed"),
+    [
+        ("m1.zarr/labels/class/c.0", []),
+        ("m1.zarr/ids/c.0", []),
+        ("m3.zarr/checksums/pooled/c.0.0", []),
+        ("m3.zarr/activations/c.0.1.0.0.0.0.0", []),
+        ("m1.safetensors", ["m1.safetensors"]),
+        ("m2.zarr/zarr.json", ["m2.zarr"]),
+    ],
+)
+def test_clean_keeps_what_can_be_mended(
+    tiny: Path, done: Path, file: str, removed: list[str]
+) -> None:
+    (done / file).unlink()
+    if removed:
+        (done / file).write_bytes(b"nonsense")
+    found = states(tiny, done)
+    number = int(file[1])
+    assert found[number - 1][0] == "corrupt"
+    assert {state for state, _ in found[: number - 1]} <= {"sealed"}
+    assert [thing.path.name for thing in removable(open_pipeline(tiny, done))] == removed
+    whole = {path: path.read_bytes() for path in done.glob("m*.zarr/pooled/c.*")}
+    inodes = {path: path.stat().st_ino for path in whole if file.split("/")[0] not in removed}
+    open_pipeline(tiny, done).run()
+    assert states(tiny, done) == [("sealed", "")] * 3
+    assert {path: path.read_bytes() for path in whole} == whole
+    if file != "m2.zarr/zarr.json":
+        again = [path for path, inode in inodes.items() if path.stat().st_ino != inode]
+        assert len(again) <= 1, "built again as a whole"
+
+
 def test_removing_is_exact(tmp_path: Path) -> None:
     for name in ("m1.zarr", "m1.zarr.backup"):
         (tmp_path / name).mkdir()

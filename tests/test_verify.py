@@ -164,3 +164,23 @@ def test_what_cannot_be_verified_is_said(tiny: Path, done: Path, tmp_path: Path)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert Cache(done / "m2.zarr").ids
+
+
+def test_a_folder_in_a_files_place_is_listed_with_all_else(done: Path) -> None:
+    for name in ("run.json", "m1.safetensors", f"m1.zarr/{CHUNK}"):
+        (done / name).unlink(missing_ok=True)
+        (done / name).mkdir()
+    flip(done / "m2.zarr" / CHUNK)
+    result = gim_stage("verify", done, "--json")
+    assert result.returncode == 4
+    found = {one["file"] for one in json.loads(result.stdout)["problems"]}
+    names = ("run.json", "m1.safetensors", f"m1.zarr/{CHUNK}", f"m2.zarr/{CHUNK}")
+    assert found == {str(done / name) for name in names}
+
+
+def test_modules_are_verified_from_the_bottom_up(tmp_path: Path) -> None:
+    for number in (10, 9, 2):
+        (tmp_path / f"m{number}.zarr").mkdir()
+        (tmp_path / f"m{number}.zarr" / "zarr.json").write_text("{}")
+    checked = verify(tmp_path, Silent()).checked
+    assert [path.name for path in checked] == ["m2.zarr", "m9.zarr", "m10.zarr"]

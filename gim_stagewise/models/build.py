@@ -11,7 +11,8 @@ import hashlib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import resolve_name
@@ -119,7 +120,8 @@ def build_module(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "weights", index))
         try:
-            module = builder.call(**arguments)
+            with _noting_imports(set(_imported.values())):  # of what it imports only now
+                module = builder.call(**arguments)
         except Exception as error:
             raise ConfigError(
                 f"{builder.reference!r} refused {arguments}: {type(error).__name__}: {error}",
@@ -164,14 +166,22 @@ def _import_from(name: str, folder: Path) -> ModuleType:
         # Imported from elsewhere before, by a notebook for instance; the pipeline means its own.
         for known in namesakes:
             del sys.modules[known]
-    before = set(sys.modules)
     importlib.invalidate_caches()
-    try:
+    with _noting_imports({folder}):
         return importlib.import_module(name)
+
+
+@contextmanager
+def _noting_imports(folders: Collection[Path]) -> Iterator[None]:
+    """Remember which modules come from these folders meanwhile."""
+    before = set(sys.modules)
+    try:
+        yield
     finally:
         for new in set(sys.modules) - before:
-            if _lies_under(sys.modules[new], folder):
-                _imported[new] = folder
+            for folder in folders:
+                if _lies_under(sys.modules[new], folder):
+                    _imported[new] = folder
 
 
 def forget_user_code() -> None:
