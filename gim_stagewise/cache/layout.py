@@ -11,7 +11,8 @@ array              axes
 ``ids``            sample (strings)
 ``splits``         sample (bit mask, CF attributes ``flag_masks``, ``flag_meanings``)
 ``labels/<name>``  sample (int64, -1 where missing)
-``checksums/<…>``  block, byte (SHA-256 of a block's files in that array; written by the seal)
+``checksums/<…>``  block, byte (SHA-256 of a block's files in that array, then the CRC-32C of
+                   each of them, little-endian; written by the seal)
 =================  ==============================================================
 
 View 0 is the evaluation view; it is stored for every sample of a labelled split, and is the

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -29,6 +31,11 @@ class PreActivationBlock(nn.Module):
         if stride != 1 or in_channels != channels:
             self.shortcut = nn.Conv2d(in_channels, channels, 1, stride=stride)
 
+    @property
+    def geometry(self) -> list[tuple[int, int, int]]:
+        """(kernel, stride, padding) of the longer way through the block."""
+        return [(3, self.conv1.stride[0], 1), (3, 1, 1)]
+
     def forward(
         self, x: Float[Tensor, "patch in_channel height width"]
     ) -> Float[Tensor, "patch channel out_height out_width"]:
@@ -47,6 +54,18 @@ class ResidualModule(nn.Sequential):
     @property
     def input_op(self) -> str | None:
         return "relu" if getattr(self[0], "shortcut", None) is not None else None
+
+    @property
+    def geometry(self) -> list[tuple[int, int, int]]:
+        """(kernel, stride, padding) of all layers, from the bottom up."""
+        chain: list[tuple[int, int, int]] = []
+        for layer in self:
+            if isinstance(layer, nn.Conv2d):
+                chain.append((layer.kernel_size[0], layer.stride[0], int(layer.padding[0])))
+            else:
+                own: Any = layer.geometry
+                chain += own
+        return chain
 
 
 def residual_module(

@@ -46,6 +46,11 @@ class BottleneckBlock(nn.Module):
         if stride != 1 or in_channels != channels:
             self.shortcut = nn.Conv2d(in_channels, channels, 1, stride=stride)
 
+    @property
+    def geometry(self) -> list[tuple[int, int, int]]:
+        """(kernel, stride, padding) of the longer way through the block."""
+        return [(1, 1, 0), (3, self.conv2.stride[0], 1), (1, 1, 0)]
+
     def forward(
         self, x: Float[Tensor, "patch in_channel height width"]
     ) -> Float[Tensor, "patch channel out_height out_width"]:
