@@ -10,8 +10,20 @@ from pathlib import Path
 # everywhere, and none of the test processes takes the others' cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import gc
+
+import distributed  # noqa: F401
 import numpy as np
 import pytest
+import torch._dynamo  # noqa: F401
+
+import gim_stagewise.pipeline
+import gim_stagewise.plan
+import gim_stagewise.prove  # noqa: F401
+
+# Runs collect garbage before they measure memory; what all tests share need not be looked at.
+gc.collect()
+gc.freeze()
 
 TINY = """
 name = "tiny"

@@ -42,8 +42,8 @@ class Full:
 
 @pytest.fixture
 def small(tiny: Path) -> Path:
-    """One module, one training step, three blocks."""
-    return shorten(tiny, modules=1, batch=36, epochs=1, chunk=20, probe=False)
+    """One module, one training step, two blocks."""
+    return shorten(tiny, modules=1, batch=36, epochs=1, chunk=26, probe=False)
 
 
 @pytest.mark.parametrize("zarrs", [True, False])
