@@ -109,7 +109,8 @@ def verify(
                 )
             mend(pipeline, cache, damage)
             mended.append(cache)
-            click.echo(f"{cache}: {len(damage)} files repaired", err=True)
+            files = "1 file" if len(damage) == 1 else f"{len(damage)} files"
+            click.echo(f"{cache}: {files} repaired", err=True)
         found = check(path, progress) if mended else found
     if as_json:
         options.show(found.as_json() | {"repaired": [str(cache) for cache in mended]})
