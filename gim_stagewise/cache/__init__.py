@@ -13,6 +13,7 @@ from gim_stagewise.cache.manifest import Manifest, read_manifest, write_manifest
 from gim_stagewise.cache.precision import PLAIN, Precision, is_precision
 from gim_stagewise.cache.precision_error import PrecisionError
 from gim_stagewise.cache.reader import Cache, open_cache
+from gim_stagewise.cache.removal import discard_cache, drop_activations
 from gim_stagewise.cache.sealed import SealedCache
 from gim_stagewise.cache.tiled import TiledCache
 from gim_stagewise.cache.tiles import Layout, TiledLayout
@@ -27,8 +28,6 @@ from gim_stagewise.cache.writer import (
     CacheWriter,
     StagedBlock,
     block_digests,
-    discard_cache,
-    drop_activations,
     stage_block,
 )
 

@@ -8,7 +8,6 @@ in the journal is whole, and a cache that is sealed has all its blocks.
 
 from __future__ import annotations
 
-import json
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -25,15 +24,15 @@ from gim_stagewise.cache.columns import write_checksums, write_samples
 from gim_stagewise.cache.create import create_arrays
 from gim_stagewise.cache.digests import files_digest
 from gim_stagewise.cache.journal import BuildFolder
-from gim_stagewise.cache.layout import FORMAT_VERSION, Block
+from gim_stagewise.cache.layout import Block
 from gim_stagewise.cache.manifest import (
-    KEY,
     Manifest,
     file_digests,
     read_manifest,
     write_manifest,
 )
 from gim_stagewise.cache.precision_error import PrecisionError
+from gim_stagewise.cache.removal import discard_cache
 from gim_stagewise.cache.tiles import Layout
 from gim_stagewise.durable import (
     flush_tree,
@@ -299,63 +298,3 @@ def block_digests(folder: Path, layout: Layout, block: Block) -> dict[str, str]:
     return {
         name: files_digest(folder, list(part.files)) for name, part in layout.parts(block).items()
     }
-
-
-def drop_activations(path: Path) -> Manifest:
-    """Remove the activations of a sealed cache; embeddings and all else stay."""
-    manifest = read_manifest(path)
-    gone = ("activations/", "checksums/activations/")
-    left = replace(
-        manifest,
-        layout=replace(manifest.layout, materialized=False),
-        files={k: v for k, v in manifest.files.items() if not k.startswith(gone)},
-    )
-    aside = path.with_name(f".{path.name}.trash-{uuid.uuid4().hex[:8]}")
-    with storage_errors(f"removing the activations of {path}"):
-        aside.mkdir()
-        # The manifest first: whatever is interrupted here, nobody takes half an array for a whole.
-        write_manifest(path, left)
-        for name in ("activations", "checksums/activations"):
-            if (path / name).exists():
-                rename(path / name, aside / name.replace("/", "-"))
-        remove(aside)
-    return left
-
-
-def _is_cache(path: Path) -> bool:
-    """Whether a folder is what is left of a cache of ours, damaged or not, or empty."""
-    if path.is_symlink() or not path.is_dir():
-        return False
-    file = path / "zarr.json"
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    if KEY in text:
-        with suppress(ValueError, KeyError, TypeError, RecursionError):
-            # One of a newer release is whole, for that release.
-            version = json.loads(text)["attributes"][KEY]["format_version"]
-            return type(version) is not int or version <= FORMAT_VERSION
-        return True
-    # Without its manifest it is known by the arrays that no other kind of group has together.
-    ours = {"ids", "splits", "pooled"}
-    return not any(path.iterdir()) or ours <= {child.name for child in path.iterdir()}
-
-
-def discard_cache(path: Path) -> None:
-    """Remove a cache and what is left of its building; nothing half-removed keeps its name.
-
-    Raises
-    ------
-    CorruptCacheError
-        If what lies at ``path`` does not look like a cache: it is not ours to delete.
-    """
-    BuildFolder(path).remove()
-    for leftover in path.parent.glob(f".{path.name}.trash-*"):
-        remove(leftover)
-    if path.exists() or path.is_symlink():
-        if not _is_cache(path):
-            raise CorruptCacheError(
-                f"{path} is in the way and is not a cache of this version; move it, or choose "
-                "another --dir"
-            )
-        trash = path.with_name(f".{path.name}.trash-{uuid.uuid4().hex[:8]}")
-        rename(path, trash)
-        remove(trash)
