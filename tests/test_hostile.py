@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -298,3 +299,17 @@ def test_a_checkpoint_that_declares_more_than_it_holds_is_refused(tmp_path: Path
     assert (tmp_path / "m1.pt").stat().st_size < 10_000
     with pytest.raises(CorruptCacheError):
         check_checkpoint(tmp_path / "m1.pt")
+
+
+@pytest.mark.parametrize("shape", [[1, 36], [3, 32], [3, 2**28], [2**28, 36]])
+def test_checksums_of_another_shape_are_refused(cache: Path, shape: list[int]) -> None:
+    place = cache / "checksums" / "pooled"
+    content = json.loads((place / "zarr.json").read_text())
+    content["shape"] = shape
+    (place / "zarr.json").write_text(json.dumps(content))
+    size = min(math.prod(shape), 2**20)
+    (place / "c.0.0").write_bytes(with_checksum(numcodecs.Zstd(1).encode(bytes(size))))
+    resealed(cache)
+    opened = Cache(cache)
+    with pytest.raises(CorruptCacheError, match="pooled"):
+        opened.read_pooled(opened.ids)

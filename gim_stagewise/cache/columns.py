@@ -156,15 +156,13 @@ def read_checksums(path: Path, kind: str) -> tuple[NDArray[np.uint8], NDArray[np
     except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"has metadata that cannot be read ({error!r})") from None
     known = len(shape) == 2 and all(type(length) is int and length > 0 for length in shape)
-    if not known or shape[1] < 32 or shape[1] % 4:
+    if not known or shape[1] < 36 or shape[1] % 4:
         raise ValueError(f"has shape {shape}")
+    # Only rows of equal blocks compress at all.
+    if math.prod(shape) > _MOST_COMPRESSED * (place / "c.0.0").stat().st_size + _SMALL:
+        raise ValueError(f"declares shape {shape}, more than it can hold")
     rows = read_numbers(place, shape, "uint8")
     return rows[:, :32], np.ascontiguousarray(rows[:, 32:]).view("<u4")
-
-
-def read_chunk_sums(path: Path, kind: str) -> NDArray[np.uint32]:
-    """CRC-32C of every chunk file of a kind: [block, file]; errors as of `read_checksums`."""
-    return read_checksums(path, kind)[1]
 
 
 def read_numbers(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:

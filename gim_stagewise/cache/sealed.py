@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gim_stagewise.cache.columns import (
     label_names,
     metadata_problem,
-    read_chunk_sums,
+    read_checksums,
     read_numbers,
     read_strings,
 )
@@ -132,7 +132,12 @@ class SealedCache:
         layout = self.manifest.layout
         # Its own checksum says that it is whole, the sealed one that it belongs here.
         known = self._verify and f"checksums/{kind}/c.0.0" in self.manifest.files
-        sealed = self._chunk_sums(kind)[block, number] if known else None
+        try:
+            sealed = self._chunk_sums(kind)[block, number] if known else None
+        except IndexError:
+            raise CorruptCacheError(
+                self._damage(f"checksums/{kind}", "is of fewer blocks or files than there are")
+            ) from None
         try:
             return read_chunk_file(self.path, layout, file, verify=self._verify, sealed=sealed)
         except FileNotFoundError:
@@ -145,7 +150,7 @@ class SealedCache:
         """CRC-32C of all chunk files of a kind, as they were sealed: [block, file]."""
         if kind not in self._sums:
             with self._naming(f"checksums/{kind}"):
-                sums = read_chunk_sums(self.path, kind)
+                _, sums = read_checksums(self.path, kind)
                 file = f"checksums/{kind}/c.0.0"
                 if files_digest(self.path, [file]) != self.manifest.files[file]:
                     raise ValueError("is not what was sealed")

@@ -95,9 +95,7 @@ def find_damage(path: Path, progress: Progress) -> list[Damage]:
     manifest = read_manifest(path)
     if not manifest.sealed:
         raise PartialCacheError(f"{path} was never sealed: there is nothing to compare it with")
-    found = [
-        damage for name, digest in manifest.files.items() if (damage := _file(path, name, digest))
-    ]
+    found = _small_files(path, manifest)
     broken = {damage.file.split("/")[0] for damage in found}
     if not _confirmed(path, manifest, broken):
         return found
@@ -128,10 +126,7 @@ def visible_damage(path: Path, manifest: Manifest, blocks: Sequence[Block]) -> l
     blocks : sequence of Block
         Those that it should have.
     """
-    found = [
-        damage for name, digest in manifest.files.items() if (damage := _file(path, name, digest))
-    ]
-    return found + [
+    return _small_files(path, manifest) + [
         Damage(file, "missing", "is missing", block)
         for block in blocks
         for file in manifest.layout.chunk_files(block)
@@ -202,6 +197,13 @@ def sealed_digests(path: Path, manifest: Manifest, blocks: int) -> list[dict[str
 def _check_count(found: int, blocks: int) -> None:
     if found != blocks:
         raise ValueError(f"is of {found} blocks, not {blocks}")
+
+
+def _small_files(path: Path, manifest: Manifest) -> list[Damage]:
+    """What is wrong with the files that are neither chunks nor the manifest."""
+    return [
+        damage for name, digest in manifest.files.items() if (damage := _file(path, name, digest))
+    ]
 
 
 def _file(path: Path, name: str, digest: str) -> Damage | None:
