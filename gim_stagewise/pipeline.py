@@ -8,14 +8,22 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from gim_stagewise.cache import Cache, discard_cache, drop_activations, read_manifest
+from gim_stagewise.cache import (
+    SealedCache,
+    TiledCache,
+    discard_cache,
+    drop_activations,
+    open_cache,
+    read_manifest,
+)
 from gim_stagewise.config import PipelineConfig, load_pipeline, parse_pipeline
 from gim_stagewise.durable import remove
 from gim_stagewise.errors import ConfigError, CorruptCacheError, OverBudgetError, StaleCacheError
 from gim_stagewise.lock import exclusive
 from gim_stagewise.memory import Budget
 from gim_stagewise.progress import Progress, Silent
-from gim_stagewise.sources import PatchSource
+from gim_stagewise.sources import PatchSource, RegionSource
+from gim_stagewise.stage.chain import open_windowed, windowed_shapes
 from gim_stagewise.stage.checkpoint import TrainingRecord
 from gim_stagewise.stage.choose import Choice
 from gim_stagewise.stage.disk import CacheSize, DiskPlan, folder_bytes, plan_disk
@@ -24,12 +32,14 @@ from gim_stagewise.stage.fit import plan_training
 from gim_stagewise.stage.freeze import resolve_device
 from gim_stagewise.stage.identity import cache_recipe, recipe_differences
 from gim_stagewise.stage.lineage import foreign_content
-from gim_stagewise.stage.loader import check_loading, held_out_count
+from gim_stagewise.stage.loader import check_loading
 from gim_stagewise.stage.needs import chain_needs
+from gim_stagewise.stage.order import held_out_count
 from gim_stagewise.stage.probe import probe_chain
-from gim_stagewise.stage.shape import Shape, check_shape
+from gim_stagewise.stage.shape import Cell, Shape, check_shape, window_of, windowed_input
 from gim_stagewise.stage.stage import Stage
-from gim_stagewise.stage.workspace import Workspace, open_patches
+from gim_stagewise.stage.windowed import training_windows, window_count
+from gim_stagewise.stage.workspace import Workspace, open_data
 from gim_stagewise.units import format_bytes
 
 StepListener = Callable[[int, int], None]
@@ -70,11 +80,13 @@ class Pipeline:
     Parameters
     ----------
     workspace : Workspace
-    source : PatchSource, optional
+    source : PatchSource or RegionSource, optional
         The dataset, if it is not the one that the pipeline file names.
     """
 
-    def __init__(self, workspace: Workspace, source: PatchSource | None = None) -> None:
+    def __init__(
+        self, workspace: Workspace, source: PatchSource | RegionSource | None = None
+    ) -> None:
         self.workspace = workspace
         self._source = source
         self.config: PipelineConfig = workspace.config
@@ -159,9 +171,17 @@ class Pipeline:
         )
 
     @cached_property
-    def source(self) -> PatchSource:
-        """The dataset as patches: what module 1 is trained on."""
-        return open_patches(self.config) if self._source is None else self._source
+    def source(self) -> PatchSource | RegionSource:
+        """The dataset as module 1 sees it: patches, or regions of large items.
+
+        Raises
+        ------
+        GimStageError
+            If it cannot be used, or items are too small for the modules.
+        """
+        if self._source is not None:
+            return self._source
+        return open_windowed(self.workspace) if self.config.windowed else open_data(self.config)
 
     def stage(self, index: int, input_path: str | Path | None = None) -> Stage:
         """Stage ``index`` on the dataset, or on the cache of the module below.
@@ -185,11 +205,10 @@ class Pipeline:
         if index == 1:
             if input_path is not None:
                 raise ConfigError("module 1 is trained on the source itself", key="--input")
-            size = self.config.patches.size
-            cell = (self.source.channels, size, size)
-            return Stage(self.workspace, 1, self.source, self.source.extent, cell)
+            grid, cell = self._first_input()
+            return Stage(self.workspace, 1, self.source, grid, cell)
         verify = self.config.stage(index - 1).cache.verify_reads
-        cache = Cache(input_path or self.workspace.cache_path(index - 1), verify=verify)
+        cache = open_cache(input_path or self.workspace.cache_path(index - 1), verify=verify)
         if cache.manifest.module != index - 1:
             raise ConfigError(
                 f"{cache.path} holds the outputs of module {cache.manifest.module}; module {index} "
@@ -202,12 +221,22 @@ class Pipeline:
             raise StaleCacheError(
                 f"{cache.path} is stale: {reason}; build it again with `gim-stage run`"
             )
+        if isinstance(cache, TiledCache):
+            grid, cell = windowed_input(self.config, index, cache.layout.cell)
+            return Stage(self.workspace, index, cache, grid, cell)
         if not cache.materialized:
             cache = self._below(cache).virtual_cache()
-        layout = cache.layout
-        return Stage(self.workspace, index, cache, layout.grid, layout.cell)
+        return Stage(self.workspace, index, cache, cache.layout.grid, cache.layout.cell)
 
-    def _below(self, cache: Cache) -> Stage:
+    def _first_input(self) -> tuple[tuple[int, ...], Cell]:
+        """Grid and row of what module 1 is trained on."""
+        patches, channels = self.config.patches, self.source.channels
+        cell = (channels, patches.size, patches.size) if patches else (channels,)
+        if isinstance(self.source, PatchSource):
+            return self.source.extent, cell
+        return windowed_input(self.config, 1, cell)
+
+    def _below(self, cache: SealedCache) -> Stage:
         """The stage that made a cache, in the cache's own folder."""
         space = replace(self.workspace, folder=cache.path.absolute().parent)
         return Pipeline(space, self._source).stage(cache.manifest.module)
@@ -220,8 +249,9 @@ class Pipeline:
         GimStageError
             For whatever does not fit.
         """
-        size = self.config.patches.size
-        grid, cell = self.source.extent, (self.source.channels, size, size)
+        if isinstance(self.source, RegionSource):
+            return self._check_windowed(self.source)
+        grid, cell = self._first_input()
         shapes = []
         samples, chunk_bytes = len(self.source.split("unlabeled")), 0
         for index, module in self.config.module.items():
@@ -235,6 +265,26 @@ class Pipeline:
             )
             cell = shapes[-1].cell_out
             chunk_bytes = shapes[-1].chunk_bytes(module.cache, len(self.source.ids))
+        return shapes
+
+    def _check_windowed(self, source: RegionSource) -> list[Shape]:
+        shapes = windowed_shapes(self.workspace, source.channels)
+        extents = [item.extent for item in source.items()]
+        chain_needs(self.workspace, source, shapes)  # windows.tile fits all of them
+        for index, shape in enumerate(shapes, start=1):
+            train = self.config.stage(index).train
+            count = window_count(
+                self.config.windows, extents, window_of(self.config, index), train.batch
+            )
+            check_loading(
+                count - held_out_count(count, train.validation),
+                batch=train.batch,
+                window=train.shuffle_window,
+                chunk_bytes=0,
+                stage=index,
+            )
+            extents = [shape.extent_out(extent) for extent in extents]
+        training_windows(self.config, 1, source)
         return shapes
 
     def check_budget(
@@ -282,7 +332,7 @@ class Pipeline:
         )
 
     def _is_materialized(self, index: int) -> bool:
-        return Cache(self.workspace.cache_path(index)).materialized
+        return SealedCache(self.workspace.cache_path(index)).materialized
 
     def first_to_make(self, last: int) -> int:
         """The lowest module up to ``last`` of which something is missing or stale; else beyond."""
@@ -380,7 +430,7 @@ class Pipeline:
         path = self.workspace.cache_path(index)
         if index < 1 or not path.exists():
             return
-        if Cache(path).materialized or (path / "activations").exists():
+        if SealedCache(path).materialized or (path / "activations").exists():
             before = folder_bytes(path)
             drop_activations(path)
             freed = format_bytes(before - folder_bytes(path))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from gim_stagewise.cache import CacheLayout
 from gim_stagewise.memory import Budget
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.sources import Request, read_stacked
@@ -137,7 +138,7 @@ def plan_pipeline(pipeline: Pipeline) -> PipelinePlan:
                 choice=choices.get(index),
             )
         )
-        chunk_items = needs.layout.chunk
+        chunk_items = needs.layout.chunk if isinstance(needs.layout, CacheLayout) else 1
     disk.check(space)
     return PipelinePlan(space.config.name, str(space.device), stages, disk)
 
@@ -179,7 +180,9 @@ def _choices(pipeline: Pipeline, shapes: list[Shape]) -> dict[int, Choice]:
     for index, shape in enumerate(shapes[:-1], start=1):
         frozen = FrozenModule(space.build(index, shape.cell_in[0]), torch.device("cpu"))
         stage = Stage(space, index, source, shape.grid, shape.cell_in)
-        choice, samples = stage.outputs.measure(frozen, samples, seconds)
+        choice, samples = stage.outputs.settling.measure(
+            frozen, samples, seconds, stage.outputs.stored_operation
+        )
         if index in asked:
             found[index] = choice
         stored = (index in found and choice.store) or config.stage(

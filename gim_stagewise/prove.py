@@ -13,10 +13,11 @@ import numpy as np
 
 from gim_stagewise.cache import Cache
 from gim_stagewise.config import PipelineConfig
+from gim_stagewise.errors import ConfigError
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.stage.fit import plan_training
 from gim_stagewise.stage.needs import chain_needs
-from gim_stagewise.stage.workspace import open_patches
+from gim_stagewise.stage.workspace import open_data
 
 # Steps of an epoch, and epochs, of the slice that is trained both ways.
 STEPS = 3
@@ -60,6 +61,12 @@ def prove(pipeline: Pipeline) -> list[Proof]:
     GimStageError
         For whatever is wrong with the pipeline.
     """
+    if pipeline.config.windowed:
+        raise ConfigError(
+            f"is {pipeline.config.source.kind!r}, and outputs of items read in windows are always "
+            "stored: there is nothing to compare them with",
+            key="source.kind",
+        )
     samples = _slice(pipeline)
     pipeline = _with_micro_batches(pipeline)
     folder = pipeline.workspace.folder
@@ -117,7 +124,7 @@ def _train(
     space = pipeline.workspace
     config = _short(space.config, materialize)
     work = Pipeline(
-        replace(space, config=config, folder=folder), source=open_patches(config, only=samples)
+        replace(space, config=config, folder=folder), source=open_data(config, only=samples)
     )
     trained = []
     for index in config.module:

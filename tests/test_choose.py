@@ -14,7 +14,7 @@ from warm import gim_stage
 
 from gim_stagewise.cache import Cache
 from gim_stagewise.pipeline import Pipeline
-from gim_stagewise.stage import outputs
+from gim_stagewise.stage import settle
 from gim_stagewise.stage.choose import Choice, measure_choice
 
 CHOICE = Choice(
@@ -59,7 +59,7 @@ def test_either_choice_gives_the_same_bits_and_is_kept(
 
     file, folder = auto(tiny), tmp_path / "auto"
     with monkeypatch.context() as patch:
-        patch.setattr(outputs, "measure_choice", measured)
+        patch.setattr(settle, "measure_choice", measured)
         Pipeline.from_file(file, folder=folder, device="cpu").run()
     stored = compute == 1.0
     for index, expected in ((1, stored), (2, stored), (3, True)):

@@ -355,9 +355,7 @@ def test_regions_of_pixels(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_what_has_no_meaning_in_windows_is_refused(tmp_path: Path) -> None:
+def test_an_image_smaller_than_a_patch_is_refused(tmp_path: Path) -> None:
     images = large(tmp_path, image())
-    with pytest.raises(ConfigError, match=r"augment\.crop: has no meaning"):
-        RegionSource(images, AugmentConfig(crop=5), PatchGrid(16, 8))
     with pytest.raises(DataError, match="smaller than one patch"):
         RegionSource(images, AugmentConfig(), PatchGrid(80, 8))

@@ -20,7 +20,8 @@ from gim_stagewise.config import TrainConfig
 from gim_stagewise.errors import ConfigError, CorruptCacheError, DataError
 from gim_stagewise.sources import PATCH_AXES, Item, Request, Split
 from gim_stagewise.stage.batch import SampleBatch
-from gim_stagewise.stage.loader import Loader, held_out, loader_bytes, validation_batches, view_of
+from gim_stagewise.stage.loader import Loader, loader_bytes, validation_batches, view_of
+from gim_stagewise.stage.order import held_out
 from gim_stagewise.windows import Span
 
 quick = settings(deadline=None, max_examples=60)

@@ -47,6 +47,7 @@ def spec(micro_batch: int, *, shape: tuple[int, ...] = (8, 4, 4), lean: bool = T
         code_folder=None,
         index=1,
         cell=(1, 16, 16),
+        forward_cell=(1, 16, 16),
         shape=shape,
         embedding=128,
         micro_batch=micro_batch,

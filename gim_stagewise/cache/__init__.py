@@ -12,10 +12,10 @@ from gim_stagewise.cache.layout import Block, CacheLayout, auto_chunk
 from gim_stagewise.cache.manifest import Manifest, read_manifest, write_manifest
 from gim_stagewise.cache.precision import PLAIN, Precision, is_precision
 from gim_stagewise.cache.precision_error import PrecisionError
-from gim_stagewise.cache.reader import Cache, open_cache
+from gim_stagewise.cache.reader import Cache
 from gim_stagewise.cache.removal import discard_cache, drop_activations
 from gim_stagewise.cache.sealed import SealedCache
-from gim_stagewise.cache.tiled import TiledCache
+from gim_stagewise.cache.tiled import TiledCache, open_cache
 from gim_stagewise.cache.tiles import Layout, TiledLayout
 from gim_stagewise.cache.verify import (
     Damage,

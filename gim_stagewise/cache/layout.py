@@ -154,6 +154,11 @@ class CacheLayout:
         return 4 * math.prod(self.grid) * self.embedding
 
     @property
+    def block_bytes(self) -> int:
+        """Bytes of a block as it is stored, uncompressed."""
+        return self.chunk * (self.sample_bytes + self.embedding_bytes)
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """What a block has parts of."""
         return ("activations", "pooled") if self.materialized else ("pooled",)

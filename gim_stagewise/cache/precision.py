@@ -155,9 +155,10 @@ class Precision:
             return values, None
         stored = torch.empty_like(values, dtype=self.stored_torch)
         error = Account(values)
+        space = values.ndim - 2
         scale, zero = (
-            self._per_channel(self.scale, values),
-            self._per_channel(self.zero_point, values),
+            self._per_channel(self.scale, values, space),
+            self._per_channel(self.zero_point, values, space),
         )
         # A few rows at a time stay in the processor's cache.
         for start in range(0, len(values), _ROWS):
@@ -202,21 +203,23 @@ class Precision:
         return _rounded(error.clamped(values, -largest, largest), bits)
 
     def decode(
-        self, stored: Tensor, *, out: Tensor | None = None
-    ) -> Float[Tensor, "... channel height width"]:
+        self, stored: Tensor, *, out: Tensor | None = None, space: int = 2
+    ) -> Float[Tensor, "... channel *space"]:
         """Stored values as floats, on the device they are on.
 
         Parameters
         ----------
         stored : Tensor
-            [..., channel, height, width], of the stored type.
+            [..., channel, height, width], or [..., channel, time], of the stored type.
         out : Tensor, optional
             Where they go, in the same shape: float32, or float16 for those who can do with less.
+        space : int
+            Axes after the channel.
         """
         if out is None:
             out = torch.empty(stored.shape, device=stored.device)
-        scale = self._per_channel(self.scale, stored)
-        zero = self._per_channel(self.zero_point, stored)
+        scale = self._per_channel(self.scale, stored, space)
+        zero = self._per_channel(self.zero_point, stored, space)
         if out.dtype == torch.float32 or not self.has_scales:
             return self._decode_into(out, stored, scale, zero)
         # Scales are float32, and so is what they are applied to; only then it is rounded.
@@ -238,8 +241,8 @@ class Precision:
             return out.copy_(stored.view(torch.bfloat16))
         return out.copy_(stored)
 
-    def _per_channel(self, numbers: Sequence[float], like: Tensor) -> Tensor:
-        return torch.from_numpy(_array(tuple(numbers))).to(like.device)[:, None, None]
+    def _per_channel(self, numbers: Sequence[float], like: Tensor, space: int) -> Tensor:
+        return torch.from_numpy(_array(tuple(numbers))).to(like.device).reshape(-1, *(1,) * space)
 
     def as_json(self) -> dict[str, Any]:
         """What a manifest says: the name, and how to decode where plain readers cannot."""
@@ -273,11 +276,11 @@ class Precision:
             raise ValueError("a scale is not a positive number")
         return cls(name, scale, zero)
 
-    def decode_array(self, stored: NDArray[Any]) -> NDArray[np.float32]:
-        """`decode` for arrays [..., channel, height, width]."""
+    def decode_array(self, stored: NDArray[Any], *, space: int = 2) -> NDArray[np.float32]:
+        """`decode` for arrays [..., channel, *space]."""
         if self.stored_dtype == "float32":
             return stored
-        decoded: NDArray[np.float32] = self.decode(torch.from_numpy(stored)).numpy()
+        decoded: NDArray[np.float32] = self.decode(torch.from_numpy(stored), space=space).numpy()
         return decoded
 
 

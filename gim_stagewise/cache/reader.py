@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -190,14 +189,3 @@ class Cache(SealedCache):
             if rows.stop <= needed.start or rows.start >= needed.stop:
                 continue
             yield rows, self._read_file(name, index, place, file)[inside]
-
-
-def open_cache(path: str | Path, *, verify: bool = True) -> Cache:
-    """Open a sealed cache (see `Cache`).
-
-    Raises
-    ------
-    CacheNotFoundError, PartialCacheError, CorruptCacheError
-        If it cannot be used.
-    """
-    return Cache(path, verify=verify)

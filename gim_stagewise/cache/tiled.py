@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 
 from gim_stagewise.cache.frames import announce
 from gim_stagewise.cache.layout import Block
+from gim_stagewise.cache.manifest import read_manifest
+from gim_stagewise.cache.reader import Cache
 from gim_stagewise.cache.sealed import SealedCache
 from gim_stagewise.cache.tiles import TiledLayout
 from gim_stagewise.errors import DataError
@@ -41,8 +44,13 @@ class TiledCache(SealedCache):
         return self.layout.axes
 
     @property
+    def place_bytes(self) -> int:
+        """Bytes of what there is at one place, as it is stored."""
+        return self.layout.place_bytes
+
+    @property
     def item_bytes(self) -> int:
-        return self.layout.place_bytes * max(math.prod(extent) for extent in self.layout.extents)
+        return self.place_bytes * max(math.prod(extent) for extent in self.layout.extents)
 
     def items(self) -> Sequence[Item]:
         layout = self.layout
@@ -55,9 +63,7 @@ class TiledCache(SealedCache):
         return [self._decoded(values) for values in self.read_stored(requests)]
 
     def _decoded(self, stored: NDArray[Any]) -> NDArray[np.float32]:
-        decode = self.precision.decode_array
-        # Scales are for (channel, height, width).
-        return decode(stored) if stored.ndim > 2 else decode(stored[:, None])[:, 0]
+        return self.precision.decode_array(stored, space=2 if stored.ndim > 2 else 1)
 
     def read_stored(
         self, requests: Sequence[Request], *, empty: Callable[..., NDArray[Any]] = np.empty
@@ -132,3 +138,21 @@ def _check_within(region: Region, extent: tuple[int, ...], item_id: str) -> None
         span.stop > length for span, length in zip(region, extent, strict=True)
     ):
         raise DataError(f"sample {item_id!r} has extent {extent}, no region {region}")
+
+
+def open_cache(path: str | Path, *, verify: bool = True) -> Cache | TiledCache:
+    """Open a sealed cache: a `Cache`, or a `TiledCache` where items are read in windows.
+
+    Parameters
+    ----------
+    path : str or Path
+    verify : bool
+        Whether every chunk is compared with its checksum before it is used.
+
+    Raises
+    ------
+    CacheNotFoundError, PartialCacheError, CorruptCacheError
+        If it cannot be used.
+    """
+    tiled = isinstance(read_manifest(Path(path)).layout, TiledLayout)
+    return (TiledCache if tiled else Cache)(path, verify=verify)

@@ -93,6 +93,22 @@ class TiledLayout:
         """Bytes of the activations at one place as they are stored, uncompressed."""
         return np.dtype(self.dtype).itemsize * math.prod(self.cell)
 
+    @property
+    def positions(self) -> int:
+        """Places of all items."""
+        return sum(map(math.prod, self.extents))
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block as it is stored, uncompressed."""
+        embeddings = math.prod(self._pooled(self.tile)) * self.embedding * 4
+        return math.prod(self.tile) * self.place_bytes + embeddings
+
+    @property
+    def pooled_bytes(self) -> int:
+        """Bytes of all embeddings, uncompressed."""
+        return 4 * self.embedding * sum(math.prod(self._pooled(own)) for own in self.extents)
+
     @cached_property
     def _number(self) -> dict[str, int]:
         return {item_id: number for number, item_id in enumerate(self.ids)}

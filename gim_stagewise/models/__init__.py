@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from gim_stagewise.models.build import Builder, build_module, forget_user_code, resolve_builder
-from gim_stagewise.models.contract import INPUT_OPERATIONS, output_shape, pool
+from gim_stagewise.models.contract import INPUT_OPERATIONS, CellMean, output_shape, pool
 from gim_stagewise.models.geometry import module_geometry, probed_geometry
 
 __all__ = [
     "INPUT_OPERATIONS",
     "Builder",
+    "CellMean",
     "build_module",
     "forget_user_code",
     "module_geometry",

@@ -1,8 +1,12 @@
 """What a module must be so that it can be trained alone and its outputs cached.
 
-A module maps a batch of rows (patches, for now) to a batch of rows. It may define
+A module maps a batch of rows to a batch of rows: patches, or in dense encoding windows of images or
+of sequences. It may define
 
-- ``pool(z)``: the embeddings that objective and probe see; the spatial mean where it does not;
+- ``pool(z)``: the embeddings of patches that objective and probe see; the spatial mean where it
+  does not; in dense encoding that is `CellMean`;
+- ``geometry``: a list of (kernel, stride, padding) of its layers, from the bottom up, which dense
+  encoding has to know; it is found by trying where it is not there;
 - ``input_op``: the name of an operation (see `INPUT_OPERATIONS`) that it applies to its input
   before anything else, so that the input may be stored after it.
 
@@ -27,7 +31,28 @@ from gim_stagewise.errors import ModuleRefusedError
 INPUT_OPERATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu}
 
 
-def pool(module: nn.Module, z: Float[Tensor, "row channel *space"]) -> Float[Tensor, "row channel"]:
+class CellMean:
+    """Embeddings in dense encoding: the mean over cells of so many positions along each axis.
+
+    The last cell of an axis may have fewer. With one position a cell, as in sequences, these are
+    the outputs themselves.
+    """
+
+    def __init__(self, positions: int) -> None:
+        self.positions = positions
+
+    def __call__(
+        self, z: Float[Tensor, "row channel *space"]
+    ) -> Float[Tensor, "row *cell channel"]:
+        if self.positions > 1:
+            mean = F.avg_pool2d if z.ndim == 4 else F.avg_pool1d
+            z = mean(z, self.positions, ceil_mode=True, count_include_pad=False)
+        return z.movedim(1, -1)
+
+
+def pool(
+    module: nn.Module, z: Float[Tensor, "row channel *space"]
+) -> Float[Tensor, "row *cell channel"]:
     """Embeddings of a module's outputs: its own ``pool``, or the mean over space."""
     own = getattr(module, "pool", None)
     if callable(own):
@@ -37,8 +62,8 @@ def pool(module: nn.Module, z: Float[Tensor, "row channel *space"]) -> Float[Ten
 
 
 def output_shape(
-    module: nn.Module, in_shape: tuple[int, ...], *, key: str
-) -> tuple[tuple[int, ...], int]:
+    module: nn.Module, in_shape: tuple[int, ...], *, key: str, dense: bool = False
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Check a module against the contract on two random rows.
 
     Parameters
@@ -46,14 +71,16 @@ def output_shape(
     module : nn.Module
         On the CPU; its mode and buffers are left as they were.
     in_shape : tuple of int
-        One row of its input, (channel, height, width).
+        One row of its input, (channel, height, width) or (channel, time).
     key : str
         What errors call the module, such as ``"module.2"``.
+    dense : bool
+        Whether a row is a window, with embeddings of its cells, and not a patch, which has one.
 
     Returns
     -------
-    (tuple of int, int)
-        The shape of one output row, and the number of channels of its embedding.
+    (tuple of int, tuple of int)
+        The shape of one output row, and of its embeddings, the channel last.
 
     Raises
     ------
@@ -69,14 +96,14 @@ def output_shape(
         try:
             module.train()
             z, pooled = _forward(module, rows, key)
-            _check_shapes(z, pooled, key)
+            _check_shapes(z, pooled, rows.ndim, key, dense=dense)
             _check_buffers(module, before, key)
             _check_rows_alone(module, rows, key)
             _check_input_op(module, rows.detach(), key)
         finally:
             module.train(training)
             _restore_buffers(module, before)
-    return tuple(z.shape[1:]), pooled.shape[1]
+    return tuple(z.shape[1:]), tuple(pooled.shape[1:])
 
 
 def _forward(module: nn.Module, rows: Tensor, key: str) -> tuple[Tensor, Tensor]:
@@ -86,9 +113,10 @@ def _forward(module: nn.Module, rows: Tensor, key: str) -> tuple[Tensor, Tensor]
         z = module(rows)
     except Exception as error:
         size = "×".join(map(str, rows.shape[1:]))
+        axes = "channels×height×width" if rows.ndim == 4 else "channels×time"
         raise ModuleRefusedError(
-            f"cannot take its input, patches of {size} (channels×height×width): "
-            f"{_first_line(error)}; change the module or the one below it",
+            f"cannot take its input of {size} ({axes}): {_first_line(error)}; change the module or "
+            "the one below it",
             key=key,
         ) from error
     if not isinstance(z, Tensor):
@@ -112,15 +140,15 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _check_shapes(z: Tensor, pooled: Tensor, key: str) -> None:
-    if z.ndim != 4 or len(z) != 2 or 0 in z.shape:
+def _check_shapes(z: Tensor, pooled: Tensor, in_axes: int, key: str, *, dense: bool) -> None:
+    if z.ndim != in_axes or len(z) != 2 or 0 in z.shape:
+        axes = "channel, height, width" if in_axes == 4 else "channel, time"
         raise ModuleRefusedError(
-            f"returned shape {tuple(z.shape)} for 2 patches, expected [2, channel, height, width]",
-            key=key,
+            f"returned shape {tuple(z.shape)} for 2 rows, expected [2, {axes}]", key=key
         )
     if z.dtype != torch.float32:
         raise ModuleRefusedError(f"returned {z.dtype}, expected torch.float32", key=key)
-    if pooled.ndim != 2 or len(pooled) != 2:
+    if pooled.ndim != (in_axes if dense else 2) or len(pooled) != 2:
         raise ModuleRefusedError(
             f"pool returned shape {tuple(pooled.shape)} for 2 patches, expected [2, channel]",
             key=key,
@@ -185,8 +213,7 @@ def _check_rows_alone(module: nn.Module, rows: Tensor, key: str) -> None:
         same = same and torch.allclose(again_pooled[row], pooled[row], rtol=1e-4, atol=1e-5)
         if gradient[other].count_nonzero() or not same:
             raise ModuleRefusedError(
-                "its output for one patch depends on the other patches of the batch (batch norm "
-                "in train mode?); use layers that treat each patch alone (group norm, layer norm, "
-                "none)",
+                "its output for one row depends on the other rows of the batch (batch norm in "
+                "train mode?); use layers that treat each row alone (group norm, layer norm, none)",
                 key=key,
             )

@@ -155,8 +155,12 @@ def _pieces(candidates: Tensor, drawn: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(drawn), step)]
 
 
-def check_rows(rows: int, *, prediction_steps: int, skip: int, key: str) -> None:
+def check_rows(
+    rows: int, *, prediction_steps: int, skip: int, key: str, remedy: str = "smaller patches"
+) -> None:
     """Refuse a grid that has too few rows for the farthest prediction.
+
+    ``remedy`` is what would give it more.
 
     Raises
     ------
@@ -166,7 +170,7 @@ def check_rows(rows: int, *, prediction_steps: int, skip: int, key: str) -> None
     if prediction_steps + skip < rows:
         return
     most = rows - skip - 1
-    advice = f"use {most} or less, or smaller patches" if most > 0 else "use smaller patches"
+    advice = f"use {most} or less, or {remedy}" if most > 0 else f"use {remedy}"
     raise ConfigError(
         f"is {prediction_steps}, but the grid has {rows} rows: with skip = {skip} the farthest "
         f"target is {prediction_steps + skip} rows below its context; {advice}",

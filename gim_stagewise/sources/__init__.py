@@ -16,6 +16,7 @@ from gim_stagewise.sources.base import (
     read_stacked,
 )
 from gim_stagewise.sources.patches import PatchSource
+from gim_stagewise.sources.regions import RegionSource
 from gim_stagewise.sources.subset import Subset
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "SPLITS",
     "Item",
     "PatchSource",
+    "RegionSource",
     "Request",
     "Source",
     "Split",

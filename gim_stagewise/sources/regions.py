@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gim_stagewise.config import AugmentConfig
-from gim_stagewise.errors import ConfigError, DataError
+from gim_stagewise.errors import DataError
 from gim_stagewise.sources.base import (
     IMAGE_AXES,
     PATCH_AXES,
@@ -38,11 +39,13 @@ class RegionSource:
     augment : AugmentConfig
         Of which what treats all pixels alike.
     grid : PatchGrid, optional
+    skipped : mapping, optional
+        Why samples were left out, by id; for the record.
 
     Raises
     ------
     ConfigError
-        If ``augment`` has more.
+        If ``augment`` does not fit the images' channels.
     DataError
         If an image is smaller than a patch.
     """
@@ -50,13 +53,15 @@ class RegionSource:
     chunk_items = 1
     views = 0
 
-    def __init__(self, images: Source, augment: AugmentConfig, grid: PatchGrid | None) -> None:
-        for name in ("crop", "flip", "pad", "grid_crop"):
-            if name in augment.model_fields_set:
-                raise ConfigError(
-                    "has no meaning for images that are read in windows; leave it out",
-                    key=f"augment.{name}",
-                )
+    def __init__(
+        self,
+        images: Source,
+        augment: AugmentConfig,
+        grid: PatchGrid | None,
+        *,
+        skipped: Mapping[str, str] | None = None,
+    ) -> None:
+        self.skipped = dict(skipped or {})
         self._images = images
         self._augment = augment
         self._grid = grid
@@ -76,6 +81,11 @@ class RegionSource:
             )
         return found
 
+    @staticmethod
+    def channels_of(images: Source, augment: AugmentConfig) -> int:
+        """Channels that regions of such images have."""
+        return PixelForm(augment, images.items()[0]).channels
+
     @property
     def axes(self) -> tuple[str, ...]:
         return IMAGE_AXES if self._grid is None else PATCH_AXES
@@ -85,9 +95,13 @@ class RegionSource:
         return self._form.channels
 
     @property
+    def place_bytes(self) -> int:
+        """Bytes of what there is at one place: a pixel, or a patch."""
+        return 4 * self.channels * (1 if self._grid is None else self._grid.size**2)
+
+    @property
     def item_bytes(self) -> int:
-        each = 4 * self.channels * (1 if self._grid is None else self._grid.size**2)
-        return max(each * rows * columns for rows, columns in self._extents.values())
+        return self.place_bytes * max(math.prod(extent) for extent in self._extents.values())
 
     @property
     def ids(self) -> Sequence[str]:

@@ -26,9 +26,10 @@ class SampleBatch:
     count : int
         Samples.
     fetch : callable
-        Gives a range of the batch's samples, [grid_row, grid_col, channel, height, width] each.
+        Gives a range of the batch's samples, [grid_row, grid_col, channel, height, width] each; or
+        windows, [channel, height, width] or [channel, time].
     grid : tuple of int
-        Rows and columns of a sample's patches.
+        Rows and columns of a sample's patches; none of a window.
     precision : Precision
         The form that samples are fetched in.
     """
@@ -51,33 +52,34 @@ class SampleBatch:
 
     def read(
         self, rows: Span, device: torch.device = CPU, *, out: Tensor | None = None
-    ) -> Float[Tensor, "row channel height width"]:
-        """Patches ``rows``, counted by sample, grid row and column.
+    ) -> Float[Tensor, "row channel *space"]:
+        """Patches ``rows``, counted by sample, grid row and column; or windows.
 
         They are moved to the device in their stored form and decoded there; into ``out`` if it is
         given: float32, or float16 for those who can do with less. Memory that is used again spares
         the system's making new pages, which takes longer than reading does.
         """
-        each = math.prod(self._grid)
+        axes, each = len(self._grid), math.prod(self._grid)
         samples = Span(rows.start // each, -(-rows.stop // each))
         fetched = self._fetch(samples)
         parts = []
         for number, sample in enumerate(fetched, start=samples.start):
-            if sample.shape[:2] != self._grid or sample.shape[2:] != fetched[0].shape[2:]:
+            if sample.shape[:axes] != self._grid or sample.shape[axes:] != fetched[0].shape[axes:]:
                 raise DataError(
                     "samples of one batch differ in shape: "
                     f"{tuple(sample.shape)} and {tuple(fetched[0].shape)}"
                 )
-            patches = sample.flatten(0, 1)
+            patches = sample.reshape(each, *sample.shape[axes:])
             start = max(rows.start - number * each, 0)
             parts.append(patches[start : min(rows.stop - number * each, each)])
         if out is None:
             out = torch.empty(len(rows), *parts[0].shape[1:], device=device)
+        space = out.ndim - 2
         if device.type == "cuda":
-            return self._precision.decode(_on_device(parts, device), out=out)
+            return self._precision.decode(_on_device(parts, device), out=out, space=space)
         done = 0
         for part in parts:
-            self._precision.decode(part, out=out[done : done + len(part)])
+            self._precision.decode(part, out=out[done : done + len(part)], space=space)
             done += len(part)
         return out
 

@@ -43,6 +43,11 @@ def calibration_samples(
     return [unique[some.slice] for some in groups], 0 if source.views == 0 else 1
 
 
+def grid_axes(source: Source) -> int:
+    """Axes of a sample's grid of patches, of which each is a row of the forward; 0 for windows."""
+    return sum(axis.startswith("grid") for axis in source.axes)
+
+
 def value_range(
     frozen: FrozenModule,
     source: Source,
@@ -84,7 +89,7 @@ def value_range(
     found = []
     for some in ids:
         samples = read_stacked(source, [Request(item_id, view) for item_id in some])
-        rows = torch.from_numpy(samples).flatten(0, 2)
+        rows = torch.from_numpy(samples).flatten(0, grid_axes(source))
         pairs, _ = frozen_forward(frozen, rows, config, keep=extremes)
         refuse_non_finite(pairs.flatten(1).isfinite().all(1), some, len(rows) // len(some))
         found.append(torch.stack([pairs[:, 0].amin(0), pairs[:, 1].amax(0)]))

@@ -9,25 +9,32 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
+from numpy.typing import NDArray
 
-from gim_stagewise.cache import CacheLayout, Precision, encoded_bytes
+from gim_stagewise.cache import CacheLayout, Layout, Precision, TiledLayout, encoded_bytes
 from gim_stagewise.errors import OverBudgetError, StorageError
 from gim_stagewise.models import INPUT_OPERATIONS
-from gim_stagewise.sources import PatchSource, Request, Source, read_stacked
+from gim_stagewise.sources import PatchSource, RegionSource, Request, Source, read_stacked
 from gim_stagewise.stage.choose import Choice
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
-from gim_stagewise.stage.needs import cache_layout
+from gim_stagewise.stage.needs import cache_layout, chain_needs
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.workspace import Workspace
 from gim_stagewise.units import format_bytes
+from gim_stagewise.windows import Span
 
 # Samples that an estimate of a cache's size looks at, within so many bytes.
 SAMPLES_SEEN = 16
 SAMPLE_BYTES_SEEN = 32_000_000
+# Of items that are read in windows so many regions, with so many patches or positions a side, by
+# the number of axes.
+REGIONS_SEEN = 4
+PATCHES_SEEN = 7
+POSITIONS_SEEN = {1: 65_536, 2: 256}
 # Estimates are off by a few tens of percent: a disk with less than this share of one is refused.
 SURELY = 0.75
 KEEPS = ("all", "last-two", "last")
@@ -129,7 +136,7 @@ def bytes_of_caches(space: Workspace) -> int:
 
 def plan_disk(
     space: Workspace,
-    source: PatchSource,
+    source: PatchSource | RegionSource,
     shapes: list[Shape],
     *,
     last: int,
@@ -141,7 +148,7 @@ def plan_disk(
     Parameters
     ----------
     space : Workspace
-    source : PatchSource
+    source : PatchSource or RegionSource
     shapes : list of Shape
         Of all modules.
     last : int
@@ -153,11 +160,10 @@ def plan_disk(
         they count as not stored.
     """
     caches: list[CacheSize] = []
-    estimates = islice(_encoded_bytes(space, source, shapes), last)
-    for index, (shape, (encoded, seen)) in enumerate(zip(shapes, estimates, strict=False), start=1):
-        layout = cache_layout(space, index, shape, source)
-        stored = stored_samples(source, layout)
-        pooled = stored * layout.embedding_bytes
+    layouts = _layouts(space, source, shapes)
+    few = islice(_few_outputs(space, source, shapes), last)
+    for index, (layout, (activations, seen)) in enumerate(zip(layouts, few, strict=False), start=1):
+        pooled = pooled_bytes(layout, source)
         choice = (choices or {}).get(index)
         undecided = space.module_config(index).cache.materialize == "auto"
         if index in there:
@@ -167,10 +173,18 @@ def plan_disk(
         ):
             caches.append(CacheSize(pooled, "embeddings alone", pooled))
         else:
-            many = "sample" if seen == 1 else "samples"
-            basis = f"{seen} {many} through untrained modules, encoded"
-            caches.append(CacheSize(round(stored * encoded) + pooled, basis, pooled))
+            basis = f"{seen} through untrained modules, encoded"
+            projected = projected_bytes(layout, source, activations)
+            caches.append(CacheSize(projected, basis, pooled))
     return DiskPlan(caches)
+
+
+def _layouts(
+    space: Workspace, source: PatchSource | RegionSource, shapes: list[Shape]
+) -> list[Layout]:
+    if not isinstance(source, RegionSource):
+        return [cache_layout(space, n, shape, source) for n, shape in enumerate(shapes, start=1)]
+    return [needs.layout for needs in chain_needs(space, source, shapes)]
 
 
 def stored_samples(source: Source, layout: CacheLayout) -> int:
@@ -178,15 +192,42 @@ def stored_samples(source: Source, layout: CacheLayout) -> int:
     return sum(len(block.samples) for block in layout.blocks(source))
 
 
-def _encoded_bytes(
-    space: Workspace, source: PatchSource, shapes: list[Shape]
-) -> Iterator[tuple[float, int]]:
-    """Bytes of one sample's encoded activations for each module, and the samples looked at."""
-    largest = max(source.item_bytes, *(_sample_bytes(shape) for shape in shapes))
-    count = max(1, min(SAMPLES_SEEN, SAMPLE_BYTES_SEEN // largest, len(source.ids)))
-    ids = [source.ids[int(i)] for i in np.linspace(0, len(source.ids) - 1, count)]
-    batch = read_stacked(source, [Request(item_id) for item_id in ids])
-    rows = torch.from_numpy(rearrange(batch, "s r c ch h w -> (s r c) ch h w"))
+def pooled_bytes(layout: Layout, source: Source) -> int:
+    """Bytes of all embeddings."""
+    if isinstance(layout, TiledLayout):
+        return layout.pooled_bytes
+    return stored_samples(source, layout) * layout.embedding_bytes
+
+
+def projected_bytes(layout: Layout, source: Source, activations: NDArray[Any] | None) -> int:
+    """Bytes of a cache, by what a few samples' activations take.
+
+    Parameters
+    ----------
+    layout : CacheLayout or TiledLayout
+    source : Source
+        The module's input.
+    activations : array or None
+        Some of them as they are stored, [sample, ...]; None if they are not.
+    """
+    pooled = pooled_bytes(layout, source)
+    if activations is None:
+        return pooled
+    encoded = encoded_bytes(activations, layout.codec)
+    if isinstance(layout, TiledLayout):
+        places = activations.size // math.prod(layout.cell)
+        return round(encoded * layout.positions / places) + pooled
+    return round(encoded / len(activations) * stored_samples(source, layout)) + pooled
+
+
+def _few_outputs(
+    space: Workspace, source: PatchSource | RegionSource, shapes: list[Shape]
+) -> Iterator[tuple[NDArray[Any], str]]:
+    """Activations of a few samples as they would be stored, for each module; and of how many."""
+    inputs, seen = _few_inputs(source, shapes)
+    grid = len(shapes[0].grid)
+    count = len(inputs)
+    rows = torch.from_numpy(inputs).flatten(0, grid)
     for index, shape in enumerate(shapes, start=1):
         # Smaller pieces than in extraction: their bits decide nothing here, their memory does.
         config = space.config.extract.model_copy(
@@ -200,7 +241,36 @@ def _encoded_bytes(
             rows = INPUT_OPERATIONS[op](rows)
         extremes = rows.transpose(0, 1).flatten(1).aminmax(dim=1)
         stored, _ = Precision(cache.precision).calibrated(*extremes).encode(rows)
-        yield encoded_bytes(stored.numpy(), cache.codec) / count, count
+        yield stored.numpy().reshape(count, -1, *stored.shape[1:]), seen
+
+
+def _few_inputs(
+    source: PatchSource | RegionSource, shapes: list[Shape]
+) -> tuple[NDArray[np.float32], str]:
+    """A few samples of one size, or regions of large ones; and how many, in words."""
+    if isinstance(source, RegionSource):
+        return _few_regions(source, shapes)
+    largest = max(source.item_bytes, *(_sample_bytes(shape) for shape in shapes))
+    count = max(1, min(SAMPLES_SEEN, SAMPLE_BYTES_SEEN // largest, len(source.ids)))
+    ids = [source.ids[int(i)] for i in np.linspace(0, len(source.ids) - 1, count)]
+    samples = read_stacked(source, [Request(item_id) for item_id in ids])
+    return samples, "1 sample" if count == 1 else f"{count} samples"
+
+
+def _few_regions(source: RegionSource, shapes: list[Shape]) -> tuple[NDArray[np.float32], str]:
+    items = source.items()
+    sides = PATCHES_SEEN if shapes[0].grid else POSITIONS_SEEN[len(items[0].extent)]
+    chosen = [items[int(n)] for n in np.linspace(0, len(items) - 1, REGIONS_SEEN)]
+    # As large as the smallest of them has room for.
+    size = tuple(min(sides, *axis) for axis in zip(*(i.extent for i in chosen), strict=True))
+    requests = []
+    for number, item in enumerate(chosen):
+        # Along the diagonal: not all in a corner, which may be blank.
+        share = (number + 0.5) / len(chosen)
+        starts = (round(share * (n - own)) for n, own in zip(item.extent, size, strict=True))
+        region = tuple(Span(start, start + own) for start, own in zip(starts, size, strict=True))
+        requests.append(Request(item.id, region=region))
+    return read_stacked(source, requests), f"{len(chosen)} regions"
 
 
 def _sample_bytes(shape: Shape) -> int:

@@ -27,6 +27,8 @@ from gim_stagewise.cache import (
     Manifest,
     PrecisionError,
     StagedBlock,
+    TiledLayout,
+    open_cache,
     stage_block,
 )
 from gim_stagewise.config import PipelineConfig
@@ -41,8 +43,8 @@ from gim_stagewise.stage.freeze import (
     resolve_device,
 )
 from gim_stagewise.stage.storing import Storing, check_error, compute_block
-from gim_stagewise.stage.workspace import Workspace, open_patches
-from gim_stagewise.windows import Span
+from gim_stagewise.stage.workspace import Workspace, open_data
+from gim_stagewise.windows import Geometry, Span, Window
 
 # Blocks that a process has in hand: one is computed, the other comes or goes.
 BLOCKS_AT_ONCE = 2
@@ -61,6 +63,8 @@ class BlockJob:
         The input's cache, what computes its blocks if they are not stored; None for the dataset
         itself.
     in_channels : int
+    geometry : tuple of Geometry
+        Of the module along each axis, in dense encoding.
     device : str
         "cpu" or "cuda".
     lean : bool
@@ -78,6 +82,7 @@ class BlockJob:
     code_folder: Path | None
     input: Path | BlockJob | None
     in_channels: int
+    geometry: tuple[Geometry, ...]
     device: str
     lean: bool
     weights: dict[str, Tensor]
@@ -123,9 +128,12 @@ class BlockJob:
         if isinstance(self.input, BlockJob):
             return VirtualCache(self.input, self.input._open_input())
         if self.input is None:
-            return open_patches(self.config)
+            layout = self.manifest.layout
+            return open_data(
+                self.config, only=layout.ids if isinstance(layout, TiledLayout) else None
+            )
         below = self.config.stage(self.manifest.module - 1)
-        return Cache(self.input, verify=below.cache.verify_reads)
+        return open_cache(self.input, verify=below.cache.verify_reads)
 
 
 @dataclass(frozen=True)
@@ -139,19 +147,39 @@ class BlockWorker:
 
     def compute(self, ids: list[str], view: int) -> dict[str, NDArray[Any]]:
         """Activations, as they would be stored, and embeddings of the samples of a block."""
-        samples = self.read(ids, view)
+        samples = self._read([Request(item_id, view) for item_id in ids])
         return compute_block(
             self.frozen, samples, ids, self.job.config.extract, Storing.of(self.job.manifest)
         )
 
-    def read(self, ids: list[str], view: int) -> NDArray[np.float32]:
-        """The input of a block."""
+    def _read(self, requests: Sequence[Request]) -> NDArray[np.float32]:
         with self._reading:  # sources need not be made for several threads
-            return read_stacked(self.source, [Request(item_id, view) for item_id in ids])
+            return read_stacked(self.source, requests)
+
+    def read(self, block: Block) -> NDArray[np.float32]:
+        """The input of a block: its samples, or one window."""
+        layout = self.job.manifest.layout
+        if isinstance(layout, TiledLayout):
+            (item_id,) = self.ids(block)
+            window = self._window(layout, block)
+            region = window.inputs if window else layout.region(block)
+            return self._read([Request(item_id, region=region)])
+        return self._read([Request(item_id, block.view) for item_id in self.ids(block)])
+
+    def _window(self, layout: TiledLayout, block: Block) -> Window | None:
+        """What a tile is computed from in dense encoding; patches have no halo."""
+        if not self.job.geometry:
+            return None
+        (item_id,) = self.ids(block)
+        return Window.over(layout.region(block), self.job.geometry, self._extents[item_id])
+
+    @cached_property
+    def _extents(self) -> dict[str, tuple[int, ...]]:
+        return {item.id: item.extent for item in self.source.items()}
 
     def __call__(self, block: Block) -> StagedBlock:
         """Read, compute and stage a block."""
-        return self.stage(block, *self.outputs(block, self.read(self.ids(block), block.view)))
+        return self.stage(block, *self.outputs(block, self.read(block)))
 
     def ids(self, block: Block) -> list[str]:
         return list(self.source.ids[block.samples.slice])
@@ -159,11 +187,25 @@ class BlockWorker:
     def outputs(
         self, block: Block, samples: NDArray[np.float32]
     ) -> tuple[dict[str, NDArray[Any]], PrecisionError | None]:
-        """What a block's samples become, as it is stored, and what that does to it."""
-        job = self.job
-        storing = Storing.of(job.manifest) if job.manifest.layout.materialized else Storing(None)
-        arrays = compute_block(self.frozen, samples, self.ids(block), job.config.extract, storing)
-        return arrays, storing.error
+        """What a block's inputs become, as it is stored, and what that does to it."""
+        layout, config = self.job.manifest.layout, self.job.config.extract
+        storing = Storing.of(self.job.manifest) if layout.materialized else Storing(None)
+        if not isinstance(layout, TiledLayout):
+            arrays = compute_block(self.frozen, samples, self.ids(block), config, storing)
+            return arrays, storing.error
+        (item_id,) = self.ids(block)
+        place = ", ".join(f"{span.start} to {span.stop}" for span in layout.region(block))
+        window = self._window(layout, block)
+        arrays = compute_block(
+            self.frozen,
+            samples,
+            [f"{item_id} (outputs {place})"],
+            config,
+            storing,
+            grid=0 if window else 2,
+            trim=tuple(span.slice for span in window.kept) if window else None,
+        )
+        return {name: values[0] for name, values in arrays.items()}, storing.error
 
     def stage(
         self, block: Block, arrays: dict[str, NDArray[Any]], error: PrecisionError | None
@@ -265,9 +307,10 @@ def extract(
     total = sum(len(block.samples) for block in writer.blocks)
     done = total - sum(len(block.samples) for block in pending)
     label = f"module {job.manifest.module}: extract"
+    unit = "tile" if isinstance(job.manifest.layout, TiledLayout) else "sample"
     try:
         with (
-            progress.task(label, total=total, done=done, unit="sample") as task,
+            progress.task(label, total=total, done=done, unit=unit) as task,
             # Closed at once when anything goes wrong, and its processes with it.
             closing(executor.run(job, source, pending)) as blocks,
         ):

@@ -10,7 +10,7 @@ from gim_stagewise.errors import ConfigError, OverBudgetError
 from gim_stagewise.memory import Budget
 from gim_stagewise.processes import usable_cores
 from gim_stagewise.stage.extract import BLOCKS_AT_ONCE
-from gim_stagewise.stage.forward import block_bytes, project_forward
+from gim_stagewise.stage.forward import project_forward
 from gim_stagewise.stage.needs import StageNeeds
 from gim_stagewise.stage.project import StepSpec, round_up
 from gim_stagewise.units import format_bytes
@@ -105,7 +105,7 @@ def _plan(needs: StageNeeds, budget: Budget, workers: Workers, *, forward: int) 
     on_gpu = spec.device == "cuda"
     plan = ExtractionPlan(
         forward=forward,
-        block=BLOCKS_AT_ONCE * block_bytes(needs.item_bytes, needs.layout),
+        block=BLOCKS_AT_ONCE * needs.block,
         workers=0,
         base=BASE_BYTES,
         on_gpu=on_gpu,
@@ -133,8 +133,14 @@ def _plan(needs: StageNeeds, budget: Budget, workers: Workers, *, forward: int) 
 def _refuse(spec: StepSpec, plan: ExtractionPlan, fitting: int, allowed: int) -> None:
     if plan.workers:
         remedy = f"use --workers {fitting} or less"
+    elif spec.config.windowed and spec.config.dense:
+        remedy = "use smaller tiles (windows.tile)"
     elif plan.block > plan.each // 2:
-        remedy = "store fewer samples a chunk (cache.chunk)"
+        remedy = (
+            "use smaller tiles (windows.tile)"
+            if spec.config.windowed
+            else "store fewer samples a chunk (cache.chunk)"
+        )
     else:
         remedy = f"lower extract.batch from {spec.config.extract.batch}"
     raise OverBudgetError(
@@ -149,9 +155,11 @@ def _refuse(spec: StepSpec, plan: ExtractionPlan, fitting: int, allowed: int) ->
 def _check_device(spec: StepSpec, budget: Budget, forward: int) -> None:
     allowed = budget.device_bytes(torch.device(spec.device))
     if allowed is not None and forward > allowed:
+        remedy = f"lower extract.batch from {spec.config.extract.batch}"
+        if spec.config.dense:
+            remedy = "use smaller tiles (windows.tile)"
         raise OverBudgetError(
             f"module {spec.index} projects {format_bytes(forward)} for extraction, allowed "
-            f"{format_bytes(allowed)}: lower extract.batch from {spec.config.extract.batch}, "
-            f"or allow --allowed-mem {round_up(forward)}",
+            f"{format_bytes(allowed)}: {remedy}, or allow --allowed-mem {round_up(forward)}",
             needed=forward,
         )

@@ -12,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gim_stagewise.cache import PLAIN, Cache
+from gim_stagewise.cache import PLAIN, Cache, TiledCache
 from gim_stagewise.processes import usable_cores
 from gim_stagewise.sources import Request, Source
 from gim_stagewise.stage.extract import VirtualCache
 from gim_stagewise.stage.order import Order
+from gim_stagewise.stage.windowed import WindowSource
 
 # Reading a chunk is over too soon to need many threads.
 MOST_THREADS = 4
@@ -45,7 +46,7 @@ class SampleReader:
 
     def __init__(self, source: Source, *, samples: int, window: int, pin: bool = False) -> None:
         self.source = source
-        self.precision = source.precision if isinstance(source, Cache) else PLAIN
+        self.precision = source.precision if isinstance(source, Cache | WindowSource) else PLAIN
         self.threads = _reading_threads(source)
         self.keeps_all = keeps_all(source, samples=samples, window=window)
         self._pin = pin
@@ -53,7 +54,7 @@ class SampleReader:
         self._kept: dict[str, Tensor] = {}  # view 0 is all there is
 
     def read(self, requests: Sequence[Request]) -> list[Tensor]:
-        """Samples [grid_row, grid_col, channel, height, width]; what is kept has its own memory."""
+        """Samples as they lie in the source; what is kept has its own memory."""
         if not self.keeps_all:
             return self._read(requests)
         missing = [id_ for r in requests if (id_ := r.id) not in self._kept]
@@ -64,7 +65,7 @@ class SampleReader:
 
     def _read(self, requests: Sequence[Request]) -> list[Tensor]:
         source = self.source
-        if isinstance(source, Cache):
+        if isinstance(source, Cache | WindowSource):
             arrays = source.read_stored(requests, empty=self._memory.empty)
         else:
             arrays = source.read(requests)
@@ -78,12 +79,15 @@ class SampleReader:
 
     def announce(self, requests: Sequence[Request]) -> None:
         """Say what is going to be read soon."""
-        if isinstance(self.source, Cache) and not isinstance(self.source, VirtualCache):
+        if isinstance(self.source, WindowSource):
+            self.source.announce(requests)
+        elif isinstance(self.source, Cache) and not isinstance(self.source, VirtualCache):
             self.source.announce(r for r in requests if r.id not in self._kept)
 
     def give_back(self, samples: Sequence[Tensor]) -> None:
         """Let the memory of samples that nobody uses any more be used again."""
-        if isinstance(self.source, Cache) and not self.keeps_all:
+        source = self.source.source if isinstance(self.source, WindowSource) else self.source
+        if isinstance(source, Cache | TiledCache) and not self.keeps_all:
             self._memory.give_back(s.numpy() for s in samples if not s.is_pinned())
 
 
@@ -119,7 +123,9 @@ def keeps_all(source: Source, *, samples: int, window: int) -> bool:
 def _reading_threads(source: Source) -> int:
     if isinstance(source, VirtualCache):
         return 0  # the thread count of the frozen forward belongs to the whole process
-    if isinstance(source, Cache):
+    if isinstance(source, WindowSource):
+        return _reading_threads(source.source)
+    if isinstance(source, Cache | TiledCache):
         return min(MOST_THREADS, usable_cores())
     return 1
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from gim_stagewise.cache import CacheLayout, Precision
+from gim_stagewise.cache import Precision
 from gim_stagewise.memory import (
     PeakMeter,
     StorageCounter,
@@ -38,7 +38,7 @@ def project_forward(spec: StepSpec, *, measure: bool = True, margin: bool = True
 def _project_forward(spec: StepSpec, *, measure: bool, margin: bool) -> int:
     try:
         counted = forward_bytes(
-            spec.module(), spec.cell, spec.config.extract.batch, precision=spec.precision
+            spec.module(), spec.forward_cell, spec.config.extract.batch, precision=spec.precision
         )
     except Exception:
         return in_fresh_process(measure_forward, spec)
@@ -68,7 +68,7 @@ def measure_forward(spec: StepSpec) -> int:
     device = torch.device(spec.device)
     use_allocator(lean=spec.lean)
     warm_up(device)
-    rows = torch.randn(spec.config.extract.batch, *spec.cell)
+    rows = torch.randn(spec.config.extract.batch, *spec.forward_cell)
     with PeakMeter(device) as meter:
         frozen = FrozenModule(spec.module(), device)
         for _ in range(2):
@@ -81,12 +81,15 @@ def _stored(spec: StepSpec, z: Tensor) -> Tensor:
     return stored
 
 
-def block_bytes(item_bytes: int, layout: CacheLayout) -> int:
-    """Bytes that one block of samples takes on its way from the input into chunk files.
+def block_bytes(inputs: int, outputs: int) -> int:
+    """Bytes that one block takes on its way from the input into chunk files.
 
-    Its samples as read and as stacked, the outputs in their stored form, and one chunk's copy while
+    Its inputs as read and as stacked, the outputs in their stored form, and one chunk's copy while
     it is encoded, with the encoded bytes with and without checksum.
+
+    Parameters
+    ----------
+    inputs, outputs : int
+        Bytes of the block's inputs, and of its outputs in their stored form.
     """
-    samples = layout.chunk
-    outputs = samples * (layout.sample_bytes + layout.embedding_bytes)
-    return 2 * samples * item_bytes + 4 * outputs
+    return 2 * inputs + 4 * outputs

@@ -65,20 +65,28 @@ class FrozenModule(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, rows: Float[Tensor, "piece channel height width"]
-    ) -> tuple[Tensor, Float[Tensor, "piece embedding"]]:
-        """Activations and their embeddings for one piece of rows, on the module's device."""
+        self,
+        rows: Float[Tensor, "piece channel *space"],
+        trim: tuple[slice, ...] | None = None,
+    ) -> tuple[Tensor, Float[Tensor, "piece *cell embedding"]]:
+        """Activations and their embeddings for one piece of rows, on the module's device.
+
+        Of what is computed, ``trim`` says for each axis of space what is kept.
+        """
         z = self.module(rows.to(self.device))
+        if trim is not None:
+            z = z[(slice(None), slice(None), *trim)].contiguous()
         return z, pool(self.module, z).float()
 
 
 def frozen_forward(
     frozen: FrozenModule,
-    rows: Float[Tensor, "row channel height width"],
+    rows: Float[Tensor, "row channel *space"],
     config: ExtractConfig,
     *,
     keep: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Float[Tensor, "row out_channel out_height out_width"], Float[Tensor, "row embedding"]]:
+    trim: tuple[slice, ...] | None = None,
+) -> tuple[Float[Tensor, "row out_channel *out_space"], Float[Tensor, "row *cell embedding"]]:
     """The one forward of frozen modules.
 
     Parameters
@@ -92,6 +100,8 @@ def frozen_forward(
     keep : callable, optional
         Makes of a piece's activations, on the module's device, what is kept of them; all of them
         by default. What it gets is its own to change.
+    trim : tuple of slice, optional
+        Along each axis of space, the outputs that are not of a halo; all by default.
 
     Returns
     -------
@@ -108,7 +118,7 @@ def frozen_forward(
             if missing:
                 piece = torch.cat([piece, piece.new_zeros(missing, *piece.shape[1:])])
             own = slice(start, start + config.batch - missing)
-            z, pooled = (part[: config.batch - missing] for part in frozen(piece))
+            z, pooled = (part[: config.batch - missing] for part in frozen(piece, trim))
             kept = (z if keep is None else keep(z), pooled)
             if not outputs:
                 outputs = [k.new_empty(len(rows), *k.shape[1:], device="cpu") for k in kept]

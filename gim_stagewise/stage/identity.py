@@ -5,12 +5,13 @@ See `gim_stagewise.cache.digests` for what the two are for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gim_stagewise.cache import Digest, Manifest
+from gim_stagewise.cache import Digest, Layout, Manifest, TiledLayout
 from gim_stagewise.config import ModuleConfig, PipelineConfig
 from gim_stagewise.stage.checkpoint import FrozenWeights
+from gim_stagewise.windows import Geometry
 
 # Where data lies and whether it may be fetched says nothing about what it is; its content digest
 # does.
@@ -23,14 +24,17 @@ def stage_recipe(config: PipelineConfig, index: int) -> Digest:
     Its parts are named as in the pipeline file, so that a difference names what was changed.
     """
     table: dict[str, Any] = {"seed": config.seed, "module": {}, **_source_table(config)}
+    unused = set() if config.windowed else {"window"}
     for number in range(1, index + 1):
         module = config.stage(number)
         table["module"][str(number)] = {
             "build": module.build,
             "options": module.options,
-            "objective": module.objective.model_dump(mode="json"),
+            "objective": module.objective.model_dump(
+                mode="json", exclude=set() if config.dense else {"pool"}
+            ),
             # How often state is saved changes nothing about the weights.
-            "train": module.train.model_dump(mode="json", exclude={"checkpoint_every"}),
+            "train": module.train.model_dump(mode="json", exclude={"checkpoint_every"} | unused),
         }
         if number < index:
             table = _merged(table, _storing(config, number))
@@ -47,7 +51,8 @@ def cache_recipe(config: PipelineConfig, index: int) -> Digest:
 def _storing(config: PipelineConfig, index: int) -> dict[str, Any]:
     """What decides the values that are read from a cache; codecs lose nothing."""
     cache = config.stage(index).cache
-    return {
+    tile = {"windows": {"tile": config.windows.tile}} if config.windowed else {}
+    return tile | {
         "module": {
             str(index): {
                 "cache": cache.model_dump(
@@ -70,7 +75,14 @@ def _merged(table: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 def _source_table(config: PipelineConfig) -> dict[str, Any]:
     source = config.source
-    return {
+    windows = {}
+    if config.windowed:
+        windows = {
+            "encoding": config.encoding,
+            "windows": config.windows.model_dump(mode="json", exclude={"tile"}),
+        }
+    patches = config.patches.model_dump(mode="json") if config.patches else None
+    return windows | {
         "source": {
             "kind": source.kind,
             "digest": source.digest,
@@ -78,7 +90,7 @@ def _source_table(config: PipelineConfig) -> dict[str, Any]:
             "splits": {name: _without_places(table) for name, table in source.splits.items()},
         },
         "augment": config.augment.model_dump(mode="json", exclude={"views"}),
-        "patches": config.patches.model_dump(mode="json"),
+        "patches": patches,
     }
 
 
@@ -121,7 +133,7 @@ def cache_content(
     *,
     stored_operation: str | None,
     input_content: str,
-    in_shape: tuple[int, ...],
+    geometry: Any,
     views: int,
     numerics: dict[str, Any],
 ) -> Digest:
@@ -130,7 +142,7 @@ def cache_content(
         {
             "weights": weights.digest,
             "builder": {"source": weights.builder_source, "behaviour": weights.behaviour},
-            "geometry": list(in_shape),
+            "geometry": geometry,
             "views": views,
             "precision": module.cache.precision,
             "stored_operation": stored_operation,
@@ -138,6 +150,27 @@ def cache_content(
             "input": input_content,
         }
     )
+
+
+def geometry_record(
+    layout: Layout, cell_in: tuple[int, ...], geometry: Sequence[Geometry]
+) -> list[int] | dict[str, Any]:
+    """What decides the bytes of a block besides its inputs and the module.
+
+    Parameters
+    ----------
+    layout : CacheLayout or TiledLayout
+    cell_in : tuple of int
+        A patch of the input.
+    geometry : sequence of Geometry
+        Of the module along each axis, in dense encoding.
+    """
+    if not isinstance(layout, TiledLayout):
+        return list(cell_in)
+    record: dict[str, Any] = {"tile": list(layout.tile), "pool": layout.pool}
+    if geometry:
+        return record | {"chain": [list(vars(own).values()) for own in geometry]}
+    return record | {"patch": list(cell_in)}
 
 
 def cache_differences(manifest: Manifest, recipe: Digest, content: Digest) -> list[str]:

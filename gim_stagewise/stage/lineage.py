@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gim_stagewise.cache import Cache
+from gim_stagewise.cache import SealedCache
 from gim_stagewise.sources import Source
 from gim_stagewise.stage.checkpoint import FrozenWeights
 from gim_stagewise.stage.code import code_staleness
 from gim_stagewise.stage.workspace import Workspace
 
 
-def foreign_content(workspace: Workspace, data: Callable[[], Source], cache: Cache) -> str:
+def foreign_content(workspace: Workspace, data: Callable[[], Source], cache: SealedCache) -> str:
     """Why an input cache does not belong to what lies beside it; empty if nothing says so.
 
     The weights, the cache below and, with a pipeline file, data and code are compared where they
@@ -22,7 +22,7 @@ def foreign_content(workspace: Workspace, data: Callable[[], Source], cache: Cac
     workspace : Workspace
     data : callable
         Opens the dataset; called only if the cache is module 1's.
-    cache : Cache
+    cache : SealedCache
     """
     index = cache.manifest.module
     parts = cache.manifest.content.parts
@@ -33,7 +33,7 @@ def foreign_content(workspace: Workspace, data: Callable[[], Source], cache: Cac
         if (reason := _changed(parts["input"], data().content_digest())) != "":
             return f"the data of its source changed ({reason})"
     elif index > 1 and below_path.exists():
-        below = Cache(below_path)
+        below = SealedCache(below_path)
         if (reason := _changed(parts["input"], below.content_digest())) != "":
             return f"it was made from another {below_path.name} than the one beside it ({reason})"
         if reason := foreign_content(workspace, data, below):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -23,27 +22,6 @@ from gim_stagewise.stage.order import (
     storage_order,
 )
 from gim_stagewise.windows import Region, Span, centre, placed
-
-
-def held_out(ids: Sequence[str], *, seed: int, fraction: float) -> tuple[list[str], list[str]]:
-    """Split unlabeled ids into those to train on and those held out for early stopping.
-
-    The choice is a function of (seed, ids), so it is the same in every stage of a pipeline.
-
-    Returns
-    -------
-    (list of str, list of str)
-        Training ids and held-out ids, each in the given order; at least one is held out.
-    """
-    key = str(derive_seed(seed, "held out"))
-    ranked = sorted(ids, key=lambda i: hashlib.sha256(f"{key}:{i}".encode()).digest())
-    chosen = set(ranked[: held_out_count(len(ids), fraction)])
-    return [i for i in ids if i not in chosen], [i for i in ids if i in chosen]
-
-
-def held_out_count(samples: int, fraction: float) -> int:
-    """How many of so many samples are held out: the fraction, and at least one."""
-    return max(1, round(fraction * samples))
 
 
 def check_loading(samples: int, *, batch: int, window: int, chunk_bytes: int, stage: int) -> None:
@@ -130,7 +108,7 @@ class Loader:
         self._seed = seed
         self._stage = stage
         self._extent = source.items()[0].extent
-        self._grid = grid or self._extent
+        self._grid = self._extent if grid is None else grid
         self.positions = positions_of(source, self._ids)
 
     @property
@@ -287,12 +265,13 @@ def validation_batches(
     """
     view = 0 if source.views == 0 else 1
     extent = source.items()[0].extent
-    region = None if grid in (None, extent) else centre(extent, grid or extent)
+    grid = extent if grid is None else grid
+    region = None if grid == extent else centre(extent, grid)
     yield from _batches(
         reader or SampleReader(source, samples=len(ids), window=window),
         storage_order(positions_of(source, ids), chunk=source.chunk_items),
         lambda index: Request(ids[index], view, region),
-        grid=grid or extent,
+        grid=grid,
         batch=batch,
         window=window,
         start=0,

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from gim_stagewise.cache import Cache, CacheLayout, Precision, auto_chunk
-from gim_stagewise.sources import PatchSource, Source
+from gim_stagewise.cache import Cache, CacheLayout, Layout, Precision, TiledCache, auto_chunk
+from gim_stagewise.sources import PatchSource, RegionSource, Source
 from gim_stagewise.stage.extract import VirtualCache
+from gim_stagewise.stage.feed import MOST_THREADS
 from gim_stagewise.stage.forward import block_bytes, project_forward
 from gim_stagewise.stage.loader import loader_bytes
 from gim_stagewise.stage.project import StepSpec, step_spec
-from gim_stagewise.stage.shape import Shape, check_shape
+from gim_stagewise.stage.shape import Shape, check_shape, window_of
+from gim_stagewise.stage.tiling import largest_input, tiled_layout
+from gim_stagewise.stage.windowed import window_count
 from gim_stagewise.stage.workspace import Workspace
 
 
@@ -32,7 +36,9 @@ class StageNeeds:
         Bytes of the modules below, where their outputs are not stored.
     item_bytes : int
         Of one sample of its input, as it is stored.
-    layout : CacheLayout
+    block : int
+        Bytes of one block on its way from the input to the disk.
+    layout : CacheLayout or TiledLayout
         Of its outputs.
     """
 
@@ -40,11 +46,16 @@ class StageNeeds:
     loader: int
     chain: int
     item_bytes: int
-    layout: CacheLayout
+    block: int
+    layout: Layout
 
 
 def stage_needs(workspace: Workspace, index: int, shape: Shape, source: Source) -> StageNeeds:
     """What a module on the input that is there will need."""
+    if workspace.config.windowed:
+        chunk = source.layout.block_bytes if isinstance(source, TiledCache) else 0
+        extents = [item.extent for item in source.items()]
+        return _windowed_needs(workspace, index, shape, source.ids, extents, chunk)
     loader = loader_bytes(
         workspace.module_config(index).train,
         samples=len(source.split("unlabeled")),
@@ -52,13 +63,58 @@ def stage_needs(workspace: Workspace, index: int, shape: Shape, source: Source) 
         chunk_items=source.chunk_items,
         views=source.views,
     )
-    spec, layout = step_spec(workspace, index, shape), cache_layout(workspace, index, shape, source)
-    return StageNeeds(spec, loader, chain_bytes(source), source.item_bytes, layout)
+    layout = cache_layout(workspace, index, shape, source)
+    return StageNeeds(
+        spec=step_spec(workspace, index, shape),
+        loader=loader,
+        chain=chain_bytes(source),
+        item_bytes=source.item_bytes,
+        block=_block_bytes(source.item_bytes, layout),
+        layout=layout,
+    )
+
+
+def _block_bytes(item_bytes: int, layout: CacheLayout) -> int:
+    return block_bytes(layout.chunk * item_bytes, layout.block_bytes)
+
+
+def _windowed_needs(
+    workspace: Workspace,
+    index: int,
+    shape: Shape,
+    ids: Sequence[str],
+    extents: Sequence[tuple[int, ...]],
+    chunk: int,
+) -> StageNeeds:
+    """What a module needs whose input has these extents, and chunks of so many bytes."""
+    config, window = workspace.config, window_of(workspace.config, index)
+    layout = tiled_layout(workspace, index, shape, ids, extents)
+    largest = largest_input(shape.geometry, layout.tile, extents)
+    cell = shape.cell_in[:1] if config.dense else shape.cell_in
+    below = Precision("float32" if index == 1 else config.stage(index - 1).cache.precision)
+    item_bytes = below.itemsize * math.prod(cell) * math.prod(window)
+    train = config.stage(index).train
+    held = loader_bytes(
+        train,
+        samples=window_count(config.windows, extents, window, train.batch),
+        item_bytes=item_bytes,
+        chunk_items=1,
+        views=None,
+    )
+    return StageNeeds(
+        spec=step_spec(workspace, index, shape, (*cell, *largest) if config.dense else None),
+        # Chunks, compressed and not, from which windows are cut.
+        loader=held + 2 * MOST_THREADS * chunk,
+        chain=0,
+        item_bytes=item_bytes,
+        block=block_bytes(4 * math.prod(cell) * math.prod(largest) + chunk, layout.block_bytes),
+        layout=layout,
+    )
 
 
 def chain_needs(
     workspace: Workspace,
-    source: PatchSource,
+    source: PatchSource | RegionSource,
     shapes: list[Shape],
     stored: Mapping[int, bool] | None = None,
 ) -> list[StageNeeds]:
@@ -67,12 +123,14 @@ def chain_needs(
     Parameters
     ----------
     workspace : Workspace
-    source : PatchSource
+    source : PatchSource or RegionSource
     shapes : list of Shape
     stored : mapping, optional
         Whether outputs are stored, of modules where that is known. Where it is not, with
         ``materialize = "auto"``, they count as computed again, which takes more.
     """
+    if isinstance(source, RegionSource):
+        return _windowed_chain(workspace, source, shapes)
     needs: list[StageNeeds] = []
     item_bytes, chunk_items, views = source.item_bytes, 1, source.views
     chain = 0
@@ -86,7 +144,8 @@ def chain_needs(
         )
         spec = step_spec(workspace, index, shape)
         layout = cache_layout(workspace, index, shape, source)
-        needs.append(StageNeeds(spec, held, chain, item_bytes, layout))
+        block = _block_bytes(item_bytes, layout)
+        needs.append(StageNeeds(spec, held, chain, item_bytes, block, layout))
         always = workspace.module_config(index).cache.materialize == "always"
         if (stored or {}).get(index, always):
             chain = 0
@@ -96,13 +155,26 @@ def chain_needs(
     return needs
 
 
+def _windowed_chain(
+    workspace: Workspace, source: RegionSource, shapes: list[Shape]
+) -> list[StageNeeds]:
+    extents = [item.extent for item in source.items()]
+    needs: list[StageNeeds] = []
+    chunk = 0
+    for index, shape in enumerate(shapes, start=1):
+        needs.append(_windowed_needs(workspace, index, shape, source.ids, extents, chunk))
+        extents = [shape.extent_out(extent) for extent in extents]
+        chunk = needs[-1].layout.block_bytes
+    return needs
+
+
 def chain_bytes(source: Source) -> int:
     """Bytes of the modules, and of their blocks, that compute what a source does not store."""
     total = 0
     while isinstance(source, VirtualCache):
         job, below = source.job, source.source
         space = Workspace(job.config, "", Path(), job.code_folder, torch.device(job.device))
-        size = job.config.patches.size
+        size = job.config.patches.size if job.config.patches else 0
         grid, cell = (
             (below.layout.grid, below.layout.cell)
             if isinstance(below, Cache)
@@ -117,7 +189,15 @@ def chain_bytes(source: Source) -> int:
 
 def virtual_bytes(spec: StepSpec, item_bytes: int, layout: CacheLayout) -> int:
     """Bytes that one frozen module takes to compute blocks on demand."""
-    return project_forward(spec, measure=False, margin=False) + block_bytes(item_bytes, layout)
+    return project_forward(spec, measure=False, margin=False) + _block_bytes(item_bytes, layout)
+
+
+def layout_of(workspace: Workspace, index: int, shape: Shape, source: Source) -> Layout:
+    """How the cache of module ``index`` is laid out, given its input."""
+    if not workspace.config.windowed:
+        return cache_layout(workspace, index, shape, source)
+    extents = [item.extent for item in source.items()]
+    return tiled_layout(workspace, index, shape, source.ids, extents)
 
 
 def cache_layout(workspace: Workspace, index: int, shape: Shape, source: Source) -> CacheLayout:
@@ -133,11 +213,13 @@ def cache_layout(workspace: Workspace, index: int, shape: Shape, source: Source)
         Anything with the dataset's samples.
     """
     cache, augment = workspace.module_config(index).cache, workspace.config.augment
+    rows, columns = shape.grid
+    channels, height, width = shape.cell_out
     layout = CacheLayout(
         samples=len(source.ids),
         views=1 + (augment.views if augment.random else 0),
-        grid=shape.grid,
-        cell=shape.cell_out,
+        grid=(rows, columns),
+        cell=(channels, height, width),
         embedding=shape.embedding,
         chunk=1,
         codec=cache.codec,

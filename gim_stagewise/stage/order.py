@@ -8,6 +8,8 @@ one is drawn at random. Where samples are read one by one, the order is a true p
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,27 @@ from numpy.typing import NDArray
 from gim_stagewise.seeds import derive_seed
 
 Indexes = NDArray[np.int64]
+
+
+def held_out(ids: Sequence[str], *, seed: int, fraction: float) -> tuple[list[str], list[str]]:
+    """Split unlabeled ids into those to train on and those held out for early stopping.
+
+    The choice is a function of (seed, ids), so it is the same in every stage of a pipeline.
+
+    Returns
+    -------
+    (list of str, list of str)
+        Training ids and held-out ids, each in the given order; at least one is held out.
+    """
+    key = str(derive_seed(seed, "held out"))
+    ranked = sorted(ids, key=lambda i: hashlib.sha256(f"{key}:{i}".encode()).digest())
+    chosen = set(ranked[: held_out_count(len(ids), fraction)])
+    return [i for i in ids if i not in chosen], [i for i in ids if i in chosen]
+
+
+def held_out_count(samples: int, fraction: float) -> int:
+    """How many of so many samples are held out: the fraction, and at least one."""
+    return max(1, round(fraction * samples))
 
 
 @dataclass(frozen=True)

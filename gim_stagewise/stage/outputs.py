@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from gim_stagewise.cache import (
     BuildFolder,
-    Cache,
     CacheWriter,
     Damage,
-    Digest,
     Manifest,
     Precision,
+    SealedCache,
     discard_cache,
-    encoded_bytes,
     read_manifest,
     visible_damage,
 )
@@ -32,25 +27,16 @@ from gim_stagewise.errors import (
     StaleCacheError,
 )
 from gim_stagewise.lock import exclusive
-from gim_stagewise.models import INPUT_OPERATIONS
-from gim_stagewise.sources import Request, Source, read_stacked
+from gim_stagewise.sources import Source
 from gim_stagewise.stage import identity
-from gim_stagewise.stage.calibrate import calibration_samples, value_range
 from gim_stagewise.stage.checkpoint import FrozenWeights
-from gim_stagewise.stage.choose import Choice, Reading, input_seconds, measure_choice
-from gim_stagewise.stage.disk import (
-    bytes_of_caches,
-    folder_bytes,
-    require_free,
-    stored_samples,
-)
 from gim_stagewise.stage.extract import BlockJob, VirtualCache, extract
 from gim_stagewise.stage.extraction_plan import Workers, plan_extraction
-from gim_stagewise.stage.freeze import FrozenModule, frozen_forward, numerics
-from gim_stagewise.stage.needs import cache_layout, stage_needs
+from gim_stagewise.stage.freeze import FrozenModule, numerics
+from gim_stagewise.stage.needs import layout_of, stage_needs
 from gim_stagewise.stage.parallel import choose_executor
+from gim_stagewise.stage.settle import Settling
 from gim_stagewise.stage.shape import Shape
-from gim_stagewise.stage.storing import Storing, check_error, compute_block
 from gim_stagewise.stage.workspace import Workspace, with_absolute_places
 
 
@@ -97,15 +83,20 @@ class StageOutputs:
         The module's number, from 1.
     source : Source
         The module's input.
+    samples : Source
+        What it is trained on: the same, or windows of it.
     shape : Shape
         What goes into it and comes out.
     """
 
-    def __init__(self, workspace: Workspace, index: int, source: Source, shape: Shape) -> None:
+    def __init__(
+        self, workspace: Workspace, index: int, source: Source, samples: Source, shape: Shape
+    ) -> None:
         self.workspace = workspace
         self.index = index
         self.source = source
         self.shape = shape
+        self.settling = Settling(workspace, index, source, samples, shape)
         self._config = workspace.module_config(index)
 
     @cached_property
@@ -158,11 +149,7 @@ class StageOutputs:
             if found is not None:
                 manifest = self._gone_on_with(manifest, found)
             else:
-                manifest = self._calibrated(frozen, manifest)
-                if self._config.cache.materialize == "auto":
-                    manifest = self._chosen(frozen, manifest, reserved)
-                manifest = self._with_sampled_error(frozen, manifest)
-                self._check_free(frozen, manifest)
+                manifest = self.settling.settled(frozen, manifest, reserved)
             del frozen
             return self._extract(weights, manifest, workers), True
 
@@ -203,136 +190,6 @@ class StageOutputs:
             "allow more"
         )
 
-    def _calibrated(self, frozen: FrozenModule, manifest: Manifest) -> Manifest:
-        """With scales, found on a few samples."""
-        if manifest.precision.lossless:
-            return manifest
-        ids, view = self._calibration_samples()
-        lowest, highest = value_range(
-            frozen, self.source, ids, view, self.workspace.config.extract, manifest.stored_operation
-        )
-        precision = manifest.precision.calibrated(lowest, highest)
-        count = sum(map(len, ids))
-        said = f"{count} samples, evenly spaced, view {view}" if precision.has_scales else None
-        return replace(manifest, precision=precision, calibration=said)
-
-    def _calibration_samples(self) -> tuple[list[list[str]], int]:
-        config = self.workspace.config.extract
-        return calibration_samples(self.source, math.prod(self.shape.grid), config)
-
-    def _with_sampled_error(self, frozen: FrozenModule, manifest: Manifest) -> Manifest:
-        """With the error that storing makes on a few samples, refused if that is not allowed.
-
-        What is stored is measured whole; what is computed whenever it is read is not seen whole
-        before, though it goes through the same precision.
-        """
-        cache, stored = self._config.cache, manifest.layout.materialized
-        if manifest.precision.lossless or (stored and cache.max_error is None):
-            return manifest
-        ids, view = self._calibration_samples()
-        errors = []
-        for some in ids:
-            storing = Storing.of(manifest)
-            samples = read_stacked(self.source, [Request(item_id, view) for item_id in some])
-            compute_block(frozen, samples, some, self.workspace.config.extract, storing)
-            assert storing.error is not None
-            errors.append(storing.error)
-        error = sum(errors[1:], start=errors[0])
-        check_error(error, cache, manifest)
-        if stored:
-            return manifest
-        return replace(manifest, error={**error.as_json(), "sampled": sum(map(len, ids))})
-
-    def _chosen(self, frozen: FrozenModule, manifest: Manifest, reserved: int) -> Manifest:
-        """With the faster of storing and computing again; the last module's outputs are stored."""
-        space = self.workspace
-        if self.index + 1 not in space.config.module:
-            return manifest
-        ids, view = self._calibration_samples()
-        samples = read_stacked(self.source, [Request(item_id, view) for item_id in ids[0]])
-        choice, _ = self._measured(frozen, samples, input_seconds(self.source, view), manifest)
-        if space.budget.disk is not None:
-            room = max(0, space.budget.disk - bytes_of_caches(space) - reserved)
-            choice = choice if choice.stored_bytes <= room else replace(choice, room=room)
-        self._note(str(choice))
-        layout = replace(manifest.layout, materialized=choice.store)
-        return replace(manifest, layout=layout, choice=choice.as_json())
-
-    def _check_free(self, frozen: FrozenModule, manifest: Manifest) -> None:
-        """Refuse to begin a cache that the disk has no room for."""
-        layout = manifest.sample_layout
-        each = float(layout.embedding_bytes)
-        if layout.materialized:
-            ids, view = self._calibration_samples()
-            samples = read_stacked(self.source, [Request(item_id, view) for item_id in ids[0]])
-            storing = Storing.of(manifest)
-            arrays = compute_block(frozen, samples, ids[0], self.workspace.config.extract, storing)
-            each += encoded_bytes(arrays["activations"], layout.codec) / len(samples)
-        path = self.workspace.cache_path(self.index)
-        needed = round(each * stored_samples(self.source, layout)) - folder_bytes(path)
-        require_free(path.parent, needed, f"cache {path}")
-
-    def measure(
-        self, frozen: FrozenModule, samples: NDArray[np.float32], input_seconds: float
-    ) -> tuple[Choice, NDArray[np.float32]]:
-        """What storing takes against computing again, and outputs; for a plan.
-
-        Parameters
-        ----------
-        frozen : FrozenModule
-            With any weights.
-        samples : array
-            Inputs.
-        input_seconds : float
-            To read one of them.
-        """
-        layout = cache_layout(self.workspace, self.index, self.shape, self.source)
-        nothing = Digest({"weights": "", "input": ""})
-        manifest = Manifest(
-            pipeline="",
-            module=self.index,
-            pipeline_text="",
-            recipe=nothing,
-            content=nothing,
-            numerics={},
-            precision=Precision(self._config.cache.precision),
-            stored_operation=self.stored_operation,
-            encoding="patch",
-            layout=layout,
-        )
-        rows = torch.from_numpy(samples).flatten(0, 2)
-        z, _ = frozen_forward(frozen, rows, self.workspace.config.extract)
-        if self.stored_operation is not None:
-            z = INPUT_OPERATIONS[self.stored_operation](z)
-        extremes = z.transpose(0, 1).flatten(1).aminmax(dim=1)
-        manifest = replace(manifest, precision=manifest.precision.calibrated(*extremes))
-        return self._measured(frozen, samples, input_seconds, manifest)
-
-    def _reading_above(self) -> Reading:
-        """How the next stage reads these outputs."""
-        train = self.workspace.module_config(self.index + 1).train
-        rows = train.micro_batch if isinstance(train.micro_batch, int) else None
-        return Reading(train.batch, train.shuffle_window, rows)
-
-    def _measured(
-        self,
-        frozen: FrozenModule,
-        samples: NDArray[np.float32],
-        input_seconds: float,
-        manifest: Manifest,
-    ) -> tuple[Choice, NDArray[np.float32]]:
-        space = self.workspace
-        return measure_choice(
-            frozen,
-            samples,
-            manifest,
-            space.config.extract,
-            input_seconds=input_seconds,
-            reading=self._reading_above(),
-            passes=space.module_config(self.index + 1).train.max_epochs + 1,
-            folder=space.folder,
-        )
-
     def _extract(self, weights: FrozenWeights, manifest: Manifest, workers: Workers) -> Manifest:
         space, source = self.workspace, self.source
         needs = stage_needs(space, self.index, self.shape, source)
@@ -348,13 +205,14 @@ class StageOutputs:
         below: Path | BlockJob | None = None
         if isinstance(source, VirtualCache):
             below = source.job
-        elif isinstance(source, Cache):
+        elif isinstance(source, SealedCache):
             below = source.path.absolute()
         return BlockJob(
             config=with_absolute_places(space.config),
             code_folder=space.code_folder,
             input=below,
             in_channels=self.shape.cell_in[0],
+            geometry=self.shape.geometry,
             device=space.device.type,
             lean=space.budget.lean,
             weights=weights.tensors,
@@ -409,14 +267,14 @@ class StageOutputs:
     def manifest(self, weights: FrozenWeights) -> Manifest:
         """What a cache of these weights' outputs would say about itself, unsealed."""
         space, cache = self.workspace, self._config.cache
-        layout = cache_layout(space, self.index, self.shape, self.source)
+        layout = layout_of(space, self.index, self.shape, self.source)
         record = numerics(space.device, space.config.extract, cache)
         content = identity.cache_content(
             weights,
             self._config,
             stored_operation=self.stored_operation,
             input_content=self.source.content_digest(),
-            in_shape=self.shape.cell_in,
+            geometry=identity.geometry_record(layout, self.shape.cell_in, self.shape.geometry),
             views=layout.views,
             numerics=record,
         )
@@ -431,7 +289,7 @@ class StageOutputs:
             numerics=record,
             precision=Precision(cache.precision),
             stored_operation=self.stored_operation,
-            encoding="patch",
+            encoding=space.config.encoding,
             layout=layout,
         )
 

@@ -61,7 +61,7 @@ class InProcess:
             block = next(waiting, None)
             if block is None:
                 return None
-            return block, executor.submit(worker.read, worker.ids(block), block.view)
+            return block, executor.submit(worker.read, block)
 
         try:
             ahead = read_next()

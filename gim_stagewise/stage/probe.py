@@ -22,11 +22,18 @@ from gim_stagewise.cache import Cache
 from gim_stagewise.config import ExtractConfig, PipelineConfig, ProbeConfig, parse_pipeline
 from gim_stagewise.errors import DataError
 from gim_stagewise.seeds import derive_seed
-from gim_stagewise.sources import MISSING_LABEL, PatchSource, Request, Source, read_stacked
+from gim_stagewise.sources import (
+    MISSING_LABEL,
+    PatchSource,
+    RegionSource,
+    Request,
+    Source,
+    read_stacked,
+)
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
 from gim_stagewise.stage.shape import trained_part
-from gim_stagewise.stage.workspace import Workspace
-from gim_stagewise.windows import PatchGrid, centre
+from gim_stagewise.stage.workspace import Workspace, patch_grid
+from gim_stagewise.windows import centre
 
 Pooling = Literal["mean", "all"]
 
@@ -146,7 +153,7 @@ class ProbeScores:
 
 
 def probe_chain(
-    workspace: Workspace, source: PatchSource, in_channels: Sequence[int]
+    workspace: Workspace, source: PatchSource | RegionSource, in_channels: Sequence[int]
 ) -> ProbeScores | None:
     """Probe the caches of the first modules, the same modules before training, and raw pixels.
 
@@ -154,7 +161,7 @@ def probe_chain(
     ----------
     workspace : Workspace
         With sealed caches of modules 1, 2, ...
-    source : PatchSource
+    source : PatchSource or RegionSource
         The dataset.
     in_channels : sequence of int
         Channels of the input of each module to probe, from module 1 on.
@@ -162,10 +169,10 @@ def probe_chain(
     Returns
     -------
     ProbeScores or None
-        None where the dataset has no labels.
+        None where the dataset has no labels, or items are of any size.
     """
     splits = probe_splits(source)
-    if splits is None:
+    if splits is None or isinstance(source, RegionSource):
         return None
     train, test = splits
     ids = [*train.ids, *test.ids]
@@ -194,7 +201,8 @@ def probe_chain(
 
 def _raw_pixels(source: PatchSource, ids: list[str], config: PipelineConfig) -> NDArray[np.float32]:
     """The pixels that the probed patches show: [sample, feature]."""
-    grid = PatchGrid(config.patches.size, config.patches.stride)
+    grid = patch_grid(config)
+    assert grid is not None
     part = centre(source.extent, trained_part(config.augment, source.extent))
     images = source.read_images(ids)
     if config.augment.grid_crop is not None:

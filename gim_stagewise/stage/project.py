@@ -56,9 +56,11 @@ class StepSpec:
     index : int
         The module's number.
     cell : tuple of int
-        One patch of its input: (channel, height, width).
+        One row of its input: (channel, height, width) of a patch or a window, or (channel, time).
+    forward_cell : tuple of int
+        One row of the frozen forward's input: in dense encoding the largest window of a tile.
     shape : tuple of int
-        Samples of a batch, and rows and columns of a sample's patches.
+        Samples of a batch, and rows and columns of a sample's patches, if it has any.
     embedding : int
         Channels of an embedding.
     micro_batch : int
@@ -75,6 +77,7 @@ class StepSpec:
     code_folder: Path | None
     index: int
     cell: tuple[int, ...]
+    forward_cell: tuple[int, ...]
     shape: tuple[int, ...]
     embedding: int
     micro_batch: int
@@ -123,7 +126,9 @@ class StepSpec:
         )
 
 
-def step_spec(workspace: Workspace, index: int, shape: Shape) -> StepSpec:
+def step_spec(
+    workspace: Workspace, index: int, shape: Shape, forward_cell: tuple[int, ...] | None = None
+) -> StepSpec:
     """The training step of module ``index``, with a whole batch in one pass."""
     batch = (workspace.module_config(index).train.batch, *shape.trained_grid)
     return StepSpec(
@@ -131,6 +136,7 @@ def step_spec(workspace: Workspace, index: int, shape: Shape) -> StepSpec:
         code_folder=workspace.code_folder,
         index=index,
         cell=shape.cell_in,
+        forward_cell=forward_cell or shape.cell_in,
         shape=batch,
         embedding=shape.embedding,
         micro_batch=math.prod(batch),
@@ -189,7 +195,7 @@ class _AnyBatch:
             values = torch.randn(len(rows), *self.cell).to(device)
         else:
             stored = torch.zeros(len(rows), *self.cell, dtype=self.precision.stored_torch)
-            values = self.precision.decode(stored.to(device))
+            values = self.precision.decode(stored.to(device), space=len(self.cell) - 1)
         self.on_read(values)
         return values
 

@@ -6,14 +6,16 @@ import math
 from dataclasses import dataclass
 
 from gim_stagewise.cache import Precision, auto_chunk
-from gim_stagewise.config import AugmentConfig, CacheConfig
-from gim_stagewise.errors import ConfigError
-from gim_stagewise.models import output_shape
+from gim_stagewise.config import AugmentConfig, CacheConfig, PipelineConfig
+from gim_stagewise.errors import ConfigError, ModuleRefusedError
+from gim_stagewise.models import module_geometry, output_shape
 from gim_stagewise.objectives import check_rows
 from gim_stagewise.stage.step import check_micro_batch
 from gim_stagewise.stage.workspace import Workspace
+from gim_stagewise.windows import Geometry
 
-Cell = tuple[int, int, int]
+# One row: (channel, height, width) of a patch or a window, or (channel, time).
+Cell = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -22,24 +24,31 @@ class Shape:
 
     Parameters
     ----------
-    grid : (int, int)
-        Rows and columns of patches.
-    trained_grid : (int, int)
-        Those of the part that modules are trained and judged on (``augment.grid_crop``).
+    grid : tuple of int
+        Rows and columns of patches; of a window, where items are read in windows; none in dense
+        encoding.
+    trained_grid : tuple of int
+        Those that modules are trained on.
     cell_in, cell_out : tuple of int
-        One patch before and after: (channel, height, width).
+        One row, before and after.
     embedding : int
         Channels of an embedding.
+    cells : tuple of int
+        Extent of a window's embeddings in dense encoding.
     input_op : str or None
         What the module does to its input before anything else, if it says so.
+    geometry : tuple of Geometry
+        Of the module along each axis, in dense encoding.
     """
 
-    grid: tuple[int, int]
-    trained_grid: tuple[int, int]
+    grid: tuple[int, ...]
+    trained_grid: tuple[int, ...]
     cell_in: Cell
     cell_out: Cell
     embedding: int
+    cells: tuple[int, ...] = ()
     input_op: str | None = None
+    geometry: tuple[Geometry, ...] = ()
 
     def chunk_bytes(self, cache: CacheConfig, samples: int) -> int:
         """Bytes of one chunk of the module's cache, before it is compressed."""
@@ -48,8 +57,15 @@ class Shape:
         wanted = auto_chunk(per_sample) if cache.chunk == "auto" else cache.chunk
         return per_sample * min(wanted, samples)
 
+    def extent_out(self, extent: tuple[int, ...]) -> tuple[int, ...]:
+        """Extent of the outputs for an item whose input has this one."""
+        if not self.geometry:
+            return extent
+        pairs = zip(self.geometry, extent, strict=True)
+        return tuple(geometry.count(length) for geometry, length in pairs)
 
-def trained_part(augment: AugmentConfig, grid: tuple[int, int]) -> tuple[int, int]:
+
+def trained_part(augment: AugmentConfig, grid: tuple[int, ...]) -> tuple[int, ...]:
     """Rows and columns of patches that modules are trained and judged on.
 
     Raises
@@ -68,7 +84,28 @@ def trained_part(augment: AugmentConfig, grid: tuple[int, int]) -> tuple[int, in
     return crop, crop
 
 
-def check_shape(workspace: Workspace, index: int, grid: tuple[int, int], cell: Cell) -> Shape:
+def window_of(config: PipelineConfig, index: int) -> tuple[int, ...]:
+    """Extent of the windows that module ``index`` is trained on, where items are read in such."""
+    side = config.stage(index).train.window
+    assert side is not None
+    return (side,) if config.sequences else (side, side)
+
+
+def windowed_input(config: PipelineConfig, index: int, cell: Cell) -> tuple[tuple[int, ...], Cell]:
+    """Grid and row of a window that module ``index`` is trained on.
+
+    Parameters
+    ----------
+    config : PipelineConfig
+    index : int
+    cell : tuple of int
+        What there is at a place of its input: a patch, or (channel,).
+    """
+    window = window_of(config, index)
+    return ((), (cell[0], *window)) if config.dense else (window, cell)
+
+
+def check_shape(workspace: Workspace, index: int, grid: tuple[int, ...], cell: Cell) -> Shape:
     """Check that module ``index`` can take its input, and say what it makes of it.
 
     Raises
@@ -77,24 +114,46 @@ def check_shape(workspace: Workspace, index: int, grid: tuple[int, int], cell: C
         If the module or its objective does not fit.
     """
     trained_grid = trained_part(workspace.config.augment, grid)
-    train, objective = (
-        workspace.module_config(index).train,
-        workspace.module_config(index).objective,
-    )
-    if isinstance(train.micro_batch, int):
+    config = workspace.module_config(index)
+    if isinstance(config.train.micro_batch, int):
         check_micro_batch(
-            train.micro_batch,
-            train.batch * math.prod(trained_grid),
+            config.train.micro_batch,
+            config.train.batch * math.prod(trained_grid),
             key=f"module.{index}.train.micro_batch",
         )
+    dense = workspace.config.dense
+    if not dense:
+        _check_rows(workspace, index, trained_grid[0], "patches")
+    module = workspace.build(index, cell[0])
+    out, embedded = output_shape(module, cell, key=f"module.{index}", dense=dense)
+    input_op = getattr(module, "input_op", None)
+    if not dense:
+        return Shape(grid, trained_grid, cell, out, embedded[0], input_op=input_op)
+    geometry = module_geometry(module, cell[0], len(cell) - 1, key=f"module.{index}")
+    _check_geometry(index, geometry, cell, out)
+    *cells, embedding = embedded
+    _check_rows(workspace, index, cells[0], "windows")
+    return Shape(grid, trained_grid, cell, out, embedding, tuple(cells), input_op, geometry)
+
+
+def _check_rows(workspace: Workspace, index: int, rows: int, what: str) -> None:
+    objective = workspace.module_config(index).objective
+    smaller = "smaller patches" if what == "patches" else "a larger train.window"
     check_rows(
-        trained_grid[0],
+        rows,
         prediction_steps=objective.prediction_steps,
         skip=objective.skip,
         key=f"module.{index}.objective.prediction_steps",
+        remedy=smaller,
     )
-    module = workspace.build(index, cell[0])
-    out, embedding = output_shape(module, cell, key=f"module.{index}")
-    channels, height, width = out
-    input_op = getattr(module, "input_op", None)
-    return Shape(grid, trained_grid, cell, (channels, height, width), embedding, input_op)
+
+
+def _check_geometry(index: int, geometry: tuple[Geometry, ...], cell: Cell, out: Cell) -> None:
+    """Refuse a module whose outputs are not those that its geometry says."""
+    counts = tuple(own.count(length) for own, length in zip(geometry, cell[1:], strict=True))
+    if counts != out[1:]:
+        raise ModuleRefusedError(
+            f"its geometry says that {cell[1:]} inputs give {counts} outputs, and they give "
+            f"{out[1:]}; correct the geometry that it declares, or remove it",
+            key=f"module.{index}",
+        )

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from gim_stagewise.cache import Cache, Digest, Manifest
+from gim_stagewise.cache import Digest, Manifest, SealedCache, TiledCache
 from gim_stagewise.durable import remove, sweep
 from gim_stagewise.errors import (
     CacheNotFoundError,
@@ -33,6 +33,7 @@ from gim_stagewise.stage.needs import StageNeeds, stage_needs
 from gim_stagewise.stage.outputs import StageOutputs
 from gim_stagewise.stage.shape import Cell, Shape, check_shape
 from gim_stagewise.stage.train import TrainJob, train_module
+from gim_stagewise.stage.windowed import Windowable, training_windows
 from gim_stagewise.stage.workspace import Workspace
 
 IN_PROCESS = Workers(0)
@@ -47,13 +48,13 @@ class Stage:
     index : int
         The module's number, from 1.
     source : Source
-        Its input: patches of the dataset, or the cache of the module below.
+        Its input: the dataset, or the cache of the module below.
     grid, cell
-        Geometry of a sample of the source: rows and columns, and one patch.
+        Geometry of a sample that the module is trained on: rows and columns, and one row.
     """
 
     def __init__(
-        self, workspace: Workspace, index: int, source: Source, grid: tuple[int, int], cell: Cell
+        self, workspace: Workspace, index: int, source: Source, grid: tuple[int, ...], cell: Cell
     ) -> None:
         self.workspace = workspace
         self.index = index
@@ -74,7 +75,7 @@ class Stage:
             If the input was stored after an operation that the module does not begin with.
         """
         shape = check_shape(self.workspace, self.index, self._grid, self._cell)
-        if isinstance(self.source, Cache):
+        if isinstance(self.source, SealedCache):
             stored = self.source.manifest.stored_operation
             if stored not in (None, shape.input_op):
                 raise StaleCacheError(
@@ -83,6 +84,20 @@ class Stage:
                     'module with cache.stored_operation = "none"'
                 )
         return shape
+
+    @cached_property
+    def samples(self) -> Source:
+        """What the module is trained on: its input, or windows of it.
+
+        Raises
+        ------
+        ConfigError
+            If there is no place for windows.
+        """
+        if not self.workspace.config.windowed:
+            return self.source
+        source: Windowable = self.source  # type: ignore[assignment]
+        return training_windows(self.workspace.config, self.index, source)
 
     @cached_property
     def recipe(self) -> Digest:
@@ -95,7 +110,7 @@ class Stage:
 
     @property
     def _weights_below(self) -> str | None:
-        if not isinstance(self.source, Cache):
+        if not isinstance(self.source, SealedCache):
             return None
         return str(self.source.manifest.content.parts["weights"])
 
@@ -174,7 +189,13 @@ class Stage:
         return code_staleness(self.workspace, weights)
 
     def _check_trainable(self) -> None:
-        if len(self.source.split("unlabeled")) < 2:
+        if isinstance(self.source, TiledCache) and not self.source.materialized:
+            raise StaleCacheError(
+                f"{self.source.path} has no activations any more (keep = "
+                f'"{self.workspace.config.keep}"), and module {self.index} is to be trained on '
+                'them; begin with --from 1, or set keep = "all"'
+            )
+        if len(self.samples.split("unlabeled")) < 2:
             raise ConfigError(
                 "the input has fewer than 2 unlabeled samples: nothing to train on",
                 key="source" if self.index == 1 else "--input",
@@ -206,7 +227,7 @@ class Stage:
             module=self.index,
             recipe=identity.resolved(
                 self.recipe,
-                self.source.manifest.recipe.parts if isinstance(self.source, Cache) else {},
+                self.source.manifest.recipe.parts if isinstance(self.source, SealedCache) else {},
                 {identity.micro_batch_key(self.index): plan.micro_batch},
             ),
             input_content=self.input_content,
@@ -234,7 +255,7 @@ class Stage:
                 seed=space.config.seed,
                 index=self.index,
             ),
-            source=self.source,
+            source=self.samples,
             grid=self.shape.trained_grid,
             config=config.train,
             micro_batch=plan.micro_batch,
@@ -250,7 +271,7 @@ class Stage:
 
     @cached_property
     def outputs(self) -> StageOutputs:
-        return StageOutputs(self.workspace, self.index, self.source, self.shape)
+        return StageOutputs(self.workspace, self.index, self.source, self.samples, self.shape)
 
     def extract(
         self,

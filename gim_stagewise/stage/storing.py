@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
@@ -66,7 +66,7 @@ class Storing:
         """As the cache that a manifest describes has it."""
         return cls(manifest.precision, manifest.stored_operation)
 
-    def __call__(self, z: Float[Tensor, "row channel height width"]) -> Tensor:
+    def __call__(self, z: Float[Tensor, "row channel *space"]) -> Tensor:
         self.finite.append(_finite_rows(z).cpu())
         if self.precision is None:
             return z[:, :0]
@@ -91,6 +91,9 @@ def compute_block(
     ids: list[str],
     config: ExtractConfig,
     storing: Storing,
+    *,
+    grid: int = 2,
+    trim: tuple[slice, ...] | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Activations and embeddings of a block's samples.
 
@@ -98,18 +101,23 @@ def compute_block(
     ----------
     frozen : FrozenModule
     samples : array
-        The input, [sample, grid_row, grid_col, channel, height, width].
+        The input, [sample, grid_row, grid_col, channel, height, width]; of windows [sample,
+        channel, height, width] or [sample, channel, time].
     ids : list of str
         The block's samples, in storage order, for errors.
     config : ExtractConfig
     storing : Storing
         A new one.
+    grid : int
+        Axes of the grid of patches; 0 for windows.
+    trim : tuple of slice, optional
+        See `frozen_forward`.
 
     Returns
     -------
     dict
-        "activations" [sample, grid_row, grid_col, channel, height, width] as they are stored, and
-        "pooled" [sample, grid_row, grid_col, channel], float32.
+        "activations" with the axes of the input, as they are stored, and "pooled" [sample,
+        grid_row, grid_col, channel] or [sample, time, channel], float32.
 
     Raises
     ------
@@ -118,16 +126,15 @@ def compute_block(
     PrecisionLossError
         If outputs are too large for float16.
     """
-    count, rows, columns = samples.shape[:3]
-    patches = torch.from_numpy(samples).flatten(0, 2)
-    activations, embeddings = frozen_forward(frozen, patches, config, keep=storing)
-    finite = torch.cat(storing.finite) & embeddings.isfinite().all(1)
-    refuse_non_finite(finite, ids, rows * columns)
+    lead = samples.shape[: 1 + grid]
+    rows = torch.from_numpy(samples).flatten(0, grid)
+    activations, embeddings = frozen_forward(frozen, rows, config, keep=storing, trim=trim)
+    finite = torch.cat(storing.finite) & embeddings.flatten(1).isfinite().all(1)
+    refuse_non_finite(finite, ids, math.prod(lead[1:]))
     _refuse_overflow(storing, ids)
-    sizes = {"s": count, "r": rows, "c": columns}
     return {
-        "activations": rearrange(activations, "(s r c) ... -> s r c ...", **sizes).numpy(),
-        "pooled": rearrange(embeddings, "(s r c) e -> s r c e", **sizes).numpy(),
+        "activations": activations.numpy().reshape(*lead, *activations.shape[1:]),
+        "pooled": embeddings.numpy().reshape(*lead, *embeddings.shape[1:]),
     }
 
 

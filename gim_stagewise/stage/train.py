@@ -36,8 +36,9 @@ from gim_stagewise.stage.checkpoint import (
 )
 from gim_stagewise.stage.feed import SampleReader
 from gim_stagewise.stage.freeze import training_numerics
-from gim_stagewise.stage.loader import Loader, held_out, validation_batches
+from gim_stagewise.stage.loader import Loader, validation_batches
 from gim_stagewise.stage.metrics import MetricsLog
+from gim_stagewise.stage.order import held_out
 from gim_stagewise.stage.step import (
     MicroBatches,
     accumulate_gradients,
@@ -74,8 +75,8 @@ class TrainJob:
         With initial weights; trained in place.
     objective : InfoNCE
     source : Source
-        The stage's input.
-    grid : (int, int)
+        Samples of one size: the stage's input, or windows of it.
+    grid : tuple of int
         Rows and columns of its patches to train on.
     config : TrainConfig
     micro_batch : int
@@ -97,7 +98,7 @@ class TrainJob:
     module: nn.Module
     objective: InfoNCE
     source: Source
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     config: TrainConfig
     micro_batch: int
     seed: int

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gim_stagewise.config import ModuleConfig, PipelineConfig
+from gim_stagewise.config import LARGE_KINDS, ModuleConfig, PipelineConfig
+from gim_stagewise.errors import ModuleRefusedError
 from gim_stagewise.memory import Budget
-from gim_stagewise.models import Builder, build_module, resolve_builder
+from gim_stagewise.models import Builder, CellMean, build_module, resolve_builder
 from gim_stagewise.progress import Progress, Silent
-from gim_stagewise.sources import PatchSource, Subset, open_source
+from gim_stagewise.sources import PatchSource, RegionSource, Subset, open_source
 from gim_stagewise.windows import PatchGrid
 
 
@@ -21,7 +22,7 @@ def with_absolute_places(config: PipelineConfig) -> PipelineConfig:
     """The pipeline with its data's places as absolute paths, for processes that start elsewhere."""
     source = config.source
     root = source.root
-    if root is None and source.kind in {"npy", "zarr"}:
+    if root is None and source.kind in {"npy", "zarr", *LARGE_KINDS}:
         root = "."
     splits = {
         name: {**table, "root": str(Path(table["root"]).absolute())} if "root" in table else table
@@ -33,16 +34,28 @@ def with_absolute_places(config: PipelineConfig) -> PipelineConfig:
     return config.model_copy(update={"source": source.model_copy(update=update)})
 
 
-def open_patches(config: PipelineConfig, *, only: Collection[str] | None = None) -> PatchSource:
-    """The dataset of a pipeline as patches: what module 1 is trained on; ``only`` some samples."""
-    patches = config.patches
-    images = open_source(config.source)
-    return PatchSource(
-        images if only is None else Subset(images, only),
-        config.augment,
-        PatchGrid(patches.size, patches.stride),
-        seed=config.seed,
-    )
+def patch_grid(config: PipelineConfig) -> PatchGrid | None:
+    """The grid of patches; None in dense encoding.
+
+    Where items are read in windows, none of their pixels is left out.
+    """
+    if config.patches is None:
+        return None
+    return PatchGrid(config.patches.size, config.patches.stride, fill=config.windowed)
+
+
+def open_data(
+    config: PipelineConfig, *, only: Collection[str] | None = None
+) -> PatchSource | RegionSource:
+    """The dataset of a pipeline as module 1 sees it: patches, or regions; ``only`` some samples."""
+    grid = patch_grid(config)
+    data = open_source(config.source)
+    if only is not None and (set(only) != set(data.ids) or not config.windowed):
+        data = Subset(data, only)
+    if config.windowed:
+        return RegionSource(data, config.augment, grid)
+    assert grid is not None
+    return PatchSource(data, config.augment, grid, seed=config.seed)
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,7 @@ class Workspace:
 
     def build(self, index: int, in_channels: int) -> nn.Module:
         """Module ``index`` with its initial weights, on the CPU."""
-        return build_module(
+        module = build_module(
             self.builder(index),
             self.module_config(index).options,
             in_channels=in_channels,
@@ -112,3 +125,13 @@ class Workspace:
             index=index,
             key=f"module.{index}.options",
         )
+        if self.config.dense:
+            if callable(getattr(module, "pool", None)):
+                raise ModuleRefusedError(
+                    'has a pool of its own, which is for patches; with encoding = "dense" '
+                    "embeddings are means over objective.pool positions",
+                    key=f"module.{index}",
+                )
+            # A plain attribute: no part of the module's layers or state.
+            module.pool = CellMean(self.module_config(index).objective.pool)  # type: ignore[assignment]
+        return module

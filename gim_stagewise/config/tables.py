@@ -1,0 +1,244 @@
+"""The tables of a pipeline file, as frozen, validated objects."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from gim_stagewise.errors import ConfigError
+from gim_stagewise.units import parse_bytes
+
+ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
+# How activations can be stored; see `gim_stagewise.cache.precision`.
+PRECISIONS = ("float32", "float16", "bfloat16", "float8_e4m3", "uint8")
+BITROUND = r"bitround-([1-9]|1\d|2[0-2])"
+# Sources whose items are read in windows.
+LARGE_KINDS = frozenset({"large", "mosaic", "audio"})
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class SourceConfig(Table):
+    """Where samples come from; see `gim_stagewise.sources.open_source` for the kinds.
+
+    ``root``, ``options`` and ``splits`` are passed on to the source, which checks them. ``digest``
+    says how much of the data decides its identity (see `gim_stagewise.sources.parts.PartsSource`).
+    ``on_error = "skip"`` leaves out large files that cannot be used, and records which.
+    """
+
+    kind: str
+    root: str | None = None
+    download: bool = False
+    options: dict[str, Any] = {}
+    splits: dict[Literal["unlabeled", "train", "test"], dict[str, Any]] = {}
+    digest: Literal["full", "sampled"] = "full"
+    on_error: Literal["stop", "skip"] = "stop"
+
+
+class AugmentConfig(Table):
+    """What is done to an image before it is cut into patches, in this order.
+
+    Integer pixels are scaled to [0, 1]; then grayscale, zero padding, crop (random in
+    training views, centred in the evaluation view), flip, normalisation per channel.
+
+    ``grid_crop`` comes after the cut: modules are trained on so many rows and columns of patches,
+    at a place drawn for each sample and epoch, and judged on those in the middle; caches hold the
+    whole grid. ``views`` are stored, because a flip does not commute with a convolution.
+    """
+
+    grayscale: bool = False
+    pad: Annotated[int, Field(ge=0, le=4096)] = 0
+    crop: PositiveInt | None = None
+    flip: Fraction = 0.0
+    mean: tuple[float, ...] | None = Field(default=None, strict=False)
+    std: tuple[PositiveFloat, ...] | None = Field(default=None, strict=False)
+    grid_crop: PositiveInt | None = None
+    views: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> AugmentConfig:
+        if (self.mean is None) != (self.std is None) or len(self.mean or ()) != len(self.std or ()):
+            raise ValueError("mean and std are given together, one number per channel each")
+        if self.views > 1 and not self.random:
+            raise ValueError(
+                f"views = {self.views} without crop or flip: nothing is drawn, and all views would "
+                "be the same; set one of them, or leave views out"
+            )
+        return self
+
+    @property
+    def random(self) -> bool:
+        """Whether two views of a sample can differ."""
+        return self.crop is not None or self.flip > 0
+
+
+class PatchesConfig(Table):
+    """The grid of patches (paper, section 4.1), in pixels."""
+
+    size: PositiveInt
+    stride: PositiveInt
+
+
+class WindowsConfig(Table):
+    """How items that may be larger than memory are read (sources of `LARGE_KINDS`).
+
+    ``tile`` is the side, in positions or patches of a module's output, of what is computed, stored
+    and committed at once; "auto" takes the smallest whose halo costs little and whose chunks are
+    large enough. Modules are trained on ``samples`` windows an epoch ("auto": so many as cover the
+    data once, within reason), of ``train.window`` a side, placed anew in every epoch; all places
+    are equally likely, so that items count by their area. Each axis of an item is cut into
+    ``zones``, of which ``train.validation`` are held out: windows for validation lie in those, all
+    others outside. Windows that vary less than ``min_variance`` times as much as windows do on average are drawn
+    again.
+    """
+
+    tile: PositiveInt | Literal["auto"] = "auto"
+    samples: PositiveInt | Literal["auto"] = "auto"
+    zones: Annotated[int, Field(ge=1, le=64)] = 4
+    min_variance: Fraction = 0.0
+
+
+class ObjectiveConfig(Table):
+    """InfoNCE (paper, equations 3 and 4).
+
+    With ``encoding = "dense"`` ``pool`` positions a side of a module's output share an embedding,
+    their mean.
+    """
+
+    kind: Literal["infonce"] = "infonce"
+    prediction_steps: PositiveInt = 3
+    skip: Annotated[int, Field(ge=0)] = 1
+    negatives: PositiveInt = 16
+    pool: PositiveInt = 1
+
+
+class TrainConfig(Table):
+    """How one module is trained.
+
+    ``batch`` counts samples, ``micro_batch`` patches (all of a batch by default; "auto" takes the
+    most that the memory budget allows), ``patience`` epochs. ``window`` is the side of the windows
+    that a module is trained on where items are read in windows: patches, or positions of its input.
+    """
+
+    batch: PositiveInt = 32
+    micro_batch: PositiveInt | Literal["auto"] | None = None
+    optimizer: Literal["adam"] = "adam"
+    lr: PositiveFloat = 1e-3
+    max_epochs: PositiveInt = 100
+    patience: PositiveInt = 5
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    shuffle_window: ByteSize = 256_000_000
+    checkpoint_every: PositiveInt = 100
+    window: PositiveInt | None = None
+
+
+def _known_precision(name: str) -> str:
+    if name not in PRECISIONS and not re.fullmatch(BITROUND, name):
+        raise ValueError(
+            f"expected one of {', '.join(PRECISIONS)}, or bitround-N with N bits of mantissa, 1 to "
+            "22"
+        )
+    return name
+
+
+class CacheConfig(Table):
+    """How a module's outputs are stored.
+
+    For ``precision`` see `gim_stagewise.cache.precision`; a cache whose relative L2 error is above
+    ``max_error`` is refused. ``stored_operation = "auto"`` stores activations after the
+    operation that the next module begins with. ``chunk`` counts samples; "auto" aims at 4 MB or
+    more. With ``materialize = "never"`` embeddings alone are stored, and the next module's input is
+    computed whenever it is read; "auto" measures which of the two is faster here, and keeps to it.
+    ``verify_reads = false`` trusts the storage: chunks are not compared with their checksums when
+    they are read.
+    """
+
+    precision: Annotated[str, AfterValidator(_known_precision)] = "uint8"
+    max_error: PositiveFloat | None = None
+    stored_operation: Literal["auto", "none"] = "auto"
+    codec: Literal["lz4", "zstd", "none"] = "lz4"
+    chunk: PositiveInt | Literal["auto"] = "auto"
+    materialize: Literal["always", "never", "auto"] = "always"
+    verify_reads: bool = True
+
+
+class ExtractConfig(Table):
+    """The one forward of frozen modules: rows per piece, and threads within an operation.
+
+    Rows are patches; with ``encoding = "dense"`` they are windows of images, one at a time, or
+    recordings.
+    """
+
+    batch: PositiveInt = 256
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+
+
+class ProbeConfig(Table):
+    """The linear classifier that says how good frozen features are."""
+
+    pooling: Literal["mean", "all"] = "mean"
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.2
+
+
+class ModuleConfig(Table):
+    """One gradient-isolated module and all that belongs to its stage."""
+
+    build: str
+    options: dict[str, Any] = {}
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    cache: CacheConfig = CacheConfig()
+
+
+class PipelineConfig(Table):
+    """A whole pipeline file; ``module`` maps 1, 2, ... to the modules, bottom first."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: Annotated[int, Field(ge=0)] = 0
+    keep: Literal["all", "last-two", "last"] = "all"
+    encoding: Literal["patch", "dense"] = "patch"
+    source: SourceConfig
+    augment: AugmentConfig = AugmentConfig()
+    patches: PatchesConfig | None = None
+    windows: WindowsConfig = WindowsConfig()
+    extract: ExtractConfig = ExtractConfig()
+    probe: ProbeConfig = ProbeConfig()
+    module: dict[int, ModuleConfig]
+
+    @property
+    def windowed(self) -> bool:
+        """Whether items are read in windows, and may be of any size."""
+        return self.source.kind in LARGE_KINDS
+
+    @property
+    def dense(self) -> bool:
+        """Whether modules see the whole input, and not patches of it."""
+        return self.encoding == "dense"
+
+    @property
+    def sequences(self) -> bool:
+        """Whether items have one axis, of time, and not two."""
+        return self.source.kind == "audio"
+
+    def stage(self, index: int) -> ModuleConfig:
+        """The table of module ``index``, counted from 1."""
+        try:
+            return self.module[index]
+        except KeyError:
+            raise ConfigError(
+                f"there is no module {index}; this pipeline has modules 1 to {len(self.module)}"
+            ) from None

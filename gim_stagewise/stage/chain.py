@@ -1,0 +1,101 @@
+"""The modules of a pipeline one on top of another, before any of them is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from gim_stagewise.errors import DataError
+from gim_stagewise.sources import RegionSource, Subset, open_source
+from gim_stagewise.stage.shape import Shape, check_shape, window_of, windowed_input
+from gim_stagewise.stage.workspace import Workspace, patch_grid
+
+
+def windowed_shapes(space: Workspace, channels: int) -> list[Shape]:
+    """What goes into each module and comes out, where items are read in windows.
+
+    Parameters
+    ----------
+    space : Workspace
+    channels : int
+        Of the dataset.
+
+    Raises
+    ------
+    ConfigError, ModuleRefusedError
+        If modules do not fit one another, or their objectives not their windows.
+    """
+    config = space.config
+    cell: tuple[int, ...] = (channels,)
+    if config.patches is not None:
+        cell = (channels, config.patches.size, config.patches.size)
+    shapes = []
+    for index in config.module:
+        grid, own = windowed_input(config, index, cell)
+        shapes.append(check_shape(space, index, grid, own))
+        cell = shapes[-1].cell_out[:1] if config.dense else shapes[-1].cell_out
+    return shapes
+
+
+def item_extents(shapes: Sequence[Shape], extent: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Extents of an item as the input of each module, and as the output of the last."""
+    found = [extent]
+    for shape in shapes:
+        found.append(shape.extent_out(found[-1]))
+    return found
+
+
+def open_windowed(space: Workspace) -> RegionSource:
+    """The dataset of a pipeline whose items are read in windows.
+
+    Items that are too small for a module are refused, or left out where ``source.on_error`` is
+    "skip"; ``skipped`` of the source lists them, and those that could not be read.
+
+    Raises
+    ------
+    DataError
+        If an item is too small, or none can be used.
+    GimStageError
+        For whatever else is wrong with data or modules.
+    """
+    config = space.config
+    images = open_source(config.source)
+    grid = patch_grid(config)
+    channels = RegionSource.channels_of(images, config.augment)
+    shapes = windowed_shapes(space, channels)
+    skipped: dict[str, str] = dict(getattr(images, "skipped", {}))
+    problems = {}
+    for item in images.items():
+        extent = item.extent if grid is None else grid.extent(item.extent[0], item.extent[1])
+        if problem := _size_problem(space, shapes, extent):
+            size = "×".join(map(str, item.extent))
+            problems[item.id] = f"sample {item.id} is {size}: {problem}"
+    if problems and config.source.on_error == "stop":
+        first = next(iter(problems.values()))
+        others = f" ({len(problems) - 1} more like it)" if len(problems) > 1 else ""
+        raise DataError(
+            f"{first}{others}; use a smaller train.window, remove it, or set "
+            'source.on_error = "skip"'
+        )
+    kept = [item_id for item_id in images.ids if item_id not in problems]
+    if not kept:
+        first = next(iter(problems.values()))
+        raise DataError(f"not one sample is large enough; the first: {first}")
+    data = Subset(images, kept) if problems else images
+    return RegionSource(data, config.augment, grid, skipped=skipped | problems)
+
+
+def _size_problem(space: Workspace, shapes: Sequence[Shape], extent: tuple[int, ...]) -> str:
+    """Why an item is too small for the modules; empty if it is not."""
+    extents = item_extents(shapes, extent)
+    for index, (own, outputs) in enumerate(pairwise(extents), start=1):
+        window = window_of(space.config, index)
+        if any(length < side for length, side in zip(own, window, strict=True)):
+            there, wanted = ("×".join(map(str, sizes)) for sizes in (own, window))
+            what = "positions" if space.config.dense else "patches"
+            return (
+                f"smaller than a window of module {index} ({there} {what}, windows have {wanted})"
+            )
+        if 0 in outputs:
+            return f"too small to give module {index} a single output"
+    return ""
