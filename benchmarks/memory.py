@@ -107,6 +107,7 @@ def spec_of(module: int, micro_batch: int, *, device: str, lean: bool = True) ->
         code_folder=None,
         index=module,
         cell=CELLS[module - 1],
+        forward_cell=CELLS[module - 1],
         shape=GRID,
         embedding=CHANNELS[module - 1],
         micro_batch=micro_batch,

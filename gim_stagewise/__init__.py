@@ -9,19 +9,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gim_stagewise.cache import open_cache
+    from gim_stagewise.cache import open_cache, open_tiled_cache
     from gim_stagewise.pipeline import Pipeline
     from gim_stagewise.stage.encoder import load_encoder
     from gim_stagewise.stage.extraction_plan import Workers
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "Workers", "__version__", "load_encoder", "open_cache"]
+__all__ = ["Pipeline", "Workers", "__version__", "load_encoder", "open_cache", "open_tiled_cache"]
 
 _PLACES = {
     "Pipeline": "gim_stagewise.pipeline",
     "Workers": "gim_stagewise.stage.extraction_plan",
     "load_encoder": "gim_stagewise.stage.encoder",
     "open_cache": "gim_stagewise.cache",
+    "open_tiled_cache": "gim_stagewise.cache",
 }
 
 

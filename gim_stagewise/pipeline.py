@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,12 +13,19 @@ from gim_stagewise.cache import (
     TiledCache,
     discard_cache,
     drop_activations,
-    open_cache,
+    open_sealed,
     read_manifest,
 )
 from gim_stagewise.config import PipelineConfig, load_pipeline, parse_pipeline
 from gim_stagewise.durable import remove
-from gim_stagewise.errors import ConfigError, CorruptCacheError, OverBudgetError, StaleCacheError
+from gim_stagewise.errors import (
+    ConfigError,
+    CorruptCacheError,
+    DataError,
+    DataNotFoundError,
+    OverBudgetError,
+    StaleCacheError,
+)
 from gim_stagewise.lock import exclusive
 from gim_stagewise.memory import Budget
 from gim_stagewise.progress import Progress, Silent
@@ -38,7 +45,7 @@ from gim_stagewise.stage.order import held_out_count
 from gim_stagewise.stage.probe import probe_chain
 from gim_stagewise.stage.shape import Cell, Shape, check_shape, window_of, windowed_input
 from gim_stagewise.stage.stage import Stage
-from gim_stagewise.stage.windowed import training_windows, window_count
+from gim_stagewise.stage.windowed import training_zones, unlabeled_extents, window_count
 from gim_stagewise.stage.workspace import Workspace, open_data
 from gim_stagewise.units import format_bytes
 
@@ -65,13 +72,14 @@ class StageResult:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What became of a run."""
+    """What became of a run; ``skipped`` says why items of the dataset were left out, by id."""
 
     pipeline: str
     folder: Path
     stages: list[StageResult]
     raw_probe_accuracy: float | None
     seconds: float
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 class Pipeline:
@@ -183,6 +191,11 @@ class Pipeline:
             return self._source
         return open_windowed(self.workspace) if self.config.windowed else open_data(self.config)
 
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Why items of the dataset were left out, by id."""
+        return dict(self.source.skipped)
+
     def stage(self, index: int, input_path: str | Path | None = None) -> Stage:
         """Stage ``index`` on the dataset, or on the cache of the module below.
 
@@ -208,7 +221,7 @@ class Pipeline:
             grid, cell = self._first_input()
             return Stage(self.workspace, 1, self.source, grid, cell)
         verify = self.config.stage(index - 1).cache.verify_reads
-        cache = open_cache(input_path or self.workspace.cache_path(index - 1), verify=verify)
+        cache = open_sealed(input_path or self.workspace.cache_path(index - 1), verify=verify)
         if cache.manifest.module != index - 1:
             raise ConfigError(
                 f"{cache.path} holds the outputs of module {cache.manifest.module}; module {index} "
@@ -269,13 +282,11 @@ class Pipeline:
 
     def _check_windowed(self, source: RegionSource) -> list[Shape]:
         shapes = windowed_shapes(self.workspace, source.channels)
-        extents = [item.extent for item in source.items()]
         chain_needs(self.workspace, source, shapes)  # windows.tile fits all of them
+        extents = unlabeled_extents(source)
         for index, shape in enumerate(shapes, start=1):
-            train = self.config.stage(index).train
-            count = window_count(
-                self.config.windows, extents, window_of(self.config, index), train.batch
-            )
+            train, window = self.config.stage(index).train, window_of(self.config, index)
+            count = window_count(self.config.windows, list(extents.values()), window, train.batch)
             check_loading(
                 count - held_out_count(count, train.validation),
                 batch=train.batch,
@@ -283,8 +294,8 @@ class Pipeline:
                 chunk_bytes=0,
                 stage=index,
             )
-            extents = [shape.extent_out(extent) for extent in extents]
-        training_windows(self.config, 1, source)
+            training_zones(self.config, index, extents)
+            extents = {item_id: shape.extent_out(own) for item_id, own in extents.items()}
         return shapes
 
     def check_budget(
@@ -381,7 +392,36 @@ class Pipeline:
                 )
         if start is not None and start > last:
             raise ConfigError(f"is {start}, above --until {last}: nothing to make", key="--from")
+        while True:
+            try:
+                result = self._run(start, last, workers or Workers())
+            except (DataError, DataNotFoundError) as error:
+                if not self._left_out(error):
+                    raise
+                start = None  # what was to be forgotten is
+            else:
+                return replace(result, seconds=time.monotonic() - started)
+
+    def _left_out(self, error: Exception) -> bool:
+        """Whether the dataset can do without what went wrong; it is another dataset then."""
+        if not self.config.windowed or self.config.source.on_error != "skip":
+            return False
+        before = self.source
+        del self.source
+        gone = set(before.ids) - set(self.source.ids)
+        for item_id in gone:
+            self.source.skipped.setdefault(item_id, str(error))
+        if gone:
+            self.workspace.progress.note(
+                f"{', '.join(sorted(gone))} left out: without it the dataset is another one, and "
+                "what was made of it is made again"
+            )
+        return bool(gone)
+
+    def _run(self, start: int | None, last: int, workers: Workers) -> RunResult:
         shapes = self.check()
+        for why in self.skipped.values():
+            self.workspace.progress.note(f"left out: {why}")
         first = min(start or last + 1, self.first_to_make(last))
         caches: list[CacheSize] = []
         if first <= last:
@@ -395,7 +435,7 @@ class Pipeline:
                 for index in range(start, len(self.config.module) + 1):
                     self.forget(index)
             stages = [
-                self._run_stage(index, workers or Workers(), above=caches[index:])
+                self._run_stage(index, workers, above=caches[index:])
                 for index in range(1, last + 1)
             ]
             in_channels = [shape.cell_in[0] for shape in shapes[:last]]
@@ -408,8 +448,7 @@ class Pipeline:
                 )
             ]
         raw = scores.raw if scores else None
-        seconds = time.monotonic() - started
-        return RunResult(self.config.name, self.workspace.folder, stages, raw, seconds)
+        return RunResult(self.config.name, self.workspace.folder, stages, raw, 0.0, self.skipped)
 
     def _run_stage(self, index: int, workers: Workers, above: list[CacheSize]) -> StageResult:
         stage = self.stage(index)

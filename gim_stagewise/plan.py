@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gim_stagewise.cache import CacheLayout
+from gim_stagewise.cache import CacheLayout, Layout, TiledLayout
 from gim_stagewise.memory import Budget
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.sources import Request, read_stacked
@@ -22,8 +22,32 @@ from gim_stagewise.stage.fit import (
 from gim_stagewise.stage.freeze import FrozenModule
 from gim_stagewise.stage.loader import loading_quality, positions_of
 from gim_stagewise.stage.needs import chain_needs
-from gim_stagewise.stage.shape import Shape
+from gim_stagewise.stage.shape import Shape, window_of
 from gim_stagewise.stage.stage import Stage
+from gim_stagewise.stage.workspace import patch_grid
+from gim_stagewise.windows import Geometry, Span, computed_overhead
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """How a module's input is read where items are read in windows.
+
+    Parameters
+    ----------
+    window : tuple of int
+        What it is trained on: patches, or positions of its input.
+    pixels : tuple of int
+        What windows show of the dataset: pixels, or steps.
+    tile : tuple of int
+        What is computed and stored at once: patches, or positions of its output.
+    halo : float
+        Inputs computed over inputs kept, at least 1.
+    """
+
+    window: tuple[int, ...]
+    pixels: tuple[int, ...]
+    tile: tuple[int, ...]
+    halo: float
 
 
 @dataclass(frozen=True)
@@ -46,6 +70,8 @@ class StagePlan:
         How often batches will repeat a chunk of the input, against a perfect shuffle.
     choice : Choice or None
         What storing the outputs takes against computing them again, where that is to be chosen.
+    windows : WindowPlan or None
+        Where items are read in windows.
     """
 
     module: int
@@ -57,6 +83,7 @@ class StagePlan:
     backward_flops: int
     shuffle_quality: float
     choice: Choice | None = None
+    windows: WindowPlan | None = None
 
     @property
     def device_mem(self) -> int:
@@ -71,12 +98,13 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """What a pipeline will need, stage by stage."""
+    """What a pipeline will need, stage by stage; ``skipped`` says why items are left out."""
 
     pipeline: str
     device: str
     stages: list[StagePlan]
     disk: DiskPlan
+    skipped: dict[str, str]
 
 
 def plan_pipeline(pipeline: Pipeline) -> PipelinePlan:
@@ -136,11 +164,35 @@ def plan_pipeline(pipeline: Pipeline) -> PipelinePlan:
                     seed=space.config.seed,
                 ),
                 choice=choices.get(index),
+                windows=_windows(pipeline, shapes, index, needs.layout),
             )
         )
         chunk_items = needs.layout.chunk if isinstance(needs.layout, CacheLayout) else 1
     disk.check(space)
-    return PipelinePlan(space.config.name, str(space.device), stages, disk)
+    return PipelinePlan(space.config.name, str(space.device), stages, disk, pipeline.skipped)
+
+
+def _windows(
+    pipeline: Pipeline, shapes: list[Shape], index: int, layout: Layout
+) -> WindowPlan | None:
+    if not isinstance(layout, TiledLayout):
+        return None
+    config, own = pipeline.config, shapes[index - 1]
+    window = window_of(config, index)
+    if (grid := patch_grid(config)) is not None:
+        pixels = tuple(len(grid.pixels(Span(0, side))) for side in window)
+        return WindowPlan(window, pixels, layout.tile, 1.0)
+    seen = []
+    for axis, side in enumerate(window):
+        below = Geometry()
+        for shape in shapes[: index - 1]:
+            below = below.then(shape.geometry[axis])
+        seen.append((side - 1) * below.stride + below.kernel)
+    extents = [item.extent for item in pipeline.source.items()]
+    for shape in shapes[: index - 1]:
+        extents = [shape.extent_out(extent) for extent in extents]
+    overhead = computed_overhead(own.geometry, layout.tile, extents)
+    return WindowPlan(window, tuple(seen), layout.tile, overhead)
 
 
 def smallest_budget(pipeline: Pipeline) -> Budget:

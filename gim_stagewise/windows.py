@@ -268,6 +268,21 @@ def halo_overhead(geometry: Sequence[Geometry], tile: tuple[int, ...]) -> float:
     return max(1.0, overhead)
 
 
+def computed_overhead(
+    geometry: Sequence[Geometry], tile: tuple[int, ...], extents: Sequence[tuple[int, ...]]
+) -> float:
+    """Inputs computed over inputs there are, when items with these extents are cut into tiles."""
+    computed = kept = 0
+    for extent in extents:
+        own = all_read = 1
+        for axis, side, length in zip(geometry, tile, extent, strict=True):
+            spans = even_ranges(axis.count(length), side)
+            all_read *= sum(len(axis.window(span, length)[0]) for span in spans)
+            own *= length
+        computed, kept = computed + all_read, kept + own
+    return max(1.0, computed / kept)
+
+
 def tiles(extent: tuple[int, ...], tile: tuple[int, ...]) -> list[Region]:
     """An extent cut into tiles, the last axis fastest; the last ones of an axis may be smaller."""
     spans = (even_ranges(length, size) for length, size in zip(extent, tile, strict=True))

@@ -40,11 +40,10 @@ def caches_of(folder: Path) -> dict[str, NDArray[Any]]:
     found = {}
     for path in sorted(folder.glob("m*.zarr")):
         group = zarr.open_group(str(path), mode="r")
-        for name in ("activations", "pooled", "ids", "splits", "labels/class"):
-            if name not in group:
-                continue
-            array: Any = group[name]
-            found[f"{path.stem}/{name}"] = array[...]
+        for name, member in group.members(max_depth=None):
+            if isinstance(member, zarr.Array) and not name.startswith("checksums"):
+                array: Any = member
+                found[f"{path.stem}/{name}"] = array[...]
     return found
 
 

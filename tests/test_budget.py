@@ -127,7 +127,7 @@ def test_a_module_that_cannot_be_counted_is_measured_in_a_chain_too(
 def test_storing_is_not_chosen_where_the_disk_budget_has_no_room(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gim_stagewise.stage import outputs
+    from gim_stagewise.stage import settle
     from gim_stagewise.stage.choose import measure_choice
 
     # Computing is slow, so that only room can speak against storing.
@@ -135,7 +135,7 @@ def test_storing_is_not_chosen_where_the_disk_budget_has_no_room(
         choice, values = measure_choice(*args, **options)  # type: ignore[arg-type]
         return replace(choice, compute=1.0), values
 
-    monkeypatch.setattr(outputs, "measure_choice", slow)
+    monkeypatch.setattr(settle, "measure_choice", slow)
     edit(tiny, "[cache]\n", '[cache]\nmaterialize = "auto"\n')
     full = plan_pipeline(open_pipeline(tiny, tmp_path / "x"))
     assert [stage.choice and stage.choice.store for stage in full.stages] == [True, True, None]

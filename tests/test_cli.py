@@ -77,7 +77,7 @@ def test_a_wrong_file_ends_in_one_message(
 def test_modules_that_do_not_fit_one_another_are_named(tiny: Path, tmp_path: Path) -> None:
     edit(tiny, "options = { channels = 5 }", "options = { channels = 5, in_channels = 3 }")
     message = one_error(gim_stage("run", tiny, "--dir", tmp_path / "out"), 2)
-    assert "module.3: cannot take its input, patches of 8×2×2" in message
+    assert "module.3: cannot take its input of 8×2×2 (channels×height×width)" in message
 
 
 def test_bad_input_on_the_command_line_is_explained(tiny: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from gim_stagewise.seeds import derive_seed
 from gim_stagewise.sources import Request, Source
 from gim_stagewise.stage.loader import Loader, validation_batches
 from gim_stagewise.stage.probe import pool_features
-from gim_stagewise.stage.workspace import open_patches
+from gim_stagewise.stage.workspace import open_data
 from gim_stagewise.windows import Span
 
 
@@ -38,7 +38,7 @@ def test_a_batch_is_cut_out_of_whole_samples(cropped: Path, tmp_path: Path) -> N
     run(cropped, tmp_path / "out", until=1)
     cache = Cache(tmp_path / "out" / "m1.zarr")
     assert cache.manifest.sample_layout.grid == (5, 5)
-    patches = open_patches(parse_pipeline(cropped.read_text(), file="x"))
+    patches = open_data(parse_pipeline(cropped.read_text(), file="x"))
     for source in (cache, patches):
         whole = dict(zip(source.ids, source.read([Request(i) for i in source.ids]), strict=True))
         places = set()

@@ -62,7 +62,9 @@ def needs(spec: StepSpec, *, asked: int | Literal["auto"] | None = None) -> Stag
     module = spec.config.stage(1).model_copy(update={"train": train})
     config = spec.config.model_copy(update={"module": {1: module}})
     layout = CacheLayout(8, 1, (4, 4), (128, 8, 8), 128, 1, "lz4")
-    return StageNeeds(replace(spec, config=config), 0, 0, item_bytes=1024, layout=layout)
+    return StageNeeds(
+        replace(spec, config=config), 0, 0, item_bytes=1024, block=100_000, layout=layout
+    )
 
 
 def test_a_count_has_parameters_gradients_and_optimizer_to_the_byte() -> None:

@@ -15,7 +15,7 @@ from gim_stagewise.cache.precision_error import PrecisionError
 from gim_stagewise.cache.reader import Cache
 from gim_stagewise.cache.removal import discard_cache, drop_activations
 from gim_stagewise.cache.sealed import SealedCache
-from gim_stagewise.cache.tiled import TiledCache, open_cache
+from gim_stagewise.cache.tiled import TiledCache, open_cache, open_sealed, open_tiled_cache
 from gim_stagewise.cache.tiles import Layout, TiledLayout
 from gim_stagewise.cache.verify import (
     Damage,
@@ -61,6 +61,8 @@ __all__ = [
     "is_precision",
     "metadata_problem",
     "open_cache",
+    "open_sealed",
+    "open_tiled_cache",
     "read_chunk_file",
     "read_manifest",
     "sealed_digests",

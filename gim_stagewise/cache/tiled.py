@@ -140,8 +140,8 @@ def _check_within(region: Region, extent: tuple[int, ...], item_id: str) -> None
         raise DataError(f"sample {item_id!r} has extent {extent}, no region {region}")
 
 
-def open_cache(path: str | Path, *, verify: bool = True) -> Cache | TiledCache:
-    """Open a sealed cache: a `Cache`, or a `TiledCache` where items are read in windows.
+def open_cache(path: str | Path, *, verify: bool = True) -> Cache:
+    """Open the sealed cache of samples of one size (see `Cache`).
 
     Parameters
     ----------
@@ -153,6 +153,27 @@ def open_cache(path: str | Path, *, verify: bool = True) -> Cache | TiledCache:
     ------
     CacheNotFoundError, PartialCacheError, CorruptCacheError
         If it cannot be used.
+    DataError
+        If it is one of items that are read in windows.
     """
+    cache = open_sealed(path, verify=verify)
+    if not isinstance(cache, Cache):
+        raise DataError(f"{path} holds items that are read in windows; use open_tiled_cache")
+    return cache
+
+
+def open_tiled_cache(path: str | Path, *, verify: bool = True) -> TiledCache:
+    """Open the sealed cache of items that are read in windows (see `TiledCache`).
+
+    Parameters and errors are those of `open_cache`.
+    """
+    cache = open_sealed(path, verify=verify)
+    if not isinstance(cache, TiledCache):
+        raise DataError(f"{path} holds samples of one size; use open_cache")
+    return cache
+
+
+def open_sealed(path: str | Path, *, verify: bool = True) -> Cache | TiledCache:
+    """Open a sealed cache of either kind."""
     tiled = isinstance(read_manifest(Path(path)).layout, TiledLayout)
     return (TiledCache if tiled else Cache)(path, verify=verify)

@@ -102,8 +102,8 @@ class WindowsConfig(Table):
     data once, within reason), of ``train.window`` a side, placed anew in every epoch; all places
     are equally likely, so that items count by their area. Each axis of an item is cut into
     ``zones``, of which ``train.validation`` are held out: windows for validation lie in those, all
-    others outside. Windows that vary less than ``min_variance`` times as much as windows do on average are drawn
-    again.
+    others outside. Windows that vary less than ``min_variance`` times as much as windows do on
+    average are drawn again.
     """
 
     tile: PositiveInt | Literal["auto"] = "auto"

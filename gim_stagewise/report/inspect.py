@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def _arrays(path: Path, problems: list[str]) -> dict[str, Any]:
     arrays = {}
     for file in sorted(path.rglob("zarr.json")):
         name = file.parent.relative_to(path).as_posix()
-        if name in {".", "labels", "checksums"}:
+        if file.parent == path or _is_group(file):
             continue
         try:
             array = zarr.open_array(str(file.parent), mode="r")
@@ -87,6 +88,14 @@ def _arrays(path: Path, problems: list[str]) -> dict[str, Any]:
             "bytes": sum(chunk.stat().st_size for chunk in _chunk_files(file.parent)),
         }
     return arrays
+
+
+def _is_group(file: Path) -> bool:
+    """Whether metadata is that of a group, such as of all labels."""
+    try:
+        return bool(json.loads(file.read_bytes())["node_type"] == "group")
+    except (ValueError, KeyError, TypeError, OSError):
+        return False  # which opening it as an array will say
 
 
 def _count_chunks(path: Path, manifest: Manifest, problems: list[str]) -> None:

@@ -24,6 +24,7 @@ def plan_record(plan: PipelinePlan) -> dict[str, Any]:
         "device": plan.device,
         "modules": [_stage_record(stage) for stage in plan.stages],
         "disk": {keep: plan.disk.needed(keep) for keep in KEEPS},
+        "skipped": plan.skipped,
     }
 
 
@@ -53,6 +54,7 @@ def _stage_record(stage: StagePlan) -> dict[str, Any]:
         },
         "shuffle_quality": stage.shuffle_quality,
         "choice": stage.choice.as_json() if stage.choice else None,
+        "windows": asdict(stage.windows) if stage.windows else None,
         "cache_bytes": stage.cache_bytes,
         "cache_basis": stage.cache_basis,
         "forward_flops": stage.forward_flops,
@@ -72,6 +74,15 @@ def plan_report(plan: PipelinePlan) -> Iterator[Table | str]:
         workspace = f"workspace {format_bytes(step.workspace)}"
         yield f"module {stage.module}, a step: {', '.join(filter(None, [parts, workspace]))}"
         yield f"    {step.basis}; cache: {stage.cache_basis}"
+        if stage.windows is not None:
+            window, pixels, tile = (
+                "×".join(map(str, sizes))
+                for sizes in (stage.windows.window, stage.windows.pixels, stage.windows.tile)
+            )
+            yield (
+                f"    trained on windows of {window}, which show {pixels} of an item; tiles of "
+                f"{tile} outputs, halo overhead {stage.windows.halo:.3f}"
+            )
         if stage.choice is not None:
             yield f"    {stage.choice}"
         if stage.shuffle_quality > POOR_SHUFFLE:
@@ -83,6 +94,8 @@ def plan_report(plan: PipelinePlan) -> Iterator[Table | str]:
         f'{format_bytes(plan.disk.needed(keep))} with keep = "{keep}"' for keep in KEEPS
     )
     yield f"most disk space at once: {sizes}"
+    for why in plan.skipped.values():
+        yield f"left out: {why}"
 
 
 def _table(plan: PipelinePlan) -> Table:

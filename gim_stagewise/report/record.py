@@ -47,6 +47,7 @@ def run_record(result: RunResult) -> dict[str, Any]:
         "folder": str(result.folder),
         "modules": modules,
         "raw_probe_accuracy": result.raw_probe_accuracy,
+        "skipped": result.skipped,
         "seconds": result.seconds,
     }
 

@@ -48,6 +48,7 @@ class PatchSource:
     def __init__(
         self, images: Source, augment: AugmentConfig, grid: PatchGrid, *, seed: int
     ) -> None:
+        self.skipped: dict[str, str] = {}  # nothing is left out
         self._images = images
         self._augment = augment
         self._grid = grid

@@ -28,7 +28,7 @@ from gim_stagewise.cache import (
     PrecisionError,
     StagedBlock,
     TiledLayout,
-    open_cache,
+    open_sealed,
     stage_block,
 )
 from gim_stagewise.config import PipelineConfig
@@ -133,7 +133,7 @@ class BlockJob:
                 self.config, only=layout.ids if isinstance(layout, TiledLayout) else None
             )
         below = self.config.stage(self.manifest.module - 1)
-        return open_cache(self.input, verify=below.cache.verify_reads)
+        return open_sealed(self.input, verify=below.cache.verify_reads)
 
 
 @dataclass(frozen=True)

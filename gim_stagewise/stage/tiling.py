@@ -59,12 +59,16 @@ def tiled_layout(
             f"is {side}, which is no multiple of module.{index}.objective.pool = {pool}",
             key="windows.tile",
         )
-    longest = (max(axis) for axis in zip(*outputs, strict=True))
+    longest = [max(axis) for axis in zip(*outputs, strict=True)]
+    if workspace.config.windows.tile == "auto":
+        tile = tuple(_even(side, length, pool) for length in longest)
+    else:
+        # Of no use beyond the largest item.
+        tile = tuple(min(side, -(-length // pool) * pool) for length in longest)
     return TiledLayout(
         ids=tuple(ids),
         extents=outputs,
-        # Of no use beyond the largest item.
-        tile=tuple(min(side, -(-length // pool) * pool) for length in longest),
+        tile=tile,
         cell=cell,
         pool=pool,
         embedding=shape.embedding,
@@ -98,6 +102,12 @@ def chosen_tile(geometry: Sequence[Geometry], *, axes: int, place_bytes: int, po
     while geometry and side < most and halo_overhead(geometry, (side,) * axes) > MOST_OVERHEAD:
         side += pool
     return side
+
+
+def _even(side: int, length: int, pool: int) -> int:
+    """A tile of at least that side, of which a whole number goes into the largest item."""
+    count = max(1, length // side)
+    return -(-length // (count * pool)) * pool
 
 
 def largest_input(
