@@ -56,7 +56,8 @@ def _check_encoding(config: PipelineConfig) -> None:
 
 def _check_windowed(config: PipelineConfig) -> None:
     """What pipelines need whose items are read in windows, and what they cannot have."""
-    for name in ("crop", "flip", "pad", "grid_crop"):
+    unfit = ["crop", "flip", "pad", "grid_crop"] + ["grayscale"] * config.sequences
+    for name in unfit:
         if name in config.augment.model_fields_set:
             raise ConfigError(
                 "has no meaning for items that are read in windows; leave it out",

@@ -16,6 +16,7 @@ from typing import Any
 # Handed back as soon as they are free. With 1 MB a step spends as much time on fresh pages as on
 # its work (page by page, the system fills them with zeros).
 _LEAN_BUFFER_BYTES = 4_000_000
+_LEAN_HEAP_BYTES = 128 * 2**10  # as by default
 # The most that glibc lets be kept, and more than it ever sees free at the end of its heap.
 _FAST_BUFFER_BYTES = 32 * 2**20
 _FAST_HEAP_BYTES = 2**31 - 1
@@ -27,16 +28,16 @@ _lean = False
 
 
 def use_allocator(*, lean: bool) -> None:
-    """Make this process hold little more than is in use, or keep freed memory to use it again.
-
-    Once it was lean it stays so: what was promised is kept.
-    """
+    """Make this process hold little more than is in use, or keep freed memory to use it again."""
     global _lean
-    _lean = _lean or lean
+    if lean and not _lean:
+        trim_heap()  # what was kept until now
+    _lean = lean
     if not (mallopt := _c_function("mallopt")):
         return
     if _lean:
         mallopt(_M_MMAP_THRESHOLD, _LEAN_BUFFER_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _LEAN_HEAP_BYTES)
     else:
         mallopt(_M_MMAP_THRESHOLD, _FAST_BUFFER_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _FAST_HEAP_BYTES)

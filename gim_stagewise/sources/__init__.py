@@ -39,7 +39,8 @@ __all__ = [
 def open_source(config: SourceConfig) -> Source:
     """Open the dataset of a pipeline file.
 
-    Kinds: ``"digits"``, ``"torchvision:<Class>"``, ``"npy"``, ``"zarr"``, ``"large"``.
+    Kinds: ``"digits"``, ``"torchvision:<Class>"``, ``"npy"``, ``"zarr"``, ``"large"``,
+    ``"mosaic"``, ``"audio"``.
 
     Raises
     ------
@@ -72,7 +73,16 @@ def open_source(config: SourceConfig) -> Source:
         from gim_stagewise.sources.large import open_large
 
         return open_large(config)
+    if kind == "mosaic" and not name:
+        from gim_stagewise.sources.photographs import open_mosaic
+
+        return open_mosaic(config)
+    if kind == "audio" and not name:
+        from gim_stagewise.sources.audio import open_audio
+
+        return open_audio(config)
     raise ConfigError(
-        f'is {config.kind!r}, expected "digits", "torchvision:<Class>", "npy", "zarr" or "large"',
+        f'is {config.kind!r}, expected "digits", "torchvision:<Class>", "npy", "zarr", "large", '
+        '"mosaic" or "audio"',
         key="source.kind",
     )

@@ -1,12 +1,12 @@
-"""Images too large to be read whole, each in a file of its own."""
+"""Items too large to be read whole, each in a file of its own."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,16 +55,31 @@ def open_large(config: SourceConfig) -> LargeSource:
         raise ConfigError(f"is {axes!r}, expected names of axes", key="source.options.axes")
     if type(level) is not int or level < 0:
         raise ConfigError(f"is {level!r}, expected 0 or more", key="source.options.level")
+    return LargeSource(
+        find_files(config, 'unlabeled = {files = "*.tif"}'),
+        opener=partial(open_region_file, axes=axes, level=level),
+        axes=IMAGE_AXES,
+        digest=config.digest,
+        on_error=config.on_error,
+    )
+
+
+def find_files(config: SourceConfig, example: str) -> dict[Split, dict[str, Path]]:
+    """Files of each split by their names, as ``source.splits`` asks for them.
+
+    Raises
+    ------
+    ConfigError
+        If it is wrong; ``example`` says how it could be.
+    DataNotFoundError
+        If a pattern matches nothing.
+    """
     if not config.splits:
         raise ConfigError(
-            'missing; say which files each split has, as in unlabeled = {files = "*.tif"}',
-            key="source.splits",
+            f"missing; say which files each split has, as in {example}", key="source.splits"
         )
     root = Path(config.root or ".")
-    files = {split: _find(root, split, table) for split, table in config.splits.items()}
-    return LargeSource(
-        files, axes=axes, level=level, digest=config.digest, on_error=config.on_error
-    )
+    return {split: _find(root, split, table) for split, table in config.splits.items()}
 
 
 def _find(root: Path, split: Split, table: Mapping[str, Any]) -> dict[str, Path]:
@@ -86,17 +101,19 @@ def _find(root: Path, split: Split, table: Mapping[str, Any]) -> dict[str, Path]
 
 
 class LargeSource:
-    """A `Source` of images that are read in regions, of any sizes.
+    """A `Source` of items that are read in regions, of any sizes: images, or recordings.
 
     A sample's id is ``<split>/<path below the root>``. Where no split is called *unlabeled*, the
-    training images serve as unlabeled ones as well.
+    training items serve as unlabeled ones as well.
 
     Parameters
     ----------
     files : mapping
         From split to its files by name.
-    axes, level
-        See `open_region_file`.
+    opener : callable
+        Opens a file as a `RegionFile`.
+    axes : tuple of str
+        Names of the axes of an item.
     digest : {"full", "sampled"}
         What `content_digest` covers: all values, or some regions of each file.
     on_error : {"stop", "skip"}
@@ -114,7 +131,6 @@ class LargeSource:
         If a file cannot be used; with "skip", if none can.
     """
 
-    axes = IMAGE_AXES
     chunk_items = 1
     views = 0
     label_names: tuple[str, ...] = ()
@@ -123,13 +139,13 @@ class LargeSource:
         self,
         files: Mapping[Split, Mapping[str, Path]],
         *,
-        axes: str | None = None,
-        level: int = 0,
+        opener: Callable[[Path], RegionFile] = open_region_file,
+        axes: tuple[str, ...] = IMAGE_AXES,
         digest: Literal["full", "sampled"] = "full",
         on_error: Literal["stop", "skip"] = "stop",
     ) -> None:
-        self._axes = axes
-        self._level = level
+        self.axes = axes
+        self._opener = opener
         self._digest = digest
         self._open: OrderedDict[str, RegionFile] = OrderedDict()
         self._paths = {
@@ -162,7 +178,7 @@ class LargeSource:
                 continue
             problem = f"sample {item.id} has {item.channels} channels, {first.id} {first.channels}"
             if on_error == "stop":
-                raise DataError(f"{problem}; all images of a dataset need the same")
+                raise DataError(f"{problem}; all items of a dataset need the same")
             self.skipped[item.id] = problem
             del self._items[item.id]
 
@@ -173,7 +189,7 @@ class LargeSource:
         path = self._paths.get(item_id)
         if path is None:
             raise DataError(f"no sample {item_id!r} in this source")
-        opened = open_region_file(path, axes=self._axes, level=self._level)
+        opened = self._opener(path)
         self._open[item_id] = opened
         if len(self._open) > _MOST_OPEN:
             self._open.popitem(last=False)
@@ -206,7 +222,7 @@ class LargeSource:
         return found
 
     def labels(self, name: str) -> NDArray[np.int64]:
-        raise DataError(f"no labels called {name!r}: large images have none")
+        raise DataError(f"no labels called {name!r}: large items have none")
 
     def read(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
         return [self._read(request) for request in requests]
@@ -240,10 +256,11 @@ class LargeSource:
         return digest.hexdigest()
 
     def _digest_of(self, item_id: str) -> str:
-        """Hash of an image's values; raises what reading them raises."""
+        """Hash of an item's values; raises what reading them raises."""
         item = self._items[item_id]
         digest = hashlib.sha256(f"{item.extent}{item.channels}{item.dtype};".encode())
-        regions = tiles(item.extent, (_SIDE, _SIDE))
+        axes = len(item.extent)
+        regions = tiles(item.extent, (_SIDE,) * axes if axes > 1 else (_SIDE * _SIDE,))
         if self._digest == "sampled" and len(regions) > _SAMPLED_REGIONS:
             last = len(regions) - 1
             chosen = range(_SAMPLED_REGIONS)
@@ -251,10 +268,13 @@ class LargeSource:
         for region in regions:
             values = self._region(item_id, region)
             if values.dtype.kind == "f" and not np.isfinite(values).all():
+                where = ", ".join(
+                    f"{name} {span.start} to {span.stop}"
+                    for name, span in zip(self.axes[1:], region, strict=True)
+                )
                 raise DataError(
-                    f"sample {item_id} has pixels that are NaN or infinite in rows "
-                    f"{region[0].start} to {region[0].stop}, columns {region[1].start} to "
-                    f"{region[1].stop}; mend or remove it"
+                    f"sample {item_id} has values that are NaN or infinite at {where}; mend or "
+                    "remove it"
                 )
             digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()

@@ -67,7 +67,8 @@ class PixelForm:
         augment = self._augment
         if augment.mean is not None and augment.std is not None:
             mean, std = (
-                np.array(v, np.float32)[:, None, None] for v in (augment.mean, augment.std)
+                np.array(v, np.float32).reshape(-1, *(1,) * (pixels.ndim - 1))
+                for v in (augment.mean, augment.std)
             )
             pixels = (pixels - mean) / std
         return np.ascontiguousarray(pixels, dtype=np.float32)

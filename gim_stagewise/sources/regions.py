@@ -1,4 +1,4 @@
-"""Large images as modules see them: regions of pixels, or of a grid of patches."""
+"""Large items as modules see them: regions of pixels, of a grid of patches, or of time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from gim_stagewise.config import AugmentConfig
 from gim_stagewise.errors import DataError
 from gim_stagewise.sources.base import (
-    IMAGE_AXES,
     PATCH_AXES,
     Item,
     Request,
@@ -26,16 +25,16 @@ from gim_stagewise.windows import PatchGrid, Span, full_region, mirrored
 
 
 class RegionSource:
-    """A `Source` of normalised regions of images that may be of any size.
+    """A `Source` of normalised regions of items that may be of any size.
 
     With a grid, an item's extent is its rows and columns of patches, and a region of it is read as
-    float32 [grid_row, grid_col, channel, height, width]; without one, its extent is in pixels, and
-    a region is float32 [channel, height, width].
+    float32 [grid_row, grid_col, channel, height, width]; without one, its extent is in pixels or
+    steps, and a region is float32 [channel, height, width] or [channel, time].
 
     Parameters
     ----------
     images : Source
-        With axes (channel, height, width); read in regions.
+        With axes (channel, height, width), or (channel, time); read in regions.
     augment : AugmentConfig
         Of which what treats all pixels alike.
     grid : PatchGrid, optional
@@ -88,7 +87,7 @@ class RegionSource:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        return IMAGE_AXES if self._grid is None else PATCH_AXES
+        return self._images.axes if self._grid is None else PATCH_AXES
 
     @property
     def channels(self) -> int:
@@ -96,7 +95,7 @@ class RegionSource:
 
     @property
     def place_bytes(self) -> int:
-        """Bytes of what there is at one place: a pixel, or a patch."""
+        """Bytes of what there is at one place: a pixel, a step, or a patch."""
         return 4 * self.channels * (1 if self._grid is None else self._grid.size**2)
 
     @property
@@ -135,10 +134,10 @@ class RegionSource:
     def _read_pixels(self, item_id: str, wanted: tuple[Span, ...]) -> NDArray[np.float32]:
         """Normalised pixels of a region that may reach beyond the image's end."""
         parts = [mirrored(s, n) for s, n in zip(wanted, self._pixels[item_id], strict=True)]
-        (rows, row_places), (columns, column_places) = parts
-        (image,) = self._images.read([Request(item_id, region=(rows, columns))])
-        if (rows, columns) != wanted:
-            image = image[:, row_places][:, :, column_places]
+        (image,) = self._images.read([Request(item_id, region=tuple(own for own, _ in parts))])
+        for axis, (span, (own, places)) in enumerate(zip(wanted, parts, strict=True), start=1):
+            if own != span:
+                image = image.take(places, axis=axis)
         return self._form.normalised(self._form.scaled(image, item_id))
 
     def content_digest(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,6 +52,9 @@ class ExtractionPlan:
     base : int
         Bytes of a process before it begins.
     on_gpu : bool
+    lean : bool
+        Whether processes keep nothing of freed memory, which costs time; because what they would
+        keep does not fit.
     """
 
     forward: int
@@ -58,6 +62,7 @@ class ExtractionPlan:
     workers: int
     base: int
     on_gpu: bool
+    lean: bool = False
 
     @property
     def each(self) -> int:
@@ -91,12 +96,16 @@ def plan_extraction(
         If it does not fit; the message names both numbers and a remedy.
     """
     workers = workers or Workers()
-    if budget.lean:
-        # What is counted is the least it can take: what does not fit by that is not tried out.
-        least = project_forward(needs.spec, measure=False, margin=False)
-        _plan(needs, budget, workers, forward=least)
-    forward = project_forward(needs.spec, measure=budget.lean)
-    return _plan(needs, budget, workers, forward=forward)
+    if not budget.lean:
+        return _plan(needs, budget, workers, forward=project_forward(needs.spec, measure=False))
+    # What is counted is the least it can take: what does not fit by that is not tried out.
+    least = project_forward(needs.spec, measure=False, margin=False)
+    _plan(needs, budget, workers, forward=least)
+    with suppress(OverBudgetError):
+        forward = project_forward(replace(needs.spec, lean=False))
+        return _plan(needs, budget, workers, forward=forward)
+    plan = _plan(needs, budget, workers, forward=project_forward(needs.spec))
+    return replace(plan, lean=True)
 
 
 def _plan(needs: StageNeeds, budget: Budget, workers: Workers, *, forward: int) -> ExtractionPlan:

@@ -196,7 +196,7 @@ class StageOutputs:
         plan = plan_extraction(needs, budget=space.budget, workers=workers)
         executor = choose_executor(workers, plan)
         writer = CacheWriter(space.cache_path(self.index).absolute(), manifest, source)
-        job = self.block_job(weights, manifest, writer.staging)
+        job = replace(self.block_job(weights, manifest, writer.staging), lean=plan.lean)
         return extract(job, writer, source, executor, space.progress)
 
     def block_job(self, weights: FrozenWeights, manifest: Manifest, staging: Path) -> BlockJob:

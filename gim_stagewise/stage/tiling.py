@@ -105,8 +105,10 @@ def chosen_tile(geometry: Sequence[Geometry], *, axes: int, place_bytes: int, po
 
 
 def _even(side: int, length: int, pool: int) -> int:
-    """A tile of at least that side, of which a whole number goes into the largest item."""
+    """A tile of about that side, of which a whole number goes into the largest item."""
     count = max(1, length // side)
+    if count == 1 and 2 * length >= 3 * side:
+        count = 2  # smaller ones, but each has a halo on one side alone
     return -(-length // (count * pool)) * pool
 
 

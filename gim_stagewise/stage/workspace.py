@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gim_stagewise.config import LARGE_KINDS, ModuleConfig, PipelineConfig
+from gim_stagewise.config import ModuleConfig, PipelineConfig
 from gim_stagewise.errors import ModuleRefusedError
 from gim_stagewise.memory import Budget
 from gim_stagewise.models import Builder, CellMean, build_module, resolve_builder
@@ -22,8 +22,10 @@ def with_absolute_places(config: PipelineConfig) -> PipelineConfig:
     """The pipeline with its data's places as absolute paths, for processes that start elsewhere."""
     source = config.source
     root = source.root
-    if root is None and source.kind in {"npy", "zarr", *LARGE_KINDS}:
-        root = "."
+    if root is None:
+        root = {"npy": ".", "zarr": ".", "large": ".", "audio": ".", "mosaic": "data"}.get(
+            source.kind
+        )
     splits = {
         name: {**table, "root": str(Path(table["root"]).absolute())} if "root" in table else table
         for name, table in source.splits.items()
