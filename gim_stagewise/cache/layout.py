@@ -144,6 +144,11 @@ class CacheLayout:
     dtype: str = "float32"
 
     @property
+    def space(self) -> int:
+        """Axes of activations after the channel."""
+        return 2
+
+    @property
     def sample_bytes(self) -> int:
         """Bytes of one sample's activations as they are stored, uncompressed."""
         return np.dtype(self.dtype).itemsize * math.prod(self.grid) * math.prod(self.cell)

@@ -59,7 +59,7 @@ class Manifest:
         Whether all blocks are there.
     files : dict
         SHA-256 of every file but chunks, by its path in the group; known when it is sealed. Chunks
-        have theirs in the arrays ``checksums/activations`` and ``checksums/pooled``.
+        have theirs in the arrays ``checksums/activations``, ``checksums/pooled`` and so on.
     """
 
     pipeline: str
@@ -273,6 +273,8 @@ def _tiled_layout(content: dict[str, Any]) -> TiledLayout:
         raise ValueError(f"tiles of {layout.tile} and extents of another kind")
     if len(layout.cell) not in (1, 3) or (len(layout.cell) == 3 and axes == 1):
         raise ValueError(f"cells of {layout.cell} along {axes} axes")
+    if type(layout.state) is not int or layout.state < 0 or (layout.state and axes != 1):
+        raise ValueError(f"a state of {layout.state!r} numbers")
     if any(size % layout.pool for size in layout.tile):
         raise ValueError(f"tiles of {layout.tile}, pooled by {layout.pool}")
     return layout

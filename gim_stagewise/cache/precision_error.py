@@ -110,15 +110,15 @@ class Account:
         smallest, largest = values.aminmax()
         if smallest < lowest or largest > highest:
             beyond = (values < lowest) | (values > highest)
-            self._beyond += beyond.sum((0, 2, 3))
+            self._beyond += beyond.sum((0, *_space(values)))
             return values.clamp(lowest, highest)
         return values
 
     def add_steps(self, steps: Tensor, codes: Tensor, scale: Tensor) -> None:
         """Values and what is stored of them, both in units of a scale per channel."""
-        unit = scale.flatten().double().square()
-        self._squares += unit * steps.square().sum((2, 3)).sum(0, dtype=torch.float64)
-        self._error += unit * steps.sub_(codes).square_().sum((2, 3)).sum(0, dtype=torch.float64)
+        unit, space = scale.flatten().double().square(), _space(steps)
+        self._squares += unit * steps.square().sum(space).sum(0, dtype=torch.float64)
+        self._error += unit * steps.sub_(codes).square_().sum(space).sum(0, dtype=torch.float64)
 
     def add(self, values: Tensor, decoded: Tensor) -> None:
         # In float64: squares of float32 values leave the range of float32 at both ends.
@@ -130,8 +130,13 @@ class Account:
         return PrecisionError(*(part.cpu().numpy() for part in parts))
 
 
+def _space(values: Tensor) -> tuple[int, ...]:
+    """Axes after row and channel."""
+    return tuple(range(2, values.ndim))
+
+
 def _squares(values: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(values, dim=(2, 3), dtype=torch.float64)
+    norms: Tensor = torch.linalg.vector_norm(values, dim=_space(values), dtype=torch.float64)
     return norms.square_().sum(0)
 
 

@@ -63,7 +63,7 @@ class TiledCache(SealedCache):
         return [self._decoded(values) for values in self.read_stored(requests)]
 
     def _decoded(self, stored: NDArray[Any]) -> NDArray[np.float32]:
-        return self.precision.decode_array(stored, space=2 if stored.ndim > 2 else 1)
+        return self.precision.decode_array(stored, space=self.layout.space)
 
     def read_stored(
         self, requests: Sequence[Request], *, empty: Callable[..., NDArray[Any]] = np.empty

@@ -6,6 +6,7 @@ array                  axes
 ``activations/<id>``   channel, height, width; or channel, time (dense encoding); or
                        grid_row, grid_col, channel, height, width (patches)
 ``pooled/<id>``        grid_row, grid_col, channel; or time, channel (float32)
+``states/<id>``        tile, state: of a stateful module, after each tile (float32)
 =====================  ============================================================
 
 In names ``<id>`` is the item's id with what no file's name should have as ``%`` and its code
@@ -50,6 +51,8 @@ class TiledLayout:
         Whether activations are stored; embeddings always are.
     dtype : str
         Type that activations are stored as.
+    state : int
+        Numbers in the module's state; 0 of one that has none.
     """
 
     ids: tuple[str, ...]
@@ -61,6 +64,7 @@ class TiledLayout:
     codec: str
     materialized: bool = True
     dtype: str = "float32"
+    state: int = 0
 
     @property
     def samples(self) -> int:
@@ -86,7 +90,13 @@ class TiledLayout:
     @property
     def kinds(self) -> tuple[str, ...]:
         """What a block has parts of."""
-        return ("activations", "pooled") if self.materialized else ("pooled",)
+        kinds = ("activations", "pooled") if self.materialized else ("pooled",)
+        return (*kinds, "states") if self.state else kinds
+
+    @property
+    def space(self) -> int:
+        """Axes of activations after the channel."""
+        return len(self.tile) if self.dense else 2
 
     @property
     def place_bytes(self) -> int:
@@ -102,7 +112,7 @@ class TiledLayout:
     def block_bytes(self) -> int:
         """Bytes of a block as it is stored, uncompressed."""
         embeddings = math.prod(self._pooled(self.tile)) * self.embedding * 4
-        return math.prod(self.tile) * self.place_bytes + embeddings
+        return math.prod(self.tile) * self.place_bytes + embeddings + 4 * self.state
 
     @property
     def pooled_bytes(self) -> int:
@@ -136,6 +146,9 @@ class TiledLayout:
             shape = (*self._pooled(extent), self.embedding)
             chunks = (*self._pooled(self.tile), self.embedding)
             return StoredArray(shape, chunks, "float32", (*axes, "channel"))
+        if kind == "states":
+            (count,) = self._tiles(extent)
+            return StoredArray((count, self.state), (1, self.state), "float32", ("tile", "state"))
         lead, tail = (self.cell, ()) if self.dense else ((), self.cell)
         return StoredArray(
             (*lead, *extent, *tail), (*lead, *self.tile, *tail), self.dtype, self.axes
@@ -190,6 +203,12 @@ class TiledLayout:
 
     def _part(self, kind: str, block: Block, region: Region) -> BlockPart:
         name = self.array_name(kind, block.samples.start)
+        if kind == "states":
+            (tile,) = block.tile
+            whole = (slice(1), slice(None))
+            return BlockPart(
+                name, (slice(tile, tile + 1), slice(None)), (f"{name}/c.{tile}.0",), (whole,)
+            )
         numbers = [*block.tile]
         if kind == "pooled":
             spans = [Span(s.start // self.pool, -(-s.stop // self.pool)) for s in region]

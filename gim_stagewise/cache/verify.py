@@ -253,6 +253,6 @@ def _chunk(
         return Damage(file, "torn", str(error), block)
     except (FrameError, RuntimeError) as error:
         return Damage(file, "altered", str(error), block)
-    if not np.isfinite(precision.decode_array(values[inside])).all():
+    if not np.isfinite(precision.decode_array(values[inside], space=manifest.layout.space)).all():
         return Damage(file, "non-finite", "has values that are NaN or infinite", block)
     return None

@@ -34,12 +34,13 @@ def _check_encoding(config: PipelineConfig) -> None:
                 key="patches",
             )
         for number, module in config.module.items():
-            if "pool" in module.objective.model_fields_set:
-                raise ConfigError(
-                    "has no meaning for patches, which have an embedding each; leave it out, or "
-                    'set encoding = "dense"',
-                    key=f"module.{number}.objective.pool",
-                )
+            for name, table in (("objective", module.objective), ("cache", module.cache)):
+                if "pool" in table.model_fields_set:
+                    raise ConfigError(
+                        "has no meaning for patches, which have an embedding each; leave it out, "
+                        'or set encoding = "dense"',
+                        key=f"module.{number}.{name}.pool",
+                    )
         return
     if not config.windowed:
         raise ConfigError(
@@ -63,10 +64,10 @@ def _check_windowed(config: PipelineConfig) -> None:
                 "has no meaning for items that are read in windows; leave it out",
                 key=f"augment.{name}",
             )
-    if config.dense and not config.sequences and config.extract.batch != 1:
+    if config.dense and config.extract.batch != 1:
         raise ConfigError(
-            f"is {config.extract.batch}, but images in dense encoding are computed window by "
-            "window; leave it out",
+            f"is {config.extract.batch}, but in dense encoding windows are computed one by one; "
+            "leave it out",
             key="extract.batch",
         )
     for number, module in config.module.items():

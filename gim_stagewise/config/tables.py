@@ -103,13 +103,14 @@ class WindowsConfig(Table):
     are equally likely, so that items count by their area. Each axis of an item is cut into
     ``zones``, of which ``train.validation`` are held out: windows for validation lie in those, all
     others outside. Windows that vary less than ``min_variance`` times as much as windows do on
-    average are drawn again.
+    average are drawn again. A stateful module goes over ``lanes`` recordings at once.
     """
 
     tile: PositiveInt | Literal["auto"] = "auto"
     samples: PositiveInt | Literal["auto"] = "auto"
     zones: Annotated[int, Field(ge=1, le=64)] = 4
     min_variance: Fraction = 0.0
+    lanes: Annotated[int, Field(ge=1, le=4096)] = 8
 
 
 class ObjectiveConfig(Table):
@@ -163,8 +164,9 @@ class CacheConfig(Table):
     operation that the next module begins with. ``chunk`` counts samples; "auto" aims at 4 MB or
     more. With ``materialize = "never"`` embeddings alone are stored, and the next module's input is
     computed whenever it is read; "auto" measures which of the two is faster here, and keeps to it.
-    ``verify_reads = false`` trusts the storage: chunks are not compared with their checksums when
-    they are read.
+    ``pool`` positions a side share a stored embedding in dense encoding; by default as many as in
+    ``objective.pool``. ``verify_reads = false`` trusts the storage: chunks are not compared with
+    their checksums when they are read.
     """
 
     precision: Annotated[str, AfterValidator(_known_precision)] = "uint8"
@@ -173,14 +175,14 @@ class CacheConfig(Table):
     codec: Literal["lz4", "zstd", "none"] = "lz4"
     chunk: PositiveInt | Literal["auto"] = "auto"
     materialize: Literal["always", "never", "auto"] = "always"
+    pool: PositiveInt | None = None
     verify_reads: bool = True
 
 
 class ExtractConfig(Table):
     """The one forward of frozen modules: rows per piece, and threads within an operation.
 
-    Rows are patches; with ``encoding = "dense"`` they are windows of images, one at a time, or
-    recordings.
+    Rows are patches; with ``encoding = "dense"`` they are windows, one at a time.
     """
 
     batch: PositiveInt = 256
@@ -233,6 +235,11 @@ class PipelineConfig(Table):
     def sequences(self) -> bool:
         """Whether items have one axis, of time, and not two."""
         return self.source.kind == "audio"
+
+    def stored_pool(self, index: int) -> int:
+        """Positions a side of module ``index``'s outputs that share a stored embedding."""
+        module = self.stage(index)
+        return module.cache.pool or module.objective.pool
 
     def stage(self, index: int) -> ModuleConfig:
         """The table of module ``index``, counted from 1."""

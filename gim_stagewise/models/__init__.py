@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from gim_stagewise.models.build import Builder, build_module, forget_user_code, resolve_builder
-from gim_stagewise.models.contract import INPUT_OPERATIONS, CellMean, output_shape, pool
+from gim_stagewise.models.contract import (
+    INPUT_OPERATIONS,
+    CellMean,
+    embed,
+    output_shape,
+    pool,
+    state_size,
+    target_channels,
+)
 from gim_stagewise.models.geometry import module_geometry, probed_geometry
 
 __all__ = [
@@ -11,10 +19,13 @@ __all__ = [
     "Builder",
     "CellMean",
     "build_module",
+    "embed",
     "forget_user_code",
     "module_geometry",
     "output_shape",
     "pool",
     "probed_geometry",
     "resolve_builder",
+    "state_size",
+    "target_channels",
 ]

@@ -28,12 +28,15 @@ from torch import nn
 from gim_stagewise.errors import ConfigError
 from gim_stagewise.models.residual import residual_module
 from gim_stagewise.models.resnet import resnet34_module, resnet50_module
+from gim_stagewise.models.sequence import conv1d_module, gru_module
 from gim_stagewise.seeds import derive_seed
 
 BUILTIN: Mapping[str, Callable[..., nn.Module]] = {
     "residual": residual_module,
     "resnet34": resnet34_module,
     "resnet50": resnet50_module,
+    "conv1d": conv1d_module,
+    "gru": gru_module,
 }
 
 

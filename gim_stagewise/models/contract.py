@@ -7,6 +7,11 @@ of sequences. It may define
   does not; in dense encoding that is `CellMean`;
 - ``geometry``: a list of (kernel, stride, padding) of its layers, from the bottom up, which dense
   encoding has to know; it is found by trying where it is not there;
+- ``stateful``: true of a module of sequences that goes on where it stopped: ``forward(x, state)``
+  gives outputs and the state after them, ``initial_state(rows)`` the state before a sequence, which
+  is float32 [row, state];
+- ``predicts``: "input" if what its embeddings predict is the module's input, and not other
+  embeddings of its own (paper, equation 6);
 - ``input_op``: the name of an operation (see `INPUT_OPERATIONS`) that it applies to its input
   before anything else, so that the input may be stored after it.
 
@@ -18,6 +23,7 @@ depend on what happened to be in the same batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +65,71 @@ def pool(
         pooled: Tensor = own(z)
         return pooled
     return z.flatten(2).mean(2) if z.ndim > 2 else z
+
+
+def embed(module: nn.Module, x: Float[Tensor, "row channel *space"]) -> Tensor:
+    """What the objective sees of a module: embeddings, and after their channels the targets'.
+
+    Targets are there where they are not the embeddings themselves (``predicts = "input"``); no
+    gradient goes to them.
+    """
+    pooled = pool(module, module(x))
+    if target_channels(module, x.shape[1]) == 0:
+        return pooled
+    return torch.cat([pooled, x.detach().movedim(1, -1)], dim=-1)
+
+
+def target_channels(module: nn.Module, in_channels: int) -> int:
+    """Channels of the targets that `embed` adds; 0 where embeddings predict their own kind."""
+    return in_channels if getattr(module, "predicts", None) == "input" else 0
+
+
+def state_size(module: nn.Module, in_shape: tuple[int, ...], *, key: str) -> int:
+    """Numbers in the state of a module of sequences; 0 of one that has none.
+
+    Raises
+    ------
+    ModuleRefusedError
+        If a sequence in two parts, the state handed on, has other outputs than in one.
+    """
+    if not getattr(module, "stateful", False):
+        return 0
+    if len(in_shape) != 2:
+        raise ModuleRefusedError("is stateful, which only modules of sequences can be", key=key)
+    training = module.training
+    module.eval()
+    try:
+        whole, parts, before, after = _in_two_parts(module, in_shape)
+    except Exception as error:
+        raise ModuleRefusedError(
+            f"is stateful, but {_first_line(error)}; forward(x, state) must give outputs and the "
+            "state after them, and go on from initial_state(rows)",
+            key=key,
+        ) from error
+    finally:
+        module.train(training)
+    if before.ndim != 2 or after.shape != before.shape or after.dtype != torch.float32:
+        raise ModuleRefusedError(
+            f"has the state {after.dtype} {tuple(after.shape)}, expected float32 [row, state]",
+            key=key,
+        )
+    if parts.shape != whole.shape or not torch.allclose(parts, whole, rtol=1e-4, atol=1e-5):
+        raise ModuleRefusedError(
+            "is stateful, but gives other outputs for a sequence in two parts than in one", key=key
+        )
+    return int(before.shape[1])
+
+
+@torch.no_grad()
+def _in_two_parts(module: Any, in_shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outputs of random sequences, the same from two parts, and the states before and after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x = torch.randn(2, in_shape[0], max(2, min(in_shape[1], 16)))
+        cut, before = x.shape[2] // 2, module.initial_state(2)
+        first, between = module(x[:, :, :cut], before)
+        second, after = module(x[:, :, cut:], between)
+        return module(x), torch.cat([first, second], dim=2), before, after
 
 
 def output_shape(

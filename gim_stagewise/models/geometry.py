@@ -25,6 +25,7 @@ def module_geometry(
     module : nn.Module
         On the CPU. Where it has ``geometry``, a list of (kernel, stride, padding) of its layers
         from the bottom up, alike along all axes, that is taken; otherwise see `probed_geometry`.
+        Stateful modules have an output for each input.
     channels : int
         Of its input.
     axes : int
@@ -37,6 +38,9 @@ def module_geometry(
     ModuleRefusedError
         If it declares no such list, or an output depends on inputs everywhere.
     """
+    if getattr(module, "stateful", False):
+        # What goes before comes with the state: an output for each input, and no halo.
+        return (Geometry(),) * axes
     declared = getattr(module, "geometry", None)
     if declared is None:
         return probed_geometry(module, channels, axes, key=key)

@@ -31,6 +31,9 @@ class InfoNCE(nn.Module):
     ----------
     channels : int
         Channels of an embedding.
+    targets : int
+        Channels of a target, where that is not another embedding (equation 6: the outputs of a
+        context network predict its input). They follow those of the embedding.
     prediction_steps : int
         K.
     negatives : int
@@ -40,14 +43,22 @@ class InfoNCE(nn.Module):
     """
 
     def __init__(
-        self, channels: int, *, prediction_steps: int, negatives: int, skip: int = 1
+        self,
+        channels: int,
+        *,
+        targets: int = 0,
+        prediction_steps: int,
+        negatives: int,
+        skip: int = 1,
     ) -> None:
         super().__init__()
+        self.channels = channels
         self.negatives = negatives
         self.skip = skip
         # One W_k per step; drawn like the weights of a bias-free linear layer.
         bound = channels**-0.5
-        weights = torch.empty(prediction_steps, channels, channels).uniform_(-bound, bound)
+        shape = (prediction_steps, targets or channels, channels)
+        weights = torch.empty(shape).uniform_(-bound, bound)
         self.W = nn.Parameter(weights)
 
     def forward(
@@ -63,7 +74,8 @@ class InfoNCE(nn.Module):
         ----------
         z : Tensor
             Embeddings of all rows of all samples of the batch: [sample, row, column, channel] of
-            patch grids, [sample, step, channel] of sequences.
+            patch grids, [sample, step, channel] of sequences; with targets of their own, those in
+            the last channels.
         generator : torch.Generator
             On the CPU, whatever device ``z`` is on, so that draws are the same everywhere.
         window : Span, optional
@@ -75,7 +87,7 @@ class InfoNCE(nn.Module):
         Tensor
             A scalar of ``z``'s dtype.
         """
-        candidates = z.flatten(0, -2)
+        candidates = self._targets(z).flatten(0, -2)
         read = z if window is None else z[:, window.slice]
         loss = z.new_zeros(())
         for k, weight in enumerate(self.W, start=1):
@@ -95,7 +107,12 @@ class InfoNCE(nn.Module):
     ) -> tuple[Float[Tensor, "pair channel"], Float[Tensor, "pair channel"]]:
         """Contexts and their targets for prediction step ``k``, by sample, row and column."""
         distance = k + self.skip
-        return z[:, :-distance].flatten(0, -2), z[:, distance:].flatten(0, -2)
+        context = z[:, :-distance, ..., : self.channels]
+        target = self._targets(z)[:, distance:]
+        return context.flatten(0, -2), target.flatten(0, -2)
+
+    def _targets(self, z: Tensor) -> Tensor:
+        return z if z.shape[-1] == self.channels else z[..., self.channels :]
 
 
 # With more candidates per negative than this, scores of all pairs cost more time than gathering

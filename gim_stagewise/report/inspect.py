@@ -137,8 +137,9 @@ def _channel_statistics(
         except (ValueError, RuntimeError, OSError) as error:
             problems.append(f"{file} is damaged ({_first_line(error)})")
             continue
-        part = manifest.precision.decode_array(part[inside].copy())
-        parts.append(np.moveaxis(part, -3, 0).reshape(part.shape[-3], -1))
+        part = manifest.precision.decode_array(part[inside].copy(), space=layout.space)
+        channel = -1 - layout.space
+        parts.append(np.moveaxis(part, channel, 0).reshape(part.shape[channel], -1))
     if not parts:
         return []
     values = np.concatenate(parts, axis=1)

@@ -113,7 +113,7 @@ class BlockJob:
                 f"the worker on {platform.node()} has other code of the module than this process; "
                 "give all workers the same files, and the same release of gim-stagewise"
             )
-        module = space.build(self.manifest.module, self.in_channels)
+        module = space.build(self.manifest.module, self.in_channels, storing=True)
         module.load_state_dict(self.weights)
         if source is None:
             source = self._open_input()

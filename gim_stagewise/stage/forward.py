@@ -38,7 +38,7 @@ def project_forward(spec: StepSpec, *, measure: bool = True, margin: bool = True
 def _project_forward(spec: StepSpec, *, measure: bool, margin: bool) -> int:
     try:
         counted = forward_bytes(
-            spec.module(), spec.forward_cell, spec.config.extract.batch, precision=spec.precision
+            spec.module(), spec.forward_cell, spec.piece, precision=spec.precision
         )
     except Exception:
         return in_fresh_process(measure_forward, spec)
@@ -68,11 +68,12 @@ def measure_forward(spec: StepSpec) -> int:
     device = torch.device(spec.device)
     use_allocator(lean=spec.lean)
     warm_up(device)
-    rows = torch.randn(spec.config.extract.batch, *spec.forward_cell)
+    rows = torch.randn(spec.piece, *spec.forward_cell)
+    config = spec.config.extract.model_copy(update={"batch": spec.piece})
     with PeakMeter(device) as meter:
         frozen = FrozenModule(spec.module(), device)
         for _ in range(2):
-            frozen_forward(frozen, rows, spec.config.extract, keep=lambda z: _stored(spec, z))
+            frozen_forward(frozen, rows, config, keep=lambda z: _stored(spec, z))
     return meter.peak
 
 

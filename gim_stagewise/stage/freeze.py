@@ -76,7 +76,29 @@ class FrozenModule(nn.Module):
         z = self.module(rows.to(self.device))
         if trim is not None:
             z = z[(slice(None), slice(None), *trim)].contiguous()
-        return z, pool(self.module, z).float()
+        return z, self.embeddings(z)
+
+    @torch.no_grad()
+    def embeddings(
+        self, z: Float[Tensor, "piece channel *space"]
+    ) -> Float[Tensor, "piece *cell embedding"]:
+        """Embeddings of activations."""
+        return pool(self.module, z).float()
+
+    @torch.no_grad()
+    def step(
+        self, rows: Float[Tensor, "lane channel time"], states: Float[Tensor, "lane state"]
+    ) -> tuple[Tensor, Tensor]:
+        """Activations of a stateful module from where its states are, and the states after."""
+        z, after = self.module(rows.to(self.device), states.to(self.device))
+        return z, after
+
+    @torch.no_grad()
+    def initial_state(self) -> Float[Tensor, " state"]:
+        """The state of a stateful module before a sequence begins, on the CPU."""
+        module: Any = self.module
+        state: Tensor = module.initial_state(1)[0].cpu()
+        return state
 
 
 def frozen_forward(
@@ -126,6 +148,24 @@ def frozen_forward(
                 output[own] = part
     activations, embeddings = outputs
     return activations, embeddings
+
+
+def frozen_step(
+    frozen: FrozenModule,
+    rows: Float[Tensor, "lane channel time"],
+    states: Float[Tensor, "lane state"],
+    config: ExtractConfig,
+) -> tuple[Float[Tensor, "lane out_channel time"], Float[Tensor, "lane state"]]:
+    """The one forward of stateful frozen modules: always of all lanes, with as many steps.
+
+    Returns
+    -------
+    (Tensor, Tensor)
+        Activations and the states after them, float32 on the CPU.
+    """
+    with _one_forward_at_a_time, intra_op_threads(config.threads):
+        z, after = frozen.step(rows, states)
+        return z.cpu(), after.cpu()
 
 
 @contextmanager

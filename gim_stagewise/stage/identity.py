@@ -79,7 +79,7 @@ def _source_table(config: PipelineConfig) -> dict[str, Any]:
     if config.windowed:
         windows = {
             "encoding": config.encoding,
-            "windows": config.windows.model_dump(mode="json", exclude={"tile"}),
+            "windows": config.windows.model_dump(mode="json", exclude={"tile", "lanes"}),
         }
     patches = config.patches.model_dump(mode="json") if config.patches else None
     return windows | {
@@ -153,7 +153,7 @@ def cache_content(
 
 
 def geometry_record(
-    layout: Layout, cell_in: tuple[int, ...], geometry: Sequence[Geometry]
+    layout: Layout, cell_in: tuple[int, ...], geometry: Sequence[Geometry], lanes: int
 ) -> list[int] | dict[str, Any]:
     """What decides the bytes of a block besides its inputs and the module.
 
@@ -164,10 +164,14 @@ def geometry_record(
         A patch of the input.
     geometry : sequence of Geometry
         Of the module along each axis, in dense encoding.
+    lanes : int
+        Recordings that a stateful module goes over at once.
     """
     if not isinstance(layout, TiledLayout):
         return list(cell_in)
     record: dict[str, Any] = {"tile": list(layout.tile), "pool": layout.pool}
+    if layout.state:
+        record |= {"lanes": lanes}
     if geometry:
         return record | {"chain": [list(vars(own).values()) for own in geometry]}
     return record | {"patch": list(cell_in)}

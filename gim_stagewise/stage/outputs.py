@@ -194,7 +194,10 @@ class StageOutputs:
         space, source = self.workspace, self.source
         needs = stage_needs(space, self.index, self.shape, source)
         plan = plan_extraction(needs, budget=space.budget, workers=workers)
-        executor = choose_executor(workers, plan)
+        stateful = self.shape.state > 0
+        if stateful and (workers.count or workers.scheduler):
+            self._note("computed in this process: each tile needs the state after the one before")
+        executor = choose_executor(workers, plan, stateful=stateful)
         writer = CacheWriter(space.cache_path(self.index).absolute(), manifest, source)
         job = replace(self.block_job(weights, manifest, writer.staging), lean=plan.lean)
         return extract(job, writer, source, executor, space.progress)
@@ -253,7 +256,7 @@ class StageOutputs:
         )
 
     def _frozen(self, weights: FrozenWeights, device: torch.device) -> FrozenModule:
-        module = self.workspace.build(self.index, self.shape.cell_in[0])
+        module = self.workspace.build(self.index, self.shape.cell_in[0], storing=True)
         try:
             module.load_state_dict(weights.tensors)
         except RuntimeError as error:
@@ -274,7 +277,9 @@ class StageOutputs:
             self._config,
             stored_operation=self.stored_operation,
             input_content=self.source.content_digest(),
-            geometry=identity.geometry_record(layout, self.shape.cell_in, self.shape.geometry),
+            geometry=identity.geometry_record(
+                layout, self.shape.cell_in, self.shape.geometry, space.config.windows.lanes
+            ),
             views=layout.views,
             numerics=record,
         )

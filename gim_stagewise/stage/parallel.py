@@ -25,14 +25,17 @@ from gim_stagewise.sources import Source
 from gim_stagewise.stage.cluster import local_cluster
 from gim_stagewise.stage.extract import BLOCKS_AT_ONCE, BlockJob, BlockWorker, Executor
 from gim_stagewise.stage.extraction_plan import ExtractionPlan, Workers
+from gim_stagewise.stage.lanes import Lanes
 
 # Starting a cluster takes some seconds; work that is done sooner stays in this process.
 WORTH_A_CLUSTER_SECONDS = 20.0
 NO_WORKERS_SECONDS = 60.0
 
 
-def choose_executor(workers: Workers, plan: ExtractionPlan) -> Executor:
-    """The executor for what was asked and planned."""
+def choose_executor(workers: Workers, plan: ExtractionPlan, *, stateful: bool) -> Executor:
+    """The executor for what was asked and planned; a stateful module has one of its own."""
+    if stateful:
+        return Lanes()
     if workers.scheduler is not None:
         return DaskCluster(workers.scheduler)
     if plan.workers:

@@ -63,6 +63,10 @@ class StepSpec:
         Samples of a batch, and rows and columns of a sample's patches, if it has any.
     embedding : int
         Channels of an embedding.
+    targets : int
+        Channels of targets that are no embeddings.
+    piece : int
+        Rows in a piece of the frozen forward.
     micro_batch : int
         Patches in memory at a time.
     device : str
@@ -80,6 +84,8 @@ class StepSpec:
     forward_cell: tuple[int, ...]
     shape: tuple[int, ...]
     embedding: int
+    targets: int
+    piece: int
     micro_batch: int
     device: str
     threads: int
@@ -121,6 +127,7 @@ class StepSpec:
         return build_objective(
             self.config.stage(self.index).objective,
             channels=self.embedding,
+            targets=self.targets,
             seed=self.config.seed,
             index=self.index,
         )
@@ -139,6 +146,8 @@ def step_spec(
         forward_cell=forward_cell or shape.cell_in,
         shape=batch,
         embedding=shape.embedding,
+        targets=shape.targets,
+        piece=workspace.config.windows.lanes if shape.state else workspace.config.extract.batch,
         micro_batch=math.prod(batch),
         device=workspace.device.type,
         threads=torch.get_num_threads(),

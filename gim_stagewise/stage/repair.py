@@ -25,6 +25,7 @@ from gim_stagewise.errors import CorruptCacheError, StaleCacheError
 from gim_stagewise.lock import exclusive
 from gim_stagewise.stage import identity
 from gim_stagewise.stage.checkpoint import FrozenWeights
+from gim_stagewise.stage.lanes import block_stager
 from gim_stagewise.stage.outputs import StageOutputs
 
 
@@ -168,13 +169,13 @@ class _Repair:
         unsealed = replace(self.manifest, sealed=False)
         job = outputs.block_job(self.weights, unsealed, staging)
         try:
-            worker = job.open(outputs.source)
+            stage = block_stager(job.open(outputs.source))
         except StaleCacheError as error:
             raise StaleCacheError(f"{error}. {_rebuild(outputs)}") from None
         label = f"module {outputs.index}: repair"
         with outputs.workspace.progress.task(label, total=len(blocks), unit="block") as task:
             for block in blocks:
-                staged = worker(block)
+                staged = stage(block)
                 if digests is not None and staged.sha256 != digests[block.index]:
                     raise CorruptCacheError(
                         f"{self.path}: block {block.index} was computed again, and is not what was "

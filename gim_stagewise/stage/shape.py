@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gim_stagewise.cache import Precision, auto_chunk
 from gim_stagewise.config import AugmentConfig, CacheConfig, PipelineConfig
 from gim_stagewise.errors import ConfigError, ModuleRefusedError
-from gim_stagewise.models import module_geometry, output_shape
+from gim_stagewise.models import module_geometry, output_shape, state_size, target_channels
 from gim_stagewise.objectives import check_rows
 from gim_stagewise.stage.step import check_micro_batch
 from gim_stagewise.stage.workspace import Workspace
@@ -33,6 +33,10 @@ class Shape:
         One row, before and after.
     embedding : int
         Channels of an embedding.
+    targets : int
+        Channels of targets that are no embeddings (see `gim_stagewise.models.embed`).
+    state : int
+        Numbers in the module's state; 0 of one that has none.
     cells : tuple of int
         Extent of a window's embeddings in dense encoding.
     input_op : str or None
@@ -46,6 +50,8 @@ class Shape:
     cell_in: Cell
     cell_out: Cell
     embedding: int
+    targets: int = 0
+    state: int = 0
     cells: tuple[int, ...] = ()
     input_op: str | None = None
     geometry: tuple[Geometry, ...] = ()
@@ -127,13 +133,36 @@ def check_shape(workspace: Workspace, index: int, grid: tuple[int, ...], cell: C
     module = workspace.build(index, cell[0])
     out, embedded = output_shape(module, cell, key=f"module.{index}", dense=dense)
     input_op = getattr(module, "input_op", None)
+    state = state_size(module, cell, key=f"module.{index}")
+    targets = target_channels(module, cell[0])
     if not dense:
+        if targets:
+            raise ModuleRefusedError(
+                'predicts its input, which takes encoding = "dense"', key=f"module.{index}"
+            )
         return Shape(grid, trained_grid, cell, out, embedded[0], input_op=input_op)
     geometry = module_geometry(module, cell[0], len(cell) - 1, key=f"module.{index}")
     _check_geometry(index, geometry, cell, out)
     *cells, embedding = embedded
+    if targets and tuple(cells) != cell[1:]:
+        raise ModuleRefusedError(
+            f"predicts its input, which has {cell[1:]} positions, with embeddings of "
+            f"{tuple(cells)}; it needs one for each, and objective.pool = 1",
+            key=f"module.{index}",
+        )
     _check_rows(workspace, index, cells[0], "windows")
-    return Shape(grid, trained_grid, cell, out, embedding, tuple(cells), input_op, geometry)
+    return Shape(
+        grid=grid,
+        trained_grid=trained_grid,
+        cell_in=cell,
+        cell_out=out,
+        embedding=embedding,
+        targets=targets,
+        state=state,
+        cells=tuple(cells),
+        input_op=input_op,
+        geometry=geometry,
+    )
 
 
 def _check_rows(workspace: Workspace, index: int, rows: int, what: str) -> None:

@@ -252,6 +252,7 @@ class Stage:
             objective=build_objective(
                 config.objective,
                 channels=self.shape.embedding,
+                targets=self.shape.targets,
                 seed=space.config.seed,
                 index=self.index,
             ),

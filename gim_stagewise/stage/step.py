@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gim_stagewise.config import TrainConfig
 from gim_stagewise.errors import ConfigError
 from gim_stagewise.memory import release_freed
-from gim_stagewise.models import pool
+from gim_stagewise.models import embed
 from gim_stagewise.objectives import InfoNCE
 from gim_stagewise.windows import Span, even_ranges
 
@@ -63,14 +63,14 @@ class MicroBatches:
     device: torch.device
 
     def embed(self, module: nn.Module, batch: Batch, number: int) -> Tensor:
-        """Embeddings [row, channel] of one micro-batch; activations are let go of."""
+        """What the objective sees of one micro-batch (see `gim_stagewise.models.embed`)."""
         release_freed()
         rows = self.of(batch)[number]
         # On the CPU nothing but its generator draws; on a GPU, that of the GPU.
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.seed(number))
-            return pool(module, module(batch.read(rows, self.device)))
+            return embed(module, batch.read(rows, self.device))
 
     def of(self, batch: Batch) -> list[Span]:
         """The rows of each micro-batch of a batch."""

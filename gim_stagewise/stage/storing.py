@@ -129,13 +129,34 @@ def compute_block(
     lead = samples.shape[: 1 + grid]
     rows = torch.from_numpy(samples).flatten(0, grid)
     activations, embeddings = frozen_forward(frozen, rows, config, keep=storing, trim=trim)
+    arrays = checked_arrays(activations, embeddings, storing, ids, rows=math.prod(lead[1:]))
+    return {name: values.reshape(*lead, *values.shape[1:]) for name, values in arrays.items()}
+
+
+def checked_arrays(
+    activations: Tensor, embeddings: Tensor, storing: Storing, ids: list[str], *, rows: int
+) -> dict[str, NDArray[Any]]:
+    """What `frozen_forward` gave, refused where it cannot be stored.
+
+    Parameters
+    ----------
+    activations, embeddings : Tensor
+        [row, ...]; what ``storing`` made of activations.
+    storing : Storing
+    ids : list of str
+        Samples, for errors.
+    rows : int
+        Of each sample.
+
+    Raises
+    ------
+    NonFiniteError, PrecisionLossError
+        As of `compute_block`.
+    """
     finite = torch.cat(storing.finite) & embeddings.flatten(1).isfinite().all(1)
-    refuse_non_finite(finite, ids, math.prod(lead[1:]))
+    refuse_non_finite(finite, ids, rows)
     _refuse_overflow(storing, ids)
-    return {
-        "activations": activations.numpy().reshape(*lead, *activations.shape[1:]),
-        "pooled": embeddings.numpy().reshape(*lead, *embeddings.shape[1:]),
-    }
+    return {"activations": activations.numpy(), "pooled": embeddings.numpy()}
 
 
 def refuse_non_finite(finite: Tensor, ids: list[str], patches: int) -> None:

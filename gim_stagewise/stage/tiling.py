@@ -38,14 +38,14 @@ def tiled_layout(
     Raises
     ------
     ConfigError
-        If ``windows.tile`` is no multiple of ``objective.pool``.
+        If ``windows.tile`` is no multiple of the positions that share a stored embedding.
     """
     config = workspace.module_config(index)
     dense = workspace.config.dense
     precision = Precision(config.cache.precision)
     outputs = tuple(shape.extent_out(extent) for extent in extents)
     cell = shape.cell_out[:1] if dense else shape.cell_out
-    pool = config.objective.pool if dense else 1
+    pool = workspace.config.stored_pool(index) if dense else 1
     side = workspace.config.windows.tile
     if side == "auto":
         side = chosen_tile(
@@ -56,7 +56,8 @@ def tiled_layout(
         )
     elif side % pool:
         raise ConfigError(
-            f"is {side}, which is no multiple of module.{index}.objective.pool = {pool}",
+            f"is {side}, which is no multiple of the {pool} positions that share an embedding of "
+            f"module {index} (objective.pool, or cache.pool)",
             key="windows.tile",
         )
     longest = [max(axis) for axis in zip(*outputs, strict=True)]
@@ -75,6 +76,7 @@ def tiled_layout(
         codec=config.cache.codec,
         materialized=True,
         dtype=precision.stored_dtype,
+        state=shape.state,
     )
 
 

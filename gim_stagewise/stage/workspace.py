@@ -117,8 +117,12 @@ class Workspace:
             key=f"module.{index}.build",
         )
 
-    def build(self, index: int, in_channels: int) -> nn.Module:
-        """Module ``index`` with its initial weights, on the CPU."""
+    def build(self, index: int, in_channels: int, *, storing: bool = False) -> nn.Module:
+        """Module ``index`` with its initial weights, on the CPU.
+
+        In dense encoding its ``pool`` gives embeddings as the objective sees them, or with
+        ``storing`` as they are stored.
+        """
         module = build_module(
             self.builder(index),
             self.module_config(index).options,
@@ -135,5 +139,9 @@ class Workspace:
                     key=f"module.{index}",
                 )
             # A plain attribute: no part of the module's layers or state.
-            module.pool = CellMean(self.module_config(index).objective.pool)  # type: ignore[assignment]
+            trained, stored = (
+                self.module_config(index).objective.pool,
+                self.config.stored_pool(index),
+            )
+            module.pool = CellMean(stored if storing else trained)  # type: ignore[assignment]
         return module

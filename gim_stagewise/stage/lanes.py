@@ -1,0 +1,123 @@
+"""Run a stateful module over recordings, tile after tile, several recordings side by side.
+
+Each recording has a lane, which its place in the dataset decides; a lane's results depend on what
+is in it alone, since all lanes are always there, filled with zeros where there is nothing. So a
+tile can be computed with or without the others, from the state after the one before it, which was
+committed with that one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gim_stagewise.cache import Block, PrecisionError, StagedBlock, TiledLayout, read_chunk_file
+from gim_stagewise.errors import CorruptCacheError
+from gim_stagewise.sources import Source
+from gim_stagewise.stage.extract import BlockJob, BlockWorker
+from gim_stagewise.stage.freeze import frozen_step
+from gim_stagewise.stage.storing import Storing, checked_arrays
+
+Outputs = tuple[dict[str, NDArray[np.generic]], PrecisionError | None]
+
+
+class Lanes:
+    """An executor for stateful modules, in this process."""
+
+    def run(self, job: BlockJob, source: Source, blocks: Iterable[Block]) -> Generator[StagedBlock]:
+        worker = LaneWorker(job.open(source))
+        groups: dict[int, dict[int, list[Block]]] = defaultdict(lambda: defaultdict(list))
+        for block in blocks:
+            groups[block.samples.start // worker.lanes][block.tile[0]].append(block)
+        for tiles in groups.values():
+            for _, together in sorted(tiles.items()):
+                yield from worker.stage(together)
+
+
+class LaneWorker:
+    """Computes and stages the same tile of some recordings, each in its lane.
+
+    Parameters
+    ----------
+    worker : BlockWorker
+        Of a stateful module.
+    """
+
+    def __init__(self, worker: BlockWorker) -> None:
+        layout = worker.job.manifest.layout
+        assert isinstance(layout, TiledLayout)
+        self._worker = worker
+        self._layout = layout
+        self.lanes = worker.job.config.windows.lanes
+        # Of each recording: the tile that was computed last, and the state after it.
+        self._last: dict[int, tuple[int, NDArray[np.float32]]] = {}
+
+    def stage(self, blocks: list[Block]) -> list[StagedBlock]:
+        """Read, compute and stage blocks, of different lanes."""
+        outputs = self._outputs(blocks)
+        return [self._worker.stage(block, *own) for block, own in zip(blocks, outputs, strict=True)]
+
+    def _outputs(self, blocks: list[Block]) -> list[Outputs]:
+        layout = self._layout
+        inputs = [self._worker.read(block)[0] for block in blocks]
+        rows = np.zeros((self.lanes, len(inputs[0]), layout.tile[0]), np.float32)
+        states = np.zeros((self.lanes, layout.state), np.float32)
+        for block, own in zip(blocks, inputs, strict=True):
+            lane = block.samples.start % self.lanes
+            rows[lane, :, : own.shape[1]] = own
+            states[lane] = self._state_before(block)
+        config = self._worker.job.config.extract
+        z, after = frozen_step(
+            self._worker.frozen, torch.from_numpy(rows), torch.from_numpy(states), config
+        )
+        return [self._of_lane(block, z, after) for block in blocks]
+
+    def _of_lane(self, block: Block, z: torch.Tensor, after: torch.Tensor) -> Outputs:
+        layout, manifest = self._layout, self._worker.job.manifest
+        lane, (span,) = block.samples.start % self.lanes, layout.region(block)
+        storing = Storing.of(manifest) if layout.materialized else Storing(None)
+        own = z[lane : lane + 1, :, : len(span)].contiguous()
+        pooled = self._worker.frozen.embeddings(own)
+        stored = storing(own)
+        (item_id,) = self._worker.ids(block)
+        name = f"{item_id} (outputs {span.start} to {span.stop})"
+        arrays = checked_arrays(stored, pooled, storing, [name], rows=1)
+        state = after[lane].numpy().copy()
+        self._last[block.samples.start] = (block.tile[0], state)
+        found = {kind: values[0] for kind, values in arrays.items()} | {"states": state[None]}
+        return found, storing.error
+
+    def _state_before(self, block: Block) -> NDArray[np.float32]:
+        """The state after the tile before: as it was computed just now, or as it was committed."""
+        number, (tile,) = block.samples.start, block.tile
+        if tile == 0:
+            first: NDArray[np.float32] = self._worker.frozen.initial_state().numpy()
+            return first
+        last = self._last.get(number)
+        if last is not None and last[0] == tile - 1:
+            return last[1]
+        before = Block(-1, 0, block.samples, (tile - 1,))
+        part = self._layout.parts(before)["states"]
+        try:
+            chunk = read_chunk_file(self._worker.job.cache, self._layout, part.files[0])
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CorruptCacheError(
+                f"{self._worker.job.cache}: the state before tile {tile} of "
+                f"{self._layout.ids[number]} cannot be read ({error}); mend the tile before it "
+                "first, or build the cache again"
+            ) from None
+        state: NDArray[np.float32] = chunk[part.inside[0]][0].copy()
+        return state
+
+
+def block_stager(worker: BlockWorker) -> Callable[[Block], StagedBlock]:
+    """What reads, computes and stages one block, of any module."""
+    layout = worker.job.manifest.layout
+    if not isinstance(layout, TiledLayout) or not layout.state:
+        return worker
+    lanes = LaneWorker(worker)
+    return lambda block: lanes.stage([block])[0]
