@@ -27,6 +27,7 @@ from gim_stagewise.errors import (
     StaleCacheError,
 )
 from gim_stagewise.lock import exclusive
+from gim_stagewise.processes import end_fresh_processes
 from gim_stagewise.sources import Source
 from gim_stagewise.stage import identity
 from gim_stagewise.stage.checkpoint import FrozenWeights
@@ -194,6 +195,8 @@ class StageOutputs:
         space, source = self.workspace, self.source
         needs = stage_needs(space, self.index, self.shape, source)
         plan = plan_extraction(needs, budget=space.budget, workers=workers)
+        if space.budget.lean:
+            end_fresh_processes()
         stateful = self.shape.state > 0
         if stateful and (workers.count or workers.scheduler):
             self._note("computed in this process: each tile needs the state after the one before")

@@ -21,6 +21,7 @@ from gim_stagewise.errors import (
 from gim_stagewise.lock import exclusive
 from gim_stagewise.memory import PeakMeter, trim_heap, use_allocator, warm_up
 from gim_stagewise.objectives import build_objective
+from gim_stagewise.processes import end_fresh_processes
 from gim_stagewise.sources import Source
 from gim_stagewise.stage import identity
 from gim_stagewise.stage.checkpoint import FrozenWeights, module_tensors, peek_checkpoint
@@ -215,6 +216,8 @@ class Stage:
     def _train(self) -> FrozenWeights:
         space = self.workspace
         plan = self.plan_training()
+        if space.budget.lean:
+            end_fresh_processes()
         use_allocator(lean=space.budget.lean)
         warm_up(space.device)
         with PeakMeter(space.device) as meter:
