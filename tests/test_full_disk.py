@@ -46,7 +46,7 @@ def small(tiny: Path) -> Path:
     return shorten(tiny, modules=1, batch=36, epochs=1, chunk=26, probe=False)
 
 
-@pytest.mark.parametrize("zarrs", [True, False])
+@pytest.mark.parametrize("zarrs", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_every_operation_may_find_the_disk_full(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zarrs: bool
 ) -> None:

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from conftest import TINY, make_images
+
+from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.stage.extraction_plan import Workers
 
 SCRIPT = """
 import json, resource, sys
@@ -35,9 +37,8 @@ def peak(file: Path, folder: Path, what: str) -> int:
     return found
 
 
-@pytest.mark.parametrize("what", ["train", "extract"])
-def test_ten_times_the_data_take_the_same_memory(tmp_path: Path, what: str) -> None:
-    peaks = []
+def test_ten_times_the_data_take_the_same_memory(tmp_path: Path) -> None:
+    peaks: dict[str, list[int]] = {"train": [], "extract": []}
     for samples in (200, 2000):
         folder = tmp_path / str(samples)
         folder.mkdir()
@@ -51,17 +52,8 @@ def test_ten_times_the_data_take_the_same_memory(tmp_path: Path, what: str) -> N
         )
         file.write_text(text.replace("batch = 8\n", 'batch = 8\nshuffle_window = "8MB"\n', 1))
         out = folder / "out"
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "gim_stagewise.cli", "run", str(file)),
-                *("--dir", str(out), "--until", "2" if what == "extract" else "1", "-q"),
-                *("--device", "cpu", "--workers", "0"),
-            ],
-            capture_output=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        if what == "extract":
-            subprocess.run(["rm", "-rf", str(out / "m2.zarr")], check=True)
-        peaks.append(peak(file, out, what))
-    assert peaks[1] <= 1.05 * peaks[0], peaks
+        Pipeline.from_file(file, folder=out, device="cpu").run(until=1, workers=Workers(0))
+        for what, found in peaks.items():
+            found.append(peak(file, out, what))
+    for what, (few, many) in peaks.items():
+        assert many <= 1.05 * few, (what, few, many)

@@ -50,6 +50,8 @@ def spec(micro_batch: int, *, shape: tuple[int, ...] = (8, 4, 4), lean: bool = T
         forward_cell=(1, 16, 16),
         shape=shape,
         embedding=128,
+        targets=0,
+        piece=256,
         micro_batch=micro_batch,
         device="cpu",
         threads=1,

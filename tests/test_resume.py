@@ -61,7 +61,8 @@ def undisturbed(tiny: Path, tmp_path: Path) -> Path:
     return tmp_path / "undisturbed"
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+# With Dask workers it is killed in test_kill as well.
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_killed_in_training_and_in_extraction_ends_in_the_same_bits(
     tiny: Path, tmp_path: Path, undisturbed: Path, workers: int
 ) -> None:
