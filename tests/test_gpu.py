@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same_run, caches_of, edit
+from test_windowed import write_large
 
+from gim_stagewise.cache import open_tiled_cache
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.sources import Request
 from gim_stagewise.stage.checkpoint import FrozenWeights
 
 pytestmark = [
@@ -49,3 +52,19 @@ def test_no_parameter_stays_on_the_gpu(tiny: Path, tmp_path: Path) -> None:
     before = torch.cuda.memory_allocated()
     Pipeline.from_file(tiny, folder=tmp_path / "out", device="cuda").run()
     assert torch.cuda.memory_allocated() == before
+
+
+def test_windows_on_a_gpu_are_those_of_the_cpu_within_rounding(tmp_path: Path) -> None:
+    file = write_large(tmp_path)
+    Pipeline.from_file(file, folder=tmp_path / "gpu", device="cuda").run()
+    (tmp_path / "cpu").mkdir()
+    for index in (1, 2):
+        weights = tmp_path / "gpu" / f"m{index}.safetensors"
+        (tmp_path / "cpu" / weights.name).write_bytes(weights.read_bytes())
+    Pipeline.from_file(file, folder=tmp_path / "cpu", device="cpu").stage(1).extract(
+        FrozenWeights.load(tmp_path / "gpu" / "m1.safetensors")
+    )
+    one, other = (open_tiled_cache(tmp_path / name / "m1.zarr") for name in ("gpu", "cpu"))
+    for item_id in one.ids:
+        (left,), (right,) = one.read([Request(item_id)]), other.read([Request(item_id)])
+        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-4)

@@ -18,7 +18,7 @@ import torch
 from einops import rearrange, reduce
 from numpy.typing import NDArray
 
-from gim_stagewise.cache import Cache
+from gim_stagewise.cache import Cache, TiledCache, open_sealed
 from gim_stagewise.config import ExtractConfig, PipelineConfig, ProbeConfig, parse_pipeline
 from gim_stagewise.errors import DataError
 from gim_stagewise.seeds import derive_seed
@@ -232,7 +232,9 @@ def probe_cache(path: str | Path, *, pooling: Pooling | None = None) -> tuple[in
     DataError
         If its samples have no labels.
     """
-    cache = Cache(path)
+    cache = open_sealed(path)
+    if isinstance(cache, TiledCache):
+        raise DataError(f"{path} holds items that are read in windows: there is no probe for those")
     text = cache.manifest.pipeline_text
     config = parse_pipeline(text, file=f"the pipeline recorded in {path}")
     probe = config.probe.model_copy(update={"pooling": pooling or config.probe.pooling})

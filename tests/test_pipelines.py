@@ -1,0 +1,115 @@
+"""The pipelines that are shipped, shortened, on small data."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from helpers import edit
+from warm import gim_stage
+
+from gim_stagewise.cache import open_tiled_cache
+from gim_stagewise.config import SourceConfig
+from gim_stagewise.errors import ConfigError
+from gim_stagewise.sources import Request, Source, open_source
+from gim_stagewise.sources.photographs import PHOTOGRAPHS, mosaic_region, photograph
+from gim_stagewise.windows import Span
+
+FOLDER = Path(__file__).parent.parent / "pipelines"
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.toml")), ids=lambda file: str(file.stem))
+def test_a_pipeline_opens_with_the_command_that_runs_it(file: Path) -> None:
+    first = file.read_text().splitlines()[0]
+    assert first == f"# gim-stage run pipelines/{file.name}"
+    assert re.search(rf'^name = "{file.stem}"$', file.read_text(), re.MULTILINE)
+
+
+def shortened(tmp_path: Path, name: str) -> Path:
+    file = tmp_path / f"{name}.toml"
+    text = (FOLDER / f"{name}.toml").read_text()
+    text = re.sub(r"max_epochs = \d+", "max_epochs = 1", text)
+    file.write_text(re.sub(r"samples = 1024", "samples = 32", text))
+    return file
+
+
+def test_large_image(tmp_path: Path) -> None:
+    file = shortened(tmp_path, "large_image")
+    edit(file, 'kind = "mosaic"', f'kind = "mosaic"\nroot = "{tmp_path}"')
+    edit(file, "side = 20000", "side = 1600")
+    edit(file, "batch = 32", "batch = 8")
+    found = gim_stage("run", file, "--dir", tmp_path / "out", "--workers", "0", "--json")
+    assert found.returncode == 0, found.stderr
+    assert [module["state"] for module in json.loads(found.stdout)["modules"]] == ["sealed"] * 3
+    cache = open_tiled_cache(tmp_path / "out" / "m3.zarr")
+    assert cache.layout.extents == ((200, 200),)
+    (values,) = cache.read([Request(cache.ids[0])])
+    assert values.std() > 0
+
+
+def test_long_audio(tmp_path: Path) -> None:
+    file = shortened(tmp_path, "long_audio")
+    recordings = tmp_path / "recordings"
+    recordings.mkdir()
+    draw = np.random.default_rng(0)
+    for number, seconds in enumerate((9.3, 4.1)):
+        times = np.arange(int(seconds * 16000)) / 16000
+        values = np.sin(2 * np.pi * (300 + 200 * number) * times) * np.sin(9 * times)
+        values = 0.4 * values + draw.normal(0, 0.02, len(times))
+        soundfile.write(recordings / f"{number}.flac", values, 16000)
+    edit(file, "data/audio", str(recordings))
+    edit(file, "zones = 8", "zones = 6")
+    found = gim_stage("run", file, "--dir", tmp_path / "out", "--workers", "0", "--json")
+    assert found.returncode == 0, found.stderr
+    assert [module["state"] for module in json.loads(found.stdout)["modules"]] == ["sealed"] * 6
+    cache = open_tiled_cache(tmp_path / "out" / "m6.zarr")
+    # A stored embedding for each 160 samples, 10 ms, of every module.
+    lengths = {
+        len(open_tiled_cache(tmp_path / "out" / f"m{index}.zarr").read_pooled(cache.ids[0]))
+        for index in range(1, 7)
+    }
+    assert max(lengths) - min(lengths) <= 1
+    assert abs(min(lengths) - 9.3 * 100) < 3
+
+
+# The photographs, and the image that is made of them
+
+
+def mosaic(tmp_path: Path, **options: object) -> Source:
+    return open_source(SourceConfig(kind="mosaic", root=str(tmp_path), options=options))
+
+
+def test_photographs_are_gray_and_differ() -> None:
+    images = [photograph(name) for name in PHOTOGRAPHS]
+    assert len(images) == 15
+    assert all(image.ndim == 2 and image.dtype == np.uint8 for image in images)
+    assert all(image.std() > 10 for image in images)
+    assert len({image.tobytes() for image in images}) == 15
+
+
+def test_a_mosaic_is_made_once_and_is_the_same(tmp_path: Path) -> None:
+    source = mosaic(tmp_path, side=1700)
+    (path,) = tmp_path.glob("*.zarr")
+    made = path.stat().st_mtime_ns
+    (item,) = source.items()
+    assert item.extent == (1700, 1700)
+    (values,) = source.read([Request(item.id)])
+    assert mosaic(tmp_path, side=1700).content_digest() == source.content_digest()
+    assert path.stat().st_mtime_ns == made
+    elsewhere = mosaic(tmp_path / "elsewhere", side=1700)
+    assert elsewhere.content_digest() == source.content_digest()
+    assert mosaic(tmp_path, side=1700, seed=1).content_digest() != source.content_digest()
+    # A larger one begins with the same squares.
+    part = mosaic_region((Span(500, 1000), Span(1000, 1500)), seed=0)
+    np.testing.assert_array_equal(values[0, 500:1000, 1000:1500], part)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("options", [{"side": 0}, {"side": "x"}, {"seed": -1}, {"size": 3}])
+def test_options_of_a_mosaic_are_checked(tmp_path: Path, options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"source\.options"):
+        mosaic(tmp_path, **options)
