@@ -19,7 +19,7 @@ from warm import gim_stage
 
 from gim_stagewise.cache import TiledCache, TiledLayout, find_damage
 from gim_stagewise.errors import ModuleRefusedError
-from gim_stagewise.models import embed, state_size
+from gim_stagewise.models import CellMean, embed, state_size
 from gim_stagewise.models.sequence import conv1d_module, gru_module
 from gim_stagewise.objectives import InfoNCE
 from gim_stagewise.pipeline import Pipeline
@@ -208,7 +208,7 @@ def test_parts_of_recordings_are_read_as_slices(audio: Path) -> None:
 
 def cut_off(path: Path) -> None:
     soundfile.write(path, sound(20_000, 0), 16000)
-    path.write_bytes(path.read_bytes()[:9000])
+    path.write_bytes(path.read_bytes()[:7000])
 
 
 def stereo(path: Path) -> None:
@@ -228,6 +228,7 @@ def no_number(path: Path) -> None:
 BROKEN: dict[str, Callable[[Path], None]] = {
     "cut.flac": cut_off,
     "cut.wav": cut_off,
+    "cut.ogg": cut_off,
     "empty.wav": lambda path: soundfile.write(path, np.zeros(0), 16000),
     "text.wav": no_sound,
     "slow.wav": lambda path: soundfile.write(path, sound(3000, 1), 8000),
@@ -246,6 +247,16 @@ def test_a_recording_that_cannot_be_used_is_named(audio: Path, tmp_path: Path, n
     found = gim_stage("plan", audio, "--json")
     assert found.returncode == 0, found.stderr
     assert list(json.loads(found.stdout)["skipped"]) == [f"unlabeled/x{name}"]
+
+
+def test_a_recording_whose_header_does_not_know_its_length_is_read(audio: Path) -> None:
+    """As programs write that send WAV down a pipe."""
+    path = audio.parent / "recordings" / "a.wav"
+    content = bytearray(path.read_bytes())
+    content[4:8] = content[40:44] = b"\xff" * 4
+    path.write_bytes(content)
+    items = {item.id: item.extent for item in Pipeline.from_file(audio).source.items()}
+    assert items["unlabeled/a.wav"] == (STEPS["a.wav"],)
 
 
 def test_a_sample_rate_that_is_asked_for_is_compared(audio: Path, tmp_path: Path) -> None:
@@ -309,6 +320,7 @@ def test_what_a_context_network_predicts_is_its_input() -> None:
     """Equation 6, as loops: the score is z_{t+k}^T W_k c_t, negatives are inputs as well."""
     torch.manual_seed(1)
     module = gru_module(4, channels=6)
+    module.pool = CellMean(1)  # type: ignore[assignment]
     x = torch.randn(3, 4, 9)
     seen = embed(module, x)
     assert seen.shape == (3, 9, 10)
@@ -327,7 +339,7 @@ def test_what_a_context_network_predicts_is_its_input() -> None:
             scores = [target[s, t + k] @ prediction]
             scores += [target[n // 9, n % 9] @ prediction for n in numbers]
             losses.append(-torch.stack(scores).log_softmax(0)[0])
-        expected += float(torch.stack(losses).mean())
+        expected += float(torch.stack(losses).detach().mean())
     assert abs(float(loss) - expected) < 1e-5
     gradient = torch.autograd.grad(loss, list(module.parameters()))
     assert all(float(part.abs().sum()) > 0 for part in gradient)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
 from gim_stagewise.sources.base import SEQUENCE_AXES
 from gim_stagewise.sources.large import LargeSource, find_files
 from gim_stagewise.windows import Region
+
+# What libsndfile says of a file that is shorter than its header; sizes of all ones, as programs
+# write that do not know them yet, are left alone.
+_CUT_OFF = re.compile(
+    r"(?!.*: 4294967295 )\w+ *: [1-9]\d* \(should be \d+\)|Junk after the last page"
+)
 
 
 def open_audio(config: SourceConfig) -> LargeSource:
@@ -87,6 +94,8 @@ class _Recording:
             self._file = soundfile.SoundFile(path)
         except self._errors as error:
             raise DataError(f"{path} cannot be read as a recording ({error})") from None
+        if cut := _CUT_OFF.search(self._file.extra_info):
+            raise DataError(f"{path} is cut off or damaged ({cut[0].strip()})")
         self.rate = int(self._file.samplerate)
         self.extent: tuple[int, ...] = (int(self._file.frames),)
         self.channels = int(self._file.channels)
