@@ -42,7 +42,8 @@ from gim_stagewise.memory import (
 )
 from gim_stagewise.models import pool
 from gim_stagewise.pipeline import Pipeline
-from gim_stagewise.stage.project import StepSpec, count_step, project_step
+from gim_stagewise.stage.project import count_step, project_step
+from gim_stagewise.stage.spec import StepSpec
 from gim_stagewise.stage.step import MicroBatches, accumulate_gradients, make_optimizer
 from gim_stagewise.windows import Span
 

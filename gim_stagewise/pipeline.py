@@ -11,13 +11,10 @@ from pathlib import Path
 from gim_stagewise.cache import (
     SealedCache,
     TiledCache,
-    discard_cache,
-    drop_activations,
     open_sealed,
     read_manifest,
 )
 from gim_stagewise.config import PipelineConfig, load_pipeline, parse_pipeline
-from gim_stagewise.durable import remove
 from gim_stagewise.errors import (
     ConfigError,
     CorruptCacheError,
@@ -30,7 +27,8 @@ from gim_stagewise.lock import exclusive
 from gim_stagewise.memory import Budget
 from gim_stagewise.progress import Progress, Silent
 from gim_stagewise.sources import PatchSource, RegionSource
-from gim_stagewise.stage.chain import open_windowed, windowed_shapes
+from gim_stagewise.stage.chain import open_windowed
+from gim_stagewise.stage.check import check_chain, first_input
 from gim_stagewise.stage.checkpoint import TrainingRecord
 from gim_stagewise.stage.choose import Choice
 from gim_stagewise.stage.disk import CacheSize, DiskPlan, folder_bytes, plan_disk
@@ -39,15 +37,12 @@ from gim_stagewise.stage.fit import plan_training
 from gim_stagewise.stage.freeze import resolve_device
 from gim_stagewise.stage.identity import cache_recipe, recipe_differences
 from gim_stagewise.stage.lineage import foreign_content
-from gim_stagewise.stage.loader import check_loading
 from gim_stagewise.stage.needs import chain_needs
-from gim_stagewise.stage.order import held_out_count
 from gim_stagewise.stage.probe import probe_chain
-from gim_stagewise.stage.shape import Cell, Shape, check_shape, window_of, windowed_input
+from gim_stagewise.stage.removing import drop_outputs, forget
+from gim_stagewise.stage.shape import Shape, windowed_input
 from gim_stagewise.stage.stage import Stage
-from gim_stagewise.stage.windowed import training_zones, unlabeled_extents, window_count
 from gim_stagewise.stage.workspace import Workspace, open_data
-from gim_stagewise.units import format_bytes
 
 StepListener = Callable[[int, int], None]
 
@@ -218,7 +213,7 @@ class Pipeline:
         if index == 1:
             if input_path is not None:
                 raise ConfigError("module 1 is trained on the source itself", key="--input")
-            grid, cell = self._first_input()
+            grid, cell = first_input(self.workspace, self.source)
             return Stage(self.workspace, 1, self.source, grid, cell)
         verify = self.config.stage(index - 1).cache.verify_reads
         cache = open_sealed(input_path or self.workspace.cache_path(index - 1), verify=verify)
@@ -241,14 +236,6 @@ class Pipeline:
             cache = self._below(cache).virtual_cache()
         return Stage(self.workspace, index, cache, cache.layout.grid, cache.layout.cell)
 
-    def _first_input(self) -> tuple[tuple[int, ...], Cell]:
-        """Grid and row of what module 1 is trained on."""
-        patches, channels = self.config.patches, self.source.channels
-        cell = (channels, patches.size, patches.size) if patches else (channels,)
-        if isinstance(self.source, PatchSource):
-            return self.source.extent, cell
-        return windowed_input(self.config, 1, cell)
-
     def _below(self, cache: SealedCache) -> Stage:
         """The stage that made a cache, in the cache's own folder."""
         space = replace(self.workspace, folder=cache.path.absolute().parent)
@@ -262,41 +249,7 @@ class Pipeline:
         GimStageError
             For whatever does not fit.
         """
-        if isinstance(self.source, RegionSource):
-            return self._check_windowed(self.source)
-        grid, cell = self._first_input()
-        shapes = []
-        samples, chunk_bytes = len(self.source.split("unlabeled")), 0
-        for index, module in self.config.module.items():
-            shapes.append(check_shape(self.workspace, index, grid, cell))
-            check_loading(
-                samples - held_out_count(samples, module.train.validation),
-                batch=module.train.batch,
-                window=module.train.shuffle_window,
-                chunk_bytes=chunk_bytes,
-                stage=index,
-            )
-            cell = shapes[-1].cell_out
-            chunk_bytes = shapes[-1].chunk_bytes(module.cache, len(self.source.ids))
-        return shapes
-
-    def _check_windowed(self, source: RegionSource) -> list[Shape]:
-        shapes = windowed_shapes(self.workspace, source.channels)
-        chain_needs(self.workspace, source, shapes)  # windows.tile fits all of them
-        extents = unlabeled_extents(source)
-        for index, shape in enumerate(shapes, start=1):
-            train, window = self.config.stage(index).train, window_of(self.config, index)
-            count = window_count(self.config.windows, list(extents.values()), window, train.batch)
-            check_loading(
-                count - held_out_count(count, train.validation),
-                batch=train.batch,
-                window=train.shuffle_window,
-                chunk_bytes=0,
-                stage=index,
-            )
-            training_zones(self.config, index, extents)
-            extents = {item_id: shape.extent_out(own) for item_id, own in extents.items()}
-        return shapes
+        return check_chain(self.workspace, self.source)
 
     def check_budget(
         self, shapes: list[Shape], *, first: int = 1, workers: Workers | None = None
@@ -433,7 +386,7 @@ class Pipeline:
             if start is not None:
                 self.stage(start)  # what the first forgotten module needs is there
                 for index in range(start, len(self.config.module) + 1):
-                    self.forget(index)
+                    forget(self.workspace, index)
             stages = [
                 self._run_stage(index, workers, above=caches[index:])
                 for index in range(1, last + 1)
@@ -454,34 +407,12 @@ class Pipeline:
         stage = self.stage(index)
         weights, trained = stage.train()
         if self.config.keep != "all":
-            self._drop(index - 2)
+            drop_outputs(self.workspace, index - 2)
         reserved = sum(cache.bytes for cache in above)
         _, extracted = stage.extract(weights, workers=workers, reserved=reserved)
         if self.config.keep == "last":
-            self._drop(index - 1)
+            drop_outputs(self.workspace, index - 1)
         path = self.workspace.cache_path(index)
         if not trained and not extracted:
             self.workspace.progress.note(f"module {index}: nothing to do, weights and cache match")
         return StageResult(index, weights.record, trained, extracted, path, folder_bytes(path))
-
-    def _drop(self, index: int) -> None:
-        """Remove activations that no stage needs any more, so that there is room for others."""
-        path = self.workspace.cache_path(index)
-        if index < 1 or not path.exists():
-            return
-        if SealedCache(path).materialized or (path / "activations").exists():
-            before = folder_bytes(path)
-            drop_activations(path)
-            freed = format_bytes(before - folder_bytes(path))
-            self.workspace.progress.note(f"module {index}: activations removed, {freed} free")
-
-    def forget(self, index: int) -> None:
-        """Remove a module's cache, weights, checkpoint and logs."""
-        space = self.workspace
-        discard_cache(space.cache_path(index))
-        for path in (
-            space.weights_path(index),
-            space.checkpoint_path(index),
-            space.logs_path(index),
-        ):
-            remove(path)

@@ -23,7 +23,8 @@ from gim_stagewise.stage.fit import plan_training
 from gim_stagewise.stage.forward import project_forward
 from gim_stagewise.stage.freeze import FrozenModule
 from gim_stagewise.stage.needs import StageNeeds
-from gim_stagewise.stage.project import StepSpec, count_step, measure_step, project_step
+from gim_stagewise.stage.project import count_step, measure_step, project_step
+from gim_stagewise.stage.spec import StepSpec
 from gim_stagewise.stage.stage import Stage
 
 RESNET = """

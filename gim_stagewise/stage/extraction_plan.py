@@ -13,7 +13,8 @@ from gim_stagewise.processes import usable_cores
 from gim_stagewise.stage.extract import BLOCKS_AT_ONCE
 from gim_stagewise.stage.forward import project_forward
 from gim_stagewise.stage.needs import StageNeeds
-from gim_stagewise.stage.project import StepSpec, round_up
+from gim_stagewise.stage.project import round_up
+from gim_stagewise.stage.spec import StepSpec
 from gim_stagewise.units import format_bytes
 
 # A process of ours with torch, zarr and Dask imported, before it has a block, measured.

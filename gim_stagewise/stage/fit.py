@@ -11,11 +11,11 @@ from gim_stagewise.memory import Budget, resident_bytes
 from gim_stagewise.stage.needs import StageNeeds
 from gim_stagewise.stage.project import (
     StepMemory,
-    StepSpec,
     load_counting,
     project_step,
     round_up,
 )
+from gim_stagewise.stage.spec import StepSpec
 from gim_stagewise.units import format_bytes
 
 # Measurements that the search for a micro-batch may take.

@@ -18,7 +18,8 @@ from gim_stagewise.memory import (
 )
 from gim_stagewise.processes import in_fresh_process
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
-from gim_stagewise.stage.project import NOISE_BYTES, SMALL_BYTES, StepSpec
+from gim_stagewise.stage.project import NOISE_BYTES, SMALL_BYTES
+from gim_stagewise.stage.spec import StepSpec
 
 _known_forwards: dict[tuple[Any, ...], int] = {}
 

@@ -15,8 +15,8 @@ from gim_stagewise.stage.extract import VirtualCache
 from gim_stagewise.stage.feed import MOST_THREADS
 from gim_stagewise.stage.forward import block_bytes, project_forward
 from gim_stagewise.stage.loader import loader_bytes
-from gim_stagewise.stage.project import StepSpec, step_spec
 from gim_stagewise.stage.shape import Shape, check_shape, window_of
+from gim_stagewise.stage.spec import StepSpec, step_spec
 from gim_stagewise.stage.tiling import largest_input, tiled_layout
 from gim_stagewise.stage.windowed import window_count
 from gim_stagewise.stage.workspace import Workspace

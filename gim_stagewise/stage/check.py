@@ -1,0 +1,73 @@
+"""What can be checked of a pipeline before anything runs."""
+
+from __future__ import annotations
+
+from gim_stagewise.sources import PatchSource, RegionSource
+from gim_stagewise.stage.chain import windowed_shapes
+from gim_stagewise.stage.loader import check_loading
+from gim_stagewise.stage.needs import chain_needs
+from gim_stagewise.stage.order import held_out_count
+from gim_stagewise.stage.shape import Cell, Shape, check_shape, window_of, windowed_input
+from gim_stagewise.stage.windowed import training_zones, unlabeled_extents, window_count
+from gim_stagewise.stage.workspace import Workspace
+
+
+def first_input(
+    space: Workspace, source: PatchSource | RegionSource
+) -> tuple[tuple[int, ...], Cell]:
+    """Grid and row of what module 1 is trained on."""
+    patches, channels = space.config.patches, source.channels
+    cell = (channels, patches.size, patches.size) if patches else (channels,)
+    if isinstance(source, PatchSource):
+        return source.extent, cell
+    return windowed_input(space.config, 1, cell)
+
+
+def check_chain(space: Workspace, source: PatchSource | RegionSource) -> list[Shape]:
+    """Check data, geometry and modules, one module in memory at a time.
+
+    Returns
+    -------
+    list of Shape
+        Of all modules.
+
+    Raises
+    ------
+    GimStageError
+        For whatever does not fit.
+    """
+    if isinstance(source, RegionSource):
+        return _check_windowed(space, source)
+    grid, cell = first_input(space, source)
+    shapes = []
+    chunk_bytes = 0
+    for index, module in space.config.module.items():
+        shapes.append(check_shape(space, index, grid, cell))
+        _check_loading(space, index, len(source.split("unlabeled")), chunk_bytes)
+        cell = shapes[-1].cell_out
+        chunk_bytes = shapes[-1].chunk_bytes(module.cache, len(source.ids))
+    return shapes
+
+
+def _check_windowed(space: Workspace, source: RegionSource) -> list[Shape]:
+    shapes = windowed_shapes(space, source.channels)
+    chain_needs(space, source, shapes)  # windows.tile fits all of them
+    extents = unlabeled_extents(source)
+    for index, shape in enumerate(shapes, start=1):
+        batch, window = space.config.stage(index).train.batch, window_of(space.config, index)
+        count = window_count(space.config.windows, list(extents.values()), window, batch)
+        _check_loading(space, index, count, 0)
+        training_zones(space.config, index, extents)
+        extents = {item_id: shape.extent_out(own) for item_id, own in extents.items()}
+    return shapes
+
+
+def _check_loading(space: Workspace, index: int, samples: int, chunk_bytes: int) -> None:
+    train = space.config.stage(index).train
+    check_loading(
+        samples - held_out_count(samples, train.validation),
+        batch=train.batch,
+        window=train.shuffle_window,
+        chunk_bytes=chunk_bytes,
+        stage=index,
+    )
