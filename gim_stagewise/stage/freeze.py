@@ -25,6 +25,8 @@ from gim_stagewise.errors import ConfigError, StaleCacheError
 from gim_stagewise.models import pool
 
 _one_forward_at_a_time = threading.Lock()
+# Of a stateful module, which takes several times its input; part of what decides its bits.
+STEPS_AT_ONCE = 1024
 
 
 class FrozenModule(nn.Module):
@@ -156,16 +158,19 @@ def frozen_step(
     states: Float[Tensor, "lane state"],
     config: ExtractConfig,
 ) -> tuple[Float[Tensor, "lane out_channel time"], Float[Tensor, "lane state"]]:
-    """The one forward of stateful frozen modules: always of all lanes, with as many steps.
+    """The one forward of stateful frozen modules: always of all lanes, `STEPS_AT_ONCE` at a time.
 
     Returns
     -------
     (Tensor, Tensor)
         Activations and the states after them, float32 on the CPU.
     """
+    parts = []
     with _one_forward_at_a_time, intra_op_threads(config.threads):
-        z, after = frozen.step(rows, states)
-        return z.cpu(), after.cpu()
+        for start in range(0, rows.shape[2], STEPS_AT_ONCE):
+            z, states = frozen.step(rows[:, :, start : start + STEPS_AT_ONCE], states)
+            parts.append(z.cpu())
+    return torch.cat(parts, dim=2), states.cpu()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 from gim_stagewise.cache import Digest, Layout, Manifest, TiledLayout
 from gim_stagewise.config import ModuleConfig, PipelineConfig
 from gim_stagewise.stage.checkpoint import FrozenWeights
+from gim_stagewise.stage.freeze import STEPS_AT_ONCE
 from gim_stagewise.windows import Geometry
 
 # Where data lies and whether it may be fetched says nothing about what it is; its content digest
@@ -171,7 +172,7 @@ def geometry_record(
         return list(cell_in)
     record: dict[str, Any] = {"tile": list(layout.tile), "pool": layout.pool}
     if layout.state:
-        record |= {"lanes": lanes}
+        record |= {"lanes": lanes, "steps": STEPS_AT_ONCE}
     if geometry:
         return record | {"chain": [list(vars(own).values()) for own in geometry]}
     return record | {"patch": list(cell_in)}

@@ -14,6 +14,7 @@ from gim_stagewise.sources import PatchSource, RegionSource, Source
 from gim_stagewise.stage.extract import VirtualCache
 from gim_stagewise.stage.feed import MOST_THREADS
 from gim_stagewise.stage.forward import block_bytes, project_forward
+from gim_stagewise.stage.freeze import STEPS_AT_ONCE
 from gim_stagewise.stage.loader import loader_bytes
 from gim_stagewise.stage.shape import Shape, check_shape, window_of
 from gim_stagewise.stage.spec import StepSpec, step_spec
@@ -101,13 +102,20 @@ def _windowed_needs(
         chunk_items=1,
         views=None,
     )
+    # What is in memory together: a window, or of a stateful module some steps of all its lanes.
+    forward = (*cell, *largest) if config.dense else None
+    blocks = 1
+    if shape.state:
+        forward = (*cell, min(largest[0], STEPS_AT_ONCE))
+        blocks = config.windows.lanes
+    block = block_bytes(4 * math.prod(cell) * math.prod(largest) + chunk, layout.block_bytes)
     return StageNeeds(
-        spec=step_spec(workspace, index, shape, (*cell, *largest) if config.dense else None),
+        spec=step_spec(workspace, index, shape, forward),
         # Chunks, compressed and not, from which windows are cut.
         loader=held + 2 * MOST_THREADS * chunk,
         chain=0,
         item_bytes=item_bytes,
-        block=block_bytes(4 * math.prod(cell) * math.prod(largest) + chunk, layout.block_bytes),
+        block=blocks * block,
         layout=layout,
     )
 
