@@ -340,7 +340,7 @@ def test_what_a_context_network_predicts_is_its_input() -> None:
             scores += [target[n // 9, n % 9] @ prediction for n in numbers]
             losses.append(-torch.stack(scores).log_softmax(0)[0])
         expected += float(torch.stack(losses).detach().mean())
-    assert abs(float(loss) - expected) < 1e-5
+    assert abs(float(loss.detach()) - expected) < 1e-5
     gradient = torch.autograd.grad(loss, list(module.parameters()))
     assert all(float(part.abs().sum()) > 0 for part in gradient)
 

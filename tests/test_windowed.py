@@ -285,7 +285,7 @@ def test_windows_are_for_large_items_alone(tiny: Path) -> None:
     [
         ("window = 16", "window = 50", "no zone that is held out"),
         ("window = 16", "window = 100", "smaller than a window of module 1"),
-        ("tile = 12", "tile = 13", "no multiple of module.1.objective.pool = 2"),
+        ("tile = 12", "tile = 13", "no multiple of the 2 positions that share an embedding of module 1"),
         ("prediction_steps = 2", "prediction_steps = 4", "a larger train.window"),
         ("samples = 24", "samples = 6", "samples are left to train on"),
         ("pool = 2", "pool = 20", "module.1.objective.prediction_steps"),
