@@ -36,11 +36,25 @@ class ModuleRefusedError(ConfigError):
 
 
 class DataNotFoundError(GimStageError, FileNotFoundError):
-    """A dataset is not where the pipeline file says it is."""
+    """A dataset is not where the pipeline file says it is.
+
+    ``item`` is the id of the sample that it is about, if it is about one.
+    """
+
+    def __init__(self, message: str, *, item: str | None = None) -> None:
+        super().__init__(message)
+        self.item = item
 
 
 class DataError(GimStageError, ValueError):
-    """A dataset was found but cannot be used (wrong shape, non-finite values, ...)."""
+    """A dataset was found but cannot be used (wrong shape, non-finite values, ...).
+
+    ``item`` is the id of the sample that it is about, if it is about one.
+    """
+
+    def __init__(self, message: str, *, item: str | None = None) -> None:
+        super().__init__(message)
+        self.item = item
 
 
 class CacheNotFoundError(GimStageError, FileNotFoundError):

@@ -92,6 +92,8 @@ class Pipeline:
     ) -> None:
         self.workspace = workspace
         self._source = source
+        # Items that turned out during the run to be none.
+        self._unusable: dict[str, str] = {}
         self.config: PipelineConfig = workspace.config
 
     @classmethod
@@ -184,7 +186,9 @@ class Pipeline:
         """
         if self._source is not None:
             return self._source
-        return open_windowed(self.workspace) if self.config.windowed else open_data(self.config)
+        if self.config.windowed:
+            return open_windowed(self.workspace, unusable=self._unusable)
+        return open_data(self.config)
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -355,11 +359,13 @@ class Pipeline:
             else:
                 return replace(result, seconds=time.monotonic() - started)
 
-    def _left_out(self, error: Exception) -> bool:
+    def _left_out(self, error: DataError | DataNotFoundError) -> bool:
         """Whether the dataset can do without what went wrong; it is another dataset then."""
         if not self.config.windowed or self.config.source.on_error != "skip":
             return False
         before = self.source
+        if error.item is not None:
+            self._unusable[error.item] = str(error)
         del self.source
         gone = set(before.ids) - set(self.source.ids)
         for item_id in gone:
@@ -384,7 +390,7 @@ class Pipeline:
             caches = disk.caches
         with exclusive(self.workspace.folder):
             if start is not None:
-                self.stage(start)  # what the first forgotten module needs is there
+                self.stage(start).require_input()  # what the first forgotten module needs
                 for index in range(start, len(self.config.module) + 1):
                     forget(self.workspace, index)
             stages = [

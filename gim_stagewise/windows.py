@@ -205,6 +205,10 @@ class Geometry:
             return 0
         return (length + self.before + self.after - self.kernel) // self.stride + 1
 
+    def inputs(self, outputs: int) -> int:
+        """The fewest inputs that give so many outputs, at least one."""
+        return max(self.least, (outputs - 1) * self.stride + self.least)
+
     def receptive(self, outputs: Span, length: int) -> Span:
         """The inputs, of so many, that a non-empty run of outputs depends on."""
         if not len(outputs) or outputs.stop > self.count(length):

@@ -23,6 +23,7 @@ from gim_stagewise.models import CellMean, embed, state_size
 from gim_stagewise.models.sequence import conv1d_module, gru_module
 from gim_stagewise.objectives import InfoNCE
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.plan import plan_pipeline
 from gim_stagewise.progress import Silent
 from gim_stagewise.sources import Request
 from gim_stagewise.stage.encoder import load_encoder
@@ -228,7 +229,7 @@ def no_number(path: Path) -> None:
 BROKEN: dict[str, Callable[[Path], None]] = {
     "cut.flac": cut_off,
     "cut.wav": cut_off,
-    "cut.ogg": cut_off,
+    "lossy.ogg": lambda path: soundfile.write(path, sound(20_000, 0), 16000),
     "empty.wav": lambda path: soundfile.write(path, np.zeros(0), 16000),
     "text.wav": no_sound,
     "slow.wav": lambda path: soundfile.write(path, sound(3000, 1), 8000),
@@ -257,6 +258,45 @@ def test_a_recording_whose_header_does_not_know_its_length_is_read(audio: Path) 
     path.write_bytes(content)
     items = {item.id: item.extent for item in Pipeline.from_file(audio).source.items()}
     assert items["unlabeled/a.wav"] == (STEPS["a.wav"],)
+
+
+def test_a_wrong_size_of_the_whole_file_does_not_matter(audio: Path) -> None:
+    path = audio.parent / "recordings" / "a.wav"
+    content = bytearray(path.read_bytes())
+    content[4:8] = (len(content) + 100).to_bytes(4, "little")
+    path.write_bytes(content)
+    items = {item.id: item.extent for item in Pipeline.from_file(audio).source.items()}
+    assert items["unlabeled/a.wav"] == (STEPS["a.wav"],)
+
+
+def test_most_recordings_decide_the_sample_rate(audio: Path) -> None:
+    """And not the first, which is left out."""
+    edit(audio, 'kind = "audio"', 'kind = "audio"\non_error = "skip"')
+    soundfile.write(audio.parent / "recordings" / "0.wav", sound(4000, 1), 8000)
+    source = Pipeline.from_file(audio).source
+    assert list(source.skipped) == ["unlabeled/0.wav"]
+    assert len(source.ids) == len(STEPS)
+
+
+@pytest.mark.parametrize("name", ["b.flac", "a.wav", "alaw.wav", "aiff.aiff"])
+def test_parts_are_exact_in_any_order(audio: Path, name: str) -> None:
+    path = audio.parent / "recordings" / name
+    if not path.exists():
+        subtype = "ALAW" if name.startswith("alaw") else None
+        soundfile.write(path, sound(3000, 8), 16000, subtype=subtype)
+    whole, _ = soundfile.read(path, dtype="float32")
+    source = Pipeline.from_file(audio).source
+    draw = np.random.default_rng(0)
+    for _ in range(60):
+        start, length = int(draw.integers(len(whole) - 300)), int(draw.integers(1, 300))
+        span = Span(start, start + length)
+        (part,) = source.read([Request(f"unlabeled/{name}", region=(span,))])
+        np.testing.assert_array_equal(part[0], whole[span.slice])
+
+
+def test_a_plan_with_a_stateful_module_needs_no_workers(audio: Path) -> None:
+    stages = plan_pipeline(Pipeline.from_file(audio)).stages
+    assert stages[2].extraction.workers == 0
 
 
 def test_a_sample_rate_that_is_asked_for_is_compared(audio: Path, tmp_path: Path) -> None:

@@ -19,15 +19,19 @@ from warm import gim_stage
 
 from gim_stagewise.cache import TiledCache, find_damage
 from gim_stagewise.config import parse_pipeline
-from gim_stagewise.errors import ConfigError
+from gim_stagewise.errors import ConfigError, OverBudgetError
+from gim_stagewise.memory import Budget
 from gim_stagewise.models import CellMean
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.plan import plan_pipeline
 from gim_stagewise.progress import Silent
+from gim_stagewise.report.plans import plan_report
 from gim_stagewise.sources import Request
 from gim_stagewise.stage.checkpoint import FrozenWeights
 from gim_stagewise.stage.encoder import load_encoder
-from gim_stagewise.stage.extraction_plan import Workers
+from gim_stagewise.stage.extraction_plan import Workers, plan_extraction
+from gim_stagewise.stage.fit import smallest_training
+from gim_stagewise.stage.needs import chain_needs
 from gim_stagewise.verify import mend
 from gim_stagewise.windows import Region, Span
 
@@ -285,7 +289,11 @@ def test_windows_are_for_large_items_alone(tiny: Path) -> None:
     [
         ("window = 16", "window = 50", "no zone that is held out"),
         ("window = 16", "window = 100", "smaller than a window of module 1"),
-        ("tile = 12", "tile = 13", "no multiple of the 2 positions that share an embedding of module 1"),
+        (
+            "tile = 12",
+            "tile = 13",
+            "no multiple of the 2 positions that share an embedding of module 1",
+        ),
         ("prediction_steps = 2", "prediction_steps = 4", "a larger train.window"),
         ("samples = 24", "samples = 6", "samples are left to train on"),
         ("pool = 2", "pool = 20", "module.1.objective.prediction_steps"),
@@ -313,10 +321,113 @@ def test_the_plan_says_how_windows_are_read(large: Path) -> None:
     assert second.halo <= 1.15
 
 
-def test_a_plan_over_the_budget_names_the_tile(large: Path) -> None:
-    edit(large, "tile = 12", "tile = 82")
-    found = gim_stage("plan", large, "--allowed-mem", "100kB")
-    assert "module 1" in one_error(found, 3)
+def test_an_extraction_over_the_budget_names_the_tile(large: Path) -> None:
+    np.save(large.parent / "images" / "c.npy", image((900, 900), 7))
+    edit(large, "tile = 12", "tile = 400")
+    edit(large, "window = 16", "window = 16\nmicro_batch = 1")
+    pipeline = Pipeline.from_file(large)
+    needs = chain_needs(pipeline.workspace, pipeline.source, pipeline.check())[0]
+    training = smallest_training(needs).device
+    assert training is not None
+    with pytest.raises(OverBudgetError, match=r"for extraction.*smaller tiles \(windows\.tile\)"):
+        plan_extraction(needs, budget=Budget(device=training))
+
+
+def test_windows_that_show_no_more_than_those_below_are_said(large: Path) -> None:
+    assert not [
+        part
+        for part in plan_report(plan_pipeline(Pipeline.from_file(large)))
+        if "no more" in str(part)
+    ]
+    edit(large, "window = 16", "window = 39")
+    edit(large, "zones = 3", "zones = 2")
+    said = [str(part) for part in plan_report(plan_pipeline(Pipeline.from_file(large)))]
+    assert "windows of module 2 show no more of an item" in " ".join(said)
+
+
+def test_a_window_beyond_all_items_is_not_tried_out(large: Path, tmp_path: Path) -> None:
+    edit(large, "window = 16", "window = 1000000")
+    found = gim_stage("plan", large)
+    assert "smaller than a window of module 1" in one_error(found, 2)
+
+
+def test_items_to_train_on_are_asked_for(large: Path) -> None:
+    edit(large, "splits.unlabeled", "splits.test")
+    assert "nothing to train on" in one_error(gim_stage("plan", large), 2)
+
+
+# Activations that were removed
+
+
+def test_what_needs_removed_activations_is_refused_and_nothing_is_lost(
+    large: Path, tmp_path: Path
+) -> None:
+    edit(large, "seed = 5", 'seed = 5\nkeep = "last"')
+    folder = tmp_path / "out"
+    run_and_record(large, folder)
+    assert not TiledCache(folder / "m1.zarr").materialized
+    found = gim_stage("run", large, "--dir", folder)
+    assert found.stderr.count("nothing to do") == 2
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("c.*")}
+    again = ("run", large, "--dir", folder, "--from", "2")
+    force = ("extract", "--module", "2", "--input", folder / "m1.zarr", "--force")
+    for command in (again, force):
+        assert "--from 1" in one_error(gim_stage(*command), 2)
+        assert {file: file.stat().st_mtime_ns for file in folder.rglob("c.*")} == before
+    chunk = next(iter(folder.glob("m2.zarr/activations/*/c.*")))
+    chunk.unlink()
+    mending: list[tuple[str | Path, ...]]
+    mending = [("run", large, "--dir", folder), ("verify", folder, "--repair")]
+    for other in mending:
+        found = gim_stage(*other)
+        assert found.returncode in (2, 4)
+        assert "--from 1" in found.stderr
+        assert "Traceback" not in found.stderr
+
+
+# Modules whose outputs depend on more than a window
+
+
+NETS = """
+import torch
+from torch import nn
+
+class Own(nn.Module):
+    def __init__(self, in_channels, kind):
+        super().__init__()
+        self.kind = kind
+        mode = "circular" if kind == "circular" else "zeros"
+        side = 5 if kind == "declared" else 3
+        places = kind == "position"
+        self.conv = nn.Conv2d(in_channels + places, 4, side, padding=side // 2, padding_mode=mode)
+        if kind in ("declared", "circular"):
+            self.geometry = [(3, 1, 1)]
+
+    def forward(self, x):
+        if self.kind == "position":
+            rows = torch.linspace(-1, 1, x.shape[2])[:, None].expand(x.shape[2:])
+            x = torch.cat([x, rows.expand(len(x), 1, *rows.shape)], dim=1)
+        if self.kind == "even":
+            x = nn.functional.pixel_unshuffle(x, 2)[:, :1]
+        z = self.conv(x)
+        if self.kind == "share":
+            z = z * (1 + (x > 0).float().mean((1, 2, 3), keepdim=True))
+        return z
+"""
+
+
+@pytest.mark.parametrize("kind", ["declared", "circular", "position", "share", "even", "plain"])
+def test_modules_that_see_more_than_a_window_are_refused(
+    large: Path, tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "own_nets.py").write_text(NETS)
+    text = large.read_text().partition("[module.1]")[0]
+    large.write_text(f'{text}[module.1]\nbuild = "own_nets:Own"\noptions = {{ kind = "{kind}" }}\n')
+    found = gim_stage("plan", large)
+    if kind == "plain":
+        assert found.returncode == 0, found.stderr
+        return
+    assert "module.1: " in one_error(found, 2)
 
 
 # Items that cannot be used

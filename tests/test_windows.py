@@ -292,7 +292,7 @@ def build(layers: Chain, axes: int, dtype: torch.dtype) -> nn.Sequential:
     parts: list[nn.Module] = []
     for number, (kernel, stride, padding) in enumerate(layers):
         parts += [kind(1 if number == 0 else 2, 2, kernel, stride, padding), nn.ReLU()]
-    return nn.Sequential(*parts).to(dtype)
+    return nn.Sequential(*parts[:-1]).to(dtype)  # a last ReLU may let nothing through
 
 
 def assembled(module: nn.Module, x: Tensor, layers: Chain, tile: tuple[int, ...]) -> Tensor:
@@ -340,6 +340,4 @@ def test_seams_on_real_numbers(
     x = torch.randn(1, *extent, dtype=dtype)
     expected = module(x[None])[0]
     found = assembled(module, x, layers, tile)
-    assert float((found - expected).abs().max()) <= tolerance * max(
-        1.0, float(expected.abs().max())
-    )
+    assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())

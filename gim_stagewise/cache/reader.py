@@ -66,7 +66,7 @@ class Cache(SealedCache):
 
         ``empty``, called with shape and type, gives the memory for each of them.
         """
-        self._require_activations()
+        self.require_activations()
         return self._read("activations", requests, empty)
 
     def announce(self, requests: Iterable[Request]) -> None:
@@ -87,14 +87,14 @@ class Cache(SealedCache):
         """The activations as a lazy array; slicing it reads and decodes."""
         from gim_stagewise.cache.views import DecodedArray
 
-        self._require_activations()
+        self.require_activations()
         return DecodedArray(self, "activations")
 
     def dataset(self, split: Split, *, view: int = 0) -> CacheDataset:
         """Samples and labels of a split for a ``torch.utils.data.DataLoader``."""
         from gim_stagewise.cache.views import CacheDataset
 
-        self._require_activations()
+        self.require_activations()
         return CacheDataset(self, split, view)
 
     def dask(self, name: str = "activations") -> Any:
@@ -110,7 +110,7 @@ class Cache(SealedCache):
         if name not in ("activations", "pooled"):
             raise DataError(f'no array {name!r} of values; there are "activations" and "pooled"')
         if name == "activations":
-            self._require_activations()
+            self.require_activations()
         return dask_array(self, name)
 
     def _read(

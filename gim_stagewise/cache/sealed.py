@@ -103,7 +103,13 @@ class SealedCache:
         """The form in which activations are stored."""
         return self.manifest.precision
 
-    def _require_activations(self) -> None:
+    def require_activations(self) -> None:
+        """Refuse a cache of embeddings alone.
+
+        Raises
+        ------
+        DataError, StaleCacheError
+        """
         if not self.materialized:
             raise DataError(
                 f'{self.path} stores embeddings alone (cache.materialize = "never", or keep); '

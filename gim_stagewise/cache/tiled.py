@@ -17,7 +17,7 @@ from gim_stagewise.cache.manifest import read_manifest
 from gim_stagewise.cache.reader import Cache
 from gim_stagewise.cache.sealed import SealedCache
 from gim_stagewise.cache.tiles import TiledLayout
-from gim_stagewise.errors import DataError
+from gim_stagewise.errors import DataError, StaleCacheError
 from gim_stagewise.sources import Item, Request
 from gim_stagewise.windows import Region, Span, common, full_region, tiles_over, within
 
@@ -42,6 +42,20 @@ class TiledCache(SealedCache):
     @property
     def axes(self) -> tuple[str, ...]:
         return self.layout.axes
+
+    def require_activations(self) -> None:
+        """Refuse a cache whose activations were removed: nothing else can give them.
+
+        Raises
+        ------
+        StaleCacheError
+        """
+        if not self.materialized:
+            raise StaleCacheError(
+                f"{self.path} has no activations any more (the pipeline's keep), and they are "
+                'needed: make them again with `gim-stage run ... --from 1`, and set keep = "all" '
+                "to have them another time"
+            )
 
     @property
     def place_bytes(self) -> int:
@@ -72,7 +86,7 @@ class TiledCache(SealedCache):
 
         ``empty``, called with shape and type, gives the memory for each of them.
         """
-        self._require_activations()
+        self.require_activations()
         return [self._region("activations", request, empty) for request in requests]
 
     def read_pooled(self, item_id: str) -> NDArray[np.float32]:

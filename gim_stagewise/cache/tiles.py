@@ -6,7 +6,8 @@ array                  axes
 ``activations/<id>``   channel, height, width; or channel, time (dense encoding); or
                        grid_row, grid_col, channel, height, width (patches)
 ``pooled/<id>``        grid_row, grid_col, channel; or time, channel (float32)
-``states/<id>``        tile, state: of a stateful module, after each tile (float32)
+``states/<id>``        tile, state: of a stateful module, after each tile (float32); after an
+                       item's last tile, that is beyond its end, of no meaning
 =====================  ============================================================
 
 In names ``<id>`` is the item's id with what no file's name should have as ``%`` and its code

@@ -107,7 +107,7 @@ class WindowsConfig(Table):
     """
 
     tile: PositiveInt | Literal["auto"] = "auto"
-    samples: PositiveInt | Literal["auto"] = "auto"
+    samples: Annotated[int, Field(ge=1, le=1_000_000)] | Literal["auto"] = "auto"
     zones: Annotated[int, Field(ge=1, le=64)] = 4
     min_variance: Fraction = 0.0
     lanes: Annotated[int, Field(ge=1, le=4096)] = 8

@@ -12,13 +12,14 @@ from gim_stagewise.models.contract import (
     state_size,
     target_channels,
 )
-from gim_stagewise.models.geometry import module_geometry, probed_geometry
+from gim_stagewise.models.geometry import check_windows, module_geometry, probed_geometry
 
 __all__ = [
     "INPUT_OPERATIONS",
     "Builder",
     "CellMean",
     "build_module",
+    "check_windows",
     "embed",
     "forget_user_code",
     "module_geometry",

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from gim_stagewise.errors import ModuleRefusedError
-from gim_stagewise.windows import Geometry
+from gim_stagewise.windows import Geometry, Region, Window, tiles
 
 # Lengths that are tried, by the number of axes, until one is long enough to see some outputs with
 # all of their inputs.
 _LENGTHS = {1: (16, 64, 256, 1024), 2: (16, 32, 64, 128)}
+# Along each axis, in windows of a third of them; and how near they have to be, of the largest.
+_OUTPUTS_COMPARED = 9
+_TOLERANCE = 1e-4
 # Copies of the input that go through the module at once.
 _ROWS = 16
 
@@ -55,6 +58,54 @@ def module_geometry(
     return (own,) * axes
 
 
+@torch.no_grad()
+def check_windows(
+    module: nn.Module, channels: int, geometry: tuple[Geometry, ...], *, key: str
+) -> None:
+    """Compare outputs of windows with those of a whole, random input, at borders and inside.
+
+    It finds a geometry that is declared wrong, outputs that depend on where they are or on the
+    whole input, and paddings by what is not there in a window.
+
+    Raises
+    ------
+    ModuleRefusedError
+        If they differ.
+    """
+    training = module.training
+    module.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            extent = tuple(own.inputs(_OUTPUTS_COMPARED) for own in geometry)
+            x = torch.randn(1, channels, *extent)
+            whole = module(x)
+            counts = tuple(own.count(length) for own, length in zip(geometry, extent, strict=True))
+            scale = float(whole.abs().max())
+            for tile in tiles(counts, tuple(-(-count // 3) for count in counts)):
+                window = Window.over(tile, geometry, extent)
+                part = module(x[_of(window.inputs)])
+                kept = part[_of(window.kept)]
+                expected = whole[_of(tile)]
+                same = kept.shape == expected.shape and torch.allclose(
+                    kept, expected, rtol=0, atol=_TOLERANCE * scale
+                )
+                if not same:
+                    raise ModuleRefusedError(
+                        "gives other outputs for a window of an input than for the whole: its "
+                        "geometry is declared wrong, or outputs depend on their position or on "
+                        'all inputs; correct it, or use encoding = "patch"',
+                        key=key,
+                    )
+    finally:
+        module.train(training)
+
+
+def _of(region: Region) -> tuple[slice, ...]:
+    """Of a tensor [row, channel, *space]."""
+    return (slice(None), slice(None), *(span.slice for span in region))
+
+
 def probed_geometry(
     module: nn.Module, channels: int, axes: int, *, key: str
 ) -> tuple[Geometry, ...]:
@@ -87,7 +138,7 @@ def _probed_axis(module: nn.Module, channels: int, axes: int, axis: int, key: st
         if found is None:
             continue
         for other in range(length, length + found.stride):
-            count = _outputs(module, channels, axes, axis, other)
+            count = _outputs(module, channels, axes, axis, other, key)
             if count != found.count(other):
                 # The padding at the end decides how many there are.
                 after = (count - 1) * found.stride + found.kernel - found.before - other
@@ -96,14 +147,15 @@ def _probed_axis(module: nn.Module, channels: int, axes: int, axis: int, key: st
                 found = Geometry(found.kernel, found.stride, found.before, after)
         else:
             if all(
-                _outputs(module, channels, axes, axis, other) == found.count(other)
+                _outputs(module, channels, axes, axis, other, key) == found.count(other)
                 for other in range(length, length + found.stride)
             ):
                 return found
     raise ModuleRefusedError(
-        f"an output depends on inputs at no regular distance, or farther than {_LENGTHS[axes][-1]} "
-        "positions away (a normalisation over all of them?); use layers that see a neighbourhood, "
-        'or encoding = "patch"',
+        "an output depends on inputs at no regular distance, or on more than "
+        f"{_LENGTHS[axes][-1] // 2} along an axis (a normalisation over all of them?); use layers "
+        "that see a neighbourhood, declare geometry = [(kernel, stride, padding), ...] if they do, "
+        'or use encoding = "patch"',
         key=key,
     )
 
@@ -120,8 +172,8 @@ def _seen(
             x[row].select(1 + axis, place).fill_(float("nan"))
         try:
             z = module(x)
-        except RuntimeError:
-            return None  # too short for the module
+        except Exception:  # whatever a module raises for an input that is too short
+            return None
         if z.ndim != axes + 2:
             raise ModuleRefusedError(
                 f"returned shape {tuple(z.shape)}, which has not the {axes} axes of its input",
@@ -160,8 +212,16 @@ def _fitting(seen: list[tuple[int, int]], length: int) -> Geometry | None:
     return Geometry(kernel, stride, before, 0)
 
 
-def _outputs(module: nn.Module, channels: int, axes: int, axis: int, length: int) -> int:
-    return int(module(_input(channels, axes, axis, length, rows=1)).shape[2 + axis])
+def _outputs(module: nn.Module, channels: int, axes: int, axis: int, length: int, key: str) -> int:
+    try:
+        return int(module(_input(channels, axes, axis, length, rows=1)).shape[2 + axis])
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModuleRefusedError(
+            f"cannot take an input of {length} positions ({reason}), and windows may have any "
+            'number; change it, or use encoding = "patch"',
+            key=key,
+        ) from error
 
 
 def _input(channels: int, axes: int, axis: int, length: int, *, rows: int) -> Tensor:

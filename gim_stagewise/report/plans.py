@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 from rich.table import Table
@@ -96,6 +97,17 @@ def plan_report(plan: PipelinePlan) -> Iterator[Table | str]:
     yield f"most disk space at once: {sizes}"
     for why in plan.skipped.values():
         yield f"left out: {why}"
+    yield from _not_larger(plan)
+
+
+def _not_larger(plan: PipelinePlan) -> Iterator[str]:
+    """What is said of windows that do not show more than those of the module below."""
+    for below, stage in pairwise(plan.stages):
+        if below.windows and stage.windows and stage.windows.pixels <= below.windows.pixels:
+            yield (
+                f"windows of module {stage.module} show no more of an item than those of module "
+                f"{below.module}: give it a larger train.window"
+            )
 
 
 def _table(plan: PipelinePlan) -> Table:

@@ -15,15 +15,19 @@ from gim_stagewise.sources.base import SEQUENCE_AXES
 from gim_stagewise.sources.large import LargeSource, find_files
 from gim_stagewise.windows import Region
 
-# What libsndfile says of a file that is shorter than its header; sizes of all ones, as programs
-# write that do not know them yet, are left alone.
+_LOSSY = re.compile("VORBIS|OPUS|MPEG")
+# What libsndfile says of samples that are not there; sizes of all ones, as programs write that do
+# not know them yet, are left alone.
 _CUT_OFF = re.compile(
-    r"(?!.*: 4294967295 )\w+ *: [1-9]\d* \(should be \d+\)|Junk after the last page"
+    r"(data|SSND|riff) *: (?!4294967295 )[1-9]\d* \(should be \d+\)"
+    r"|does not match value from 'ds64'"
 )
 
 
 def open_audio(config: SourceConfig) -> LargeSource:
-    """Recordings in WAV, FLAC or OGG files of any length: ``kind = "audio"``.
+    """Recordings in WAV, FLAC or AIFF files of any length: ``kind = "audio"``.
+
+    What is compressed with loss (OGG, MP3) is refused: its parts cannot be read exactly.
 
     Each table ``[source.splits.<split>]`` has ``files``, a pattern such as ``"**/*.flac"`` or a
     list of paths, below ``source.root``. All of them need the same sample rate, that of
@@ -45,33 +49,14 @@ def open_audio(config: SourceConfig) -> LargeSource:
     rate = config.options.get("rate")
     if rate is not None and (type(rate) is not int or rate < 1):
         raise ConfigError(f"is {rate!r}, expected samples per second", key="source.options.rate")
-    rates = _Rates(rate)
     return LargeSource(
         find_files(config, 'unlabeled = {files = "**/*.flac"}'),
-        opener=rates.open,
+        opener=_Recording,
         axes=SEQUENCE_AXES,
         digest=config.digest,
         on_error=config.on_error,
+        rate=rate,
     )
-
-
-class _Rates:
-    """Opens recordings, all of which need one sample rate."""
-
-    def __init__(self, rate: int | None) -> None:
-        self._rate = rate
-        self._first = "source.options.rate"
-
-    def open(self, path: Path) -> _Recording:
-        recording = _Recording(path)
-        if self._rate is None:
-            self._rate, self._first = recording.rate, str(path)
-        if recording.rate != self._rate:
-            raise DataError(
-                f"{path} has {recording.rate} samples a second, {self._first} {self._rate}; "
-                "resample it, or leave it out"
-            )
-        return recording
 
 
 class _Recording:
@@ -94,12 +79,18 @@ class _Recording:
             self._file = soundfile.SoundFile(path)
         except self._errors as error:
             raise DataError(f"{path} cannot be read as a recording ({error})") from None
+        if _LOSSY.search(self._file.subtype):
+            raise DataError(
+                f"{path} is compressed with loss ({self._file.subtype}), and parts of such files "
+                "cannot be read exactly; convert it to FLAC"
+            )
         if cut := _CUT_OFF.search(self._file.extra_info):
-            raise DataError(f"{path} is cut off or damaged ({cut[0].strip()})")
+            raise DataError(f"{path} is cut off ({cut[0].strip()})")
         self.rate = int(self._file.samplerate)
         self.extent: tuple[int, ...] = (int(self._file.frames),)
         self.channels = int(self._file.channels)
         self.dtype: np.dtype[Any] = np.dtype("float32")
+        self.chunk_bytes = 0
 
     def read(self, region: Region) -> NDArray[np.float32]:
         """Some steps, float32 [channel, time]; what is stored as integers lies in [-1, 1]."""

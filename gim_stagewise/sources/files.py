@@ -12,6 +12,7 @@ Zarr array, OME-Zarr   the chunks that a region touches; a level of a pyramid by
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +23,19 @@ from numpy.typing import NDArray
 
 from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
 from gim_stagewise.sources.arrays import NpyFile
+from gim_stagewise.units import format_bytes
 from gim_stagewise.windows import Region, common, tiles_over, within
 
 _PLANE = ("height", "width")
-# What files may say of axes that are not there for us, if they are of length 1.
-_OTHER = {"t": "time", "z": "depth", "s": "channel", "c": "channel", "y": "height", "x": "width"}
+# What files call axes; others are none of an image's, and may be there if they are of length 1.
+_CALLED = {
+    "channel": ("c", "s", "channel", "channels", "band", "bands"),
+    "height": ("y", "height", "row", "rows"),
+    "width": ("x", "width", "column", "columns", "col", "cols"),
+}
+_NAMES = {called: name for name, all_called in _CALLED.items() for called in all_called}
+# A larger chunk is not read for a window that may be anywhere in it.
+_MOST_CHUNK_BYTES = 64_000_000
 
 
 class RegionFile(Protocol):
@@ -35,6 +44,8 @@ class RegionFile(Protocol):
     extent: tuple[int, ...]
     channels: int
     dtype: np.dtype[Any]
+    # What is read at once for the smallest region.
+    chunk_bytes: int
 
     def read(self, region: Region) -> NDArray[Any]:
         """A region, [channel, height, width]."""
@@ -76,7 +87,9 @@ def open_region_file(path: Path, *, axes: str | None = None, level: int = 0) -> 
     )
 
 
-def _named_axes(stated: str | None, shape: Sequence[int], found: Sequence[str] | None) -> list[str]:
+def _named_axes(
+    path: Path, stated: str | None, shape: Sequence[int], found: Sequence[str] | None
+) -> list[str]:
     """Names of an array's axes; those of length 1 that are no axes of an image may be any."""
     if stated is not None:
         axes = stated.split()
@@ -95,10 +108,10 @@ def _named_axes(stated: str | None, shape: Sequence[int], found: Sequence[str] |
         if axis not in (*_PLANE, "channel")
     ]
     if not wanted or any(length != 1 for length in others):
-        raise ConfigError(
-            f"{stated!r} does not fit an array of shape {tuple(shape)}; give the names of its axes "
-            'in order, as in "height width channel"',
-            key="source.options.axes",
+        called = f", called {' '.join(axes)}" if stated or found else ""
+        raise DataError(
+            f"{path} has an array of shape {tuple(shape)}{called}, which is no image; give the "
+            'names of its axes in order as source.options.axes, as in "height width channel"'
         )
     return axes
 
@@ -108,11 +121,12 @@ class _NpyImage:
 
     def __init__(self, path: Path, axes: str | None) -> None:
         self._file = NpyFile(path)
-        self._axes = _named_axes(axes, self._file.shape, None)
+        self._axes = _named_axes(path, axes, self._file.shape, None)
         sizes = dict(zip(self._axes, self._file.shape, strict=True))
         self.extent: tuple[int, ...] = (sizes["height"], sizes["width"])
         self.channels = sizes.get("channel", 1)
         self.dtype = self._file.dtype
+        self.chunk_bytes = 0
 
     def read(self, region: Region) -> NDArray[Any]:
         rows, columns = region
@@ -148,6 +162,13 @@ class _ZarrImage:
         self.channels = sizes.get("channel", 1)
         self.dtype = np.dtype(array.dtype)
         self._chunks = tuple(array.shards or array.chunks)
+        self.chunk_bytes = math.prod(self._chunks) * self.dtype.itemsize
+        if self.chunk_bytes > _MOST_CHUNK_BYTES:
+            raise DataError(
+                f"{path} is stored in chunks of {'×'.join(map(str, self._chunks))} values, each of "
+                f"which takes {format_bytes(self.chunk_bytes)} to read a window of it; store it in "
+                "tiles, of 512×512 for instance"
+            )
 
     def read(self, region: Region) -> NDArray[Any]:
         rows, columns = region
@@ -184,8 +205,8 @@ def _open_zarr(path: Path, axes: str | None, level: int) -> RegionFile:
         metadata = node.metadata
         found = found or getattr(metadata, "dimension_names", None)
         if found is not None:
-            found = [_OTHER.get(str(name).lower()[:1], str(name)) for name in found]
-        return _ZarrImage(node, path, _named_axes(axes, node.shape, found))
+            found = [_NAMES.get(str(name).lower(), str(name)) for name in found]
+        return _ZarrImage(node, path, _named_axes(path, axes, node.shape, found))
     except FileNotFoundError:
         raise DataError(f"{path} is a folder, but no Zarr array or OME-Zarr image") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -237,8 +258,12 @@ def _open_tiff(path: Path, axes: str | None, level: int) -> RegionFile:
         raise ConfigError(
             f"is {level}, but {path} has levels 0 to {len(levels) - 1}", key="source.options.level"
         )
-    found = [_OTHER.get(name.lower(), name) for name in levels[level].axes]
-    image = _ZarrImage(array, path, _named_axes(axes, array.shape, found))
+    found = [_NAMES.get(name.lower(), name) for name in levels[level].axes]
+    try:
+        image = _ZarrImage(array, path, _named_axes(path, axes, array.shape, found))
+    except DataError:
+        opened.close()
+        raise
     weakref.finalize(image, opened.close)
     return image
 

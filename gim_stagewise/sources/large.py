@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gim_stagewise.config import SourceConfig
-from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError, GimStageError
+from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
 from gim_stagewise.sources.base import IMAGE_AXES, SPLITS, Item, Request, Split
 from gim_stagewise.sources.files import RegionFile, open_region_file
+from gim_stagewise.sources.pixels import check_brightness
 from gim_stagewise.windows import Region, full_region, tiles
 
 # Side of the regions in which data is looked at once, to know it again.
 _SIDE = 1024
 # Of each file, where its digest is sampled.
 _SAMPLED_REGIONS = 16
+# Characters in the name of a folder, with room for what is put before it.
+_LONGEST_NAME = 200
 # Files that are held open.
 _MOST_OPEN = 32
 
@@ -82,6 +87,24 @@ def find_files(config: SourceConfig, example: str) -> dict[Split, dict[str, Path
     return {split: _find(root, split, table) for split, table in config.splits.items()}
 
 
+def check_name(item_id: str) -> None:
+    """Refuse an id that cannot name an array of a cache.
+
+    Raises
+    ------
+    DataError
+    """
+    try:
+        length = len(quote(item_id, safe=""))
+    except UnicodeEncodeError:
+        raise DataError("its name is not text in UTF-8; rename it", item=repr(item_id)) from None
+    if length > _LONGEST_NAME:
+        raise DataError(
+            f"its name takes {length} characters in a cache, where others than letters and digits "
+            f"count for three a byte, and {_LONGEST_NAME} is the most; give it a shorter one"
+        )
+
+
 def _find(root: Path, split: Split, table: Mapping[str, Any]) -> dict[str, Path]:
     """Files of a split by their names: paths below the root."""
     key = f"source.splits.{split}"
@@ -89,7 +112,14 @@ def _find(root: Path, split: Split, table: Mapping[str, Any]) -> dict[str, Path]
         raise ConfigError("unknown key; known: files", key=f"{key}.{sorted(unknown)[0]}")
     stated = table.get("files")
     if isinstance(stated, str):
-        found = sorted(path for path in root.glob(stated) if not path.name.startswith("."))
+        try:
+            found = sorted(path for path in root.glob(stated) if not path.name.startswith("."))
+        except (NotImplementedError, ValueError) as error:
+            raise ConfigError(
+                f"is {stated!r}, which is no pattern below source.root ({error}); use one such as "
+                '"*.tif" or "**/*.tif"',
+                key=f"{key}.files",
+            ) from None
         if not found:
             raise DataNotFoundError(f"no file matches {stated!r} below {root.absolute()}")
         return {path.relative_to(root).as_posix(): path for path in found}
@@ -117,13 +147,18 @@ class LargeSource:
     digest : {"full", "sampled"}
         What `content_digest` covers: all values, or some regions of each file.
     on_error : {"stop", "skip"}
-        What becomes of a file that cannot be used. With "skip" all values are looked at first, and
-        such files are left out and listed in ``skipped``.
+        What becomes of a file that cannot be used. With "skip" the values that ``digest`` covers
+        are looked at first, and such files are left out and listed in ``skipped``; of the others
+        those count that are like most in channels and sample rate.
+    rate : int, optional
+        Sample rate that recordings need; by default that of most.
 
     Attributes
     ----------
     skipped : dict
         Why files were left out, by id.
+    chunk_bytes : int
+        The most bytes that are read at once for the smallest region.
 
     Raises
     ------
@@ -143,6 +178,7 @@ class LargeSource:
         axes: tuple[str, ...] = IMAGE_AXES,
         digest: Literal["full", "sampled"] = "full",
         on_error: Literal["stop", "skip"] = "stop",
+        rate: int | None = None,
     ) -> None:
         self.axes = axes
         self._opener = opener
@@ -154,6 +190,8 @@ class LargeSource:
             for name, path in files.get(split, {}).items()
         }
         self.skipped: dict[str, str] = {}
+        self.chunk_bytes = 0
+        self._rates: dict[str, int] = {}
         self._digests: dict[str, str] = {}
         self._items: dict[str, Item] = {}
         for item_id in self._paths:
@@ -162,25 +200,55 @@ class LargeSource:
                 if on_error == "skip":
                     self._digests[item_id] = self._digest_of(item_id)
             except (DataError, DataNotFoundError) as error:
-                if on_error == "stop":
-                    raise
-                self._items.pop(item_id, None)
-                self.skipped[item_id] = str(error)
+                self._leave_out(item_id, error, on_error)
+        self._keep_alike("channels", None, on_error)
+        self._keep_alike("samples a second", rate, on_error)
         if not self._items:
             first = next(iter(self.skipped.values()), "no files")
             raise DataError(f"not one of {len(self._paths)} files can be used; the first: {first}")
-        self._check_channels(on_error)
 
-    def _check_channels(self, on_error: str) -> None:
-        first = next(iter(self._items.values()))
-        for item in list(self._items.values()):
-            if item.channels == first.channels:
-                continue
-            problem = f"sample {item.id} has {item.channels} channels, {first.id} {first.channels}"
-            if on_error == "stop":
-                raise DataError(f"{problem}; all items of a dataset need the same")
-            self.skipped[item.id] = problem
-            del self._items[item.id]
+    def _leave_out(
+        self,
+        item_id: str,
+        error: DataError | DataNotFoundError,
+        on_error: Literal["stop", "skip"],
+    ) -> None:
+        if on_error == "stop":
+            raise error
+        self._items.pop(item_id, None)
+        self.skipped[item_id] = str(error)
+
+    def _keep_alike(self, what: str, wanted: int | None, on_error: Literal["stop", "skip"]) -> None:
+        """Refuse or leave out items that are not as wanted, or not as most are."""
+        found = {
+            item_id: item.channels if what == "channels" else self._rates[item_id]
+            for item_id, item in self._items.items()
+        }
+        if not found:
+            return
+        most = wanted or Counter(found.values()).most_common(1)[0][0]
+        example = next((item_id for item_id, own in found.items() if own == most), "")
+        asked = f"{most} are asked for" if wanted else f"{example} has {most}"
+        for item_id, own in found.items():
+            if own != most:
+                problem = f"sample {item_id} has {own} {what}, {asked}; all items need the same"
+                self._leave_out(item_id, DataError(problem, item=item_id), on_error)
+
+    @contextmanager
+    def _naming(self, item_id: str) -> Iterator[None]:
+        """Say of errors which item they are about."""
+        try:
+            yield
+        except (DataError, DataNotFoundError) as error:
+            if error.item is not None:
+                raise
+            raise type(error)(f"sample {item_id}: {error}", item=item_id) from None
+        except OSError as error:
+            raise DataNotFoundError(
+                f"sample {item_id} cannot be read any more ({error.strerror or error}); was "
+                f"{self._paths[item_id]} moved, removed or closed to you?",
+                item=item_id,
+            ) from None
 
     def _file(self, item_id: str) -> RegionFile:
         if item_id in self._open:
@@ -196,9 +264,14 @@ class LargeSource:
         return opened
 
     def _describe(self, item_id: str) -> Item:
-        file = self._file(item_id)
-        if 0 in file.extent:
-            raise DataError(f"sample {item_id} is empty: its extent is {file.extent}")
+        with self._naming(item_id):
+            check_name(item_id)
+            file = self._file(item_id)
+            if 0 in (*file.extent, file.channels):
+                raise DataError(f"it is empty, of extent {file.extent}")
+            check_brightness(file.dtype)
+        self._rates[item_id] = getattr(file, "rate", 0)
+        self.chunk_bytes = max(self.chunk_bytes, file.chunk_bytes)
         return Item(item_id, file.extent, file.channels, file.dtype.name)
 
     @property
@@ -234,15 +307,8 @@ class LargeSource:
         return self._region(request.id, request.region or full_region(item.extent))
 
     def _region(self, item_id: str, region: Region) -> NDArray[Any]:
-        try:
+        with self._naming(item_id):
             return self._file(item_id).read(region)
-        except GimStageError as error:
-            raise type(error)(f"sample {item_id}: {error}") from None
-        except OSError as error:
-            raise DataNotFoundError(
-                f"sample {item_id} cannot be read any more ({error.strerror or error}); was "
-                f"{self._paths[item_id]} moved or removed?"
-            ) from None
 
     def content_digest(self) -> str:
         return self._content
@@ -274,7 +340,10 @@ class LargeSource:
                 )
                 raise DataError(
                     f"sample {item_id} has values that are NaN or infinite at {where}; mend or "
-                    "remove it"
+                    "remove it",
+                    item=item_id,
                 )
-            digest.update(np.ascontiguousarray(values).data)
+            # The same values, in whatever order of bytes they are stored.
+            little = values.astype(values.dtype.newbyteorder("<"), order="C", copy=False)
+            digest.update(np.ascontiguousarray(little).data)
         return digest.hexdigest()

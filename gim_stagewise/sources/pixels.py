@@ -58,7 +58,8 @@ class PixelForm:
             pixels = np.tensordot(_LUMA, pixels, axes=1)[None]
         if len(pixels) != self.channels:
             raise DataError(
-                f"sample {item_id} has {len(pixels)} channels, expected {self.channels}"
+                f"sample {item_id} has {len(pixels)} channels, expected {self.channels}",
+                item=item_id,
             )
         return pixels
 
@@ -75,21 +76,34 @@ class PixelForm:
 
 
 def _to_unit(image: NDArray[Any], item_id: str) -> NDArray[np.float32]:
-    if image.dtype.kind in "iu" and image.dtype.name not in ("uint8", "uint16"):
-        raise DataError(
-            f"sample {item_id} has pixels of type {image.dtype}, whose range says nothing about "
-            "brightness; store uint8 (0 to 255), uint16 (0 to 65535), or floats to be used as is"
-        )
+    try:
+        check_brightness(image.dtype)
+    except DataError as error:
+        raise DataError(f"sample {item_id} {error}", item=item_id) from None
     if np.issubdtype(image.dtype, np.integer):
         return image.astype(np.float32) / np.float32(np.iinfo(image.dtype).max)
-    if image.dtype.kind not in "bf":
-        raise DataError(
-            f"sample {item_id} has values of type {image.dtype}; expected integers or floats"
-        )
     pixels = image.astype(np.float32)
     if not np.isfinite(pixels).all():
-        raise DataError(f"sample {item_id} has pixels that are NaN or infinite; mend or remove it")
+        raise DataError(
+            f"sample {item_id} has pixels that are NaN or infinite; mend or remove it", item=item_id
+        )
     return pixels
+
+
+def check_brightness(dtype: np.dtype[Any]) -> None:
+    """Refuse types of pixels that say nothing about brightness.
+
+    Raises
+    ------
+    DataError
+    """
+    if dtype.kind in "iu" and dtype.name not in ("uint8", "uint16"):
+        raise DataError(
+            f"has pixels of type {dtype}, whose range says nothing about brightness; store uint8 "
+            "(0 to 255), uint16 (0 to 65535), or floats to be used as is"
+        )
+    if dtype.kind not in "iubf":
+        raise DataError(f"has values of type {dtype}; expected integers or floats")
 
 
 def cut_patches(pixels: NDArray[np.float32], grid: PatchGrid) -> NDArray[np.float32]:

@@ -99,6 +99,11 @@ class RegionSource:
         return 4 * self.channels * (1 if self._grid is None else self._grid.size**2)
 
     @property
+    def chunk_bytes(self) -> int:
+        """The most bytes that are read at once for the smallest region."""
+        return int(getattr(self._images, "chunk_bytes", 0))
+
+    @property
     def item_bytes(self) -> int:
         return self.place_bytes * max(math.prod(extent) for extent in self._extents.values())
 

@@ -32,6 +32,7 @@ class Subset:
         # Neighbours in the other source's chunks are not neighbours here.
         self.chunk_items = 1
         self.item_bytes = source.item_bytes
+        self.chunk_bytes: int = getattr(source, "chunk_bytes", 0)
         self.label_names = source.label_names
         self.ids: Sequence[str] = list(compress(source.ids, self._mask))
 

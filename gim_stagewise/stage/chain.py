@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from gim_stagewise.errors import DataError
@@ -45,8 +45,8 @@ def item_extents(shapes: Sequence[Shape], extent: tuple[int, ...]) -> list[tuple
     return found
 
 
-def open_windowed(space: Workspace) -> RegionSource:
-    """The dataset of a pipeline whose items are read in windows.
+def open_windowed(space: Workspace, *, unusable: Mapping[str, str] | None = None) -> RegionSource:
+    """The dataset of a pipeline whose items are read in windows, without those that are unusable.
 
     Items that are too small for a module are refused, or left out where ``source.on_error`` is
     "skip"; ``skipped`` of the source lists them, and those that could not be read.
@@ -61,13 +61,22 @@ def open_windowed(space: Workspace) -> RegionSource:
     config = space.config
     images = open_source(config.source)
     grid = patch_grid(config)
-    channels = RegionSource.channels_of(images, config.augment)
-    shapes = windowed_shapes(space, channels)
     skipped: dict[str, str] = dict(getattr(images, "skipped", {}))
+    extents = {
+        item.id: item.extent if grid is None else grid.extent(item.extent[0], item.extent[1])
+        for item in images.items()
+        if item.id not in (unusable or {})
+    }
+    # Windows beyond all that there is are not tried out on modules.
+    shapes: list[Shape] = []
+    if any(not _window_problem(space, extent) for extent in extents.values()):
+        shapes = windowed_shapes(space, RegionSource.channels_of(images, config.augment))
     problems = {}
     for item in images.items():
-        extent = item.extent if grid is None else grid.extent(item.extent[0], item.extent[1])
-        if problem := _size_problem(space, shapes, extent):
+        if item.id not in extents:
+            continue
+        extent = extents[item.id]
+        if problem := _window_problem(space, extent) or _size_problem(space, shapes, extent):
             size = "×".join(map(str, item.extent))
             problems[item.id] = f"sample {item.id} is {size}: {problem}"
     if problems and config.source.on_error == "stop":
@@ -77,12 +86,26 @@ def open_windowed(space: Workspace) -> RegionSource:
             f"{first}{others}; use a smaller train.window, remove it, or set "
             'source.on_error = "skip"'
         )
-    kept = [item_id for item_id in images.ids if item_id not in problems]
+    kept = [item_id for item_id in extents if item_id not in problems]
+    problems |= {i: why for i, why in (unusable or {}).items() if i in set(images.ids)}
     if not kept:
         first = next(iter(problems.values()))
-        raise DataError(f"not one sample is large enough; the first: {first}")
+        raise DataError(f"not one sample can be used; the first: {first}")
     data = Subset(images, kept) if problems else images
     return RegionSource(data, config.augment, grid, skipped=skipped | problems)
+
+
+def _window_problem(space: Workspace, extent: tuple[int, ...]) -> str:
+    """Why an item is too small for any window; empty if it may not be.
+
+    What is above has no more positions than the item itself, but for a few of padding.
+    """
+    for index in space.config.module:
+        window = window_of(space.config, index)
+        if any(2 * length < side for length, side in zip(extent, window, strict=True)):
+            sides = "×".join(map(str, window))
+            return f"smaller than a window of module {index}, which has {sides}"
+    return ""
 
 
 def _size_problem(space: Workspace, shapes: Sequence[Shape], extent: tuple[int, ...]) -> str:

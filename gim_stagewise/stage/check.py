@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gim_stagewise.errors import ConfigError
 from gim_stagewise.sources import PatchSource, RegionSource
 from gim_stagewise.stage.chain import windowed_shapes
 from gim_stagewise.stage.loader import check_loading
@@ -53,6 +54,10 @@ def _check_windowed(space: Workspace, source: RegionSource) -> list[Shape]:
     shapes = windowed_shapes(space, source.channels)
     chain_needs(space, source, shapes)  # windows.tile fits all of them
     extents = unlabeled_extents(source)
+    if not extents:
+        raise ConfigError(
+            "has neither unlabeled nor training items: nothing to train on", key="source.splits"
+        )
     for index, shape in enumerate(shapes, start=1):
         batch, window = space.config.stage(index).train.batch, window_of(space.config, index)
         count = window_count(space.config.windows, list(extents.values()), window, batch)

@@ -25,7 +25,7 @@ from gim_stagewise.stage.needs import cache_layout, chain_needs
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.workspace import Workspace
 from gim_stagewise.units import format_bytes
-from gim_stagewise.windows import Span
+from gim_stagewise.windows import Geometry, Span
 
 # Samples that an estimate of a cache's size looks at, within so many bytes.
 SAMPLES_SEEN = 16
@@ -261,8 +261,15 @@ def _few_regions(source: RegionSource, shapes: list[Shape]) -> tuple[NDArray[np.
     items = source.items()
     sides = PATCHES_SEEN if shapes[0].grid else POSITIONS_SEEN[len(items[0].extent)]
     chosen = [items[int(n)] for n in np.linspace(0, len(items) - 1, REGIONS_SEEN)]
-    # As large as the smallest of them has room for.
-    size = tuple(min(sides, *axis) for axis in zip(*(i.extent for i in chosen), strict=True))
+    # So large that the top module has an output, and not larger than the smallest of them.
+    needed = [1] * len(chosen[0].extent)
+    for shape in reversed(shapes):
+        pairs = zip(shape.geometry or [Geometry()] * len(needed), needed, strict=True)
+        needed = [geometry.inputs(outputs) for geometry, outputs in pairs]
+    size = tuple(
+        min(max(sides, least), *axis)
+        for least, axis in zip(needed, zip(*(i.extent for i in chosen), strict=True), strict=True)
+    )
     requests = []
     for number, item in enumerate(chosen):
         # Along the diagonal: not all in a corner, which may be blank.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from gim_stagewise.cache import TiledLayout
 from gim_stagewise.errors import ConfigError, OverBudgetError
 from gim_stagewise.memory import Budget
 from gim_stagewise.processes import usable_cores
@@ -97,6 +98,8 @@ def plan_extraction(
         If it does not fit; the message names both numbers and a remedy.
     """
     workers = workers or Workers()
+    if isinstance(needs.layout, TiledLayout) and needs.layout.state:
+        workers = Workers(0)  # each tile needs the state after the one before
     if not budget.lean:
         return _plan(needs, budget, workers, forward=project_forward(needs.spec, measure=False))
     # What is counted is the least it can take: what does not fit by that is not tried out.

@@ -54,7 +54,7 @@ class StageNeeds:
 def stage_needs(workspace: Workspace, index: int, shape: Shape, source: Source) -> StageNeeds:
     """What a module on the input that is there will need."""
     if workspace.config.windowed:
-        chunk = source.layout.block_bytes if isinstance(source, TiledCache) else 0
+        chunk = _chunk_bytes(source)
         extents = [item.extent for item in source.items()]
         return _windowed_needs(workspace, index, shape, source.ids, extents, chunk)
     loader = loader_bytes(
@@ -163,12 +163,19 @@ def chain_needs(
     return needs
 
 
+def _chunk_bytes(source: Source) -> int:
+    """Bytes that are read at once for the smallest region of a source."""
+    if isinstance(source, TiledCache):
+        return source.layout.block_bytes
+    return source.chunk_bytes if isinstance(source, RegionSource) else 0
+
+
 def _windowed_chain(
     workspace: Workspace, source: RegionSource, shapes: list[Shape]
 ) -> list[StageNeeds]:
     extents = [item.extent for item in source.items()]
     needs: list[StageNeeds] = []
-    chunk = 0
+    chunk = source.chunk_bytes
     for index, shape in enumerate(shapes, start=1):
         needs.append(_windowed_needs(workspace, index, shape, source.ids, extents, chunk))
         extents = [shape.extent_out(extent) for extent in extents]

@@ -15,6 +15,7 @@ from gim_stagewise.cache import (
     Manifest,
     Precision,
     SealedCache,
+    TiledCache,
     discard_cache,
     read_manifest,
     visible_damage,
@@ -132,6 +133,7 @@ class StageOutputs:
         with exclusive(self.workspace.folder):
             sweep(self.workspace.folder)
             if force:
+                self._require_input()
                 discard_cache(self.workspace.cache_path(self.index))
             there = self.current(manifest)
             found, reason = there.manifest, there.reason
@@ -143,6 +145,7 @@ class StageOutputs:
                 BuildFolder(self.workspace.cache_path(self.index)).remove()
                 self._check_recorded_error(found)
                 return found, False
+            self._require_input()
             if reason:
                 self._note(f"cache built again: {reason}")
             # Before anything is replaced: these weights fit the module as it is built now.
@@ -166,6 +169,10 @@ class StageOutputs:
             return None, f"damaged ({described(damage)}), and not mended: {error}"
         self._note(f"cache mended: {described(damage)}")
         return manifest, ""
+
+    def _require_input(self) -> None:
+        if isinstance(self.source, TiledCache):
+            self.source.require_activations()
 
     def _gone_on_with(self, wanted: Manifest, begun: Manifest) -> Manifest:
         """The manifest of a build that goes on: what was found out when it began stays."""

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from gim_stagewise.cache import Precision, auto_chunk
 from gim_stagewise.config import AugmentConfig, CacheConfig, PipelineConfig
 from gim_stagewise.errors import ConfigError, ModuleRefusedError
-from gim_stagewise.models import module_geometry, output_shape, state_size, target_channels
+from gim_stagewise.models import (
+    check_windows,
+    module_geometry,
+    output_shape,
+    state_size,
+    target_channels,
+)
 from gim_stagewise.objectives import check_rows
 from gim_stagewise.stage.step import check_micro_batch
 from gim_stagewise.stage.workspace import Workspace
@@ -143,6 +149,8 @@ def check_shape(workspace: Workspace, index: int, grid: tuple[int, ...], cell: C
         return Shape(grid, trained_grid, cell, out, embedded[0], input_op=input_op)
     geometry = module_geometry(module, cell[0], len(cell) - 1, key=f"module.{index}")
     _check_geometry(index, geometry, cell, out)
+    if not state:
+        check_windows(module, cell[0], geometry, key=f"module.{index}")
     *cells, embedding = embedded
     if targets and tuple(cells) != cell[1:]:
         raise ModuleRefusedError(

@@ -190,17 +190,23 @@ class Stage:
         return code_staleness(self.workspace, weights)
 
     def _check_trainable(self) -> None:
-        if isinstance(self.source, TiledCache) and not self.source.materialized:
-            raise StaleCacheError(
-                f"{self.source.path} has no activations any more (keep = "
-                f'"{self.workspace.config.keep}"), and module {self.index} is to be trained on '
-                'them; begin with --from 1, or set keep = "all"'
-            )
+        self.require_input()
         if len(self.samples.split("unlabeled")) < 2:
             raise ConfigError(
                 "the input has fewer than 2 unlabeled samples: nothing to train on",
                 key="source" if self.index == 1 else "--input",
             )
+
+    def require_input(self) -> None:
+        """Refuse to begin where the input is not there any more.
+
+        Raises
+        ------
+        StaleCacheError
+            If activations of the module below were removed, and cannot be computed when read.
+        """
+        if isinstance(self.source, TiledCache):
+            self.source.require_activations()
 
     @property
     def needs(self) -> StageNeeds:

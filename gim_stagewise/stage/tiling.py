@@ -14,6 +14,8 @@ from gim_stagewise.windows import Geometry, Span, halo_overhead
 
 # Inputs that are computed for the sake of others, over those that a tile is of.
 MOST_OVERHEAD = 1.15
+# Of a tile that a large halo asks for; others keep to the sizes of any chunk.
+MOST_TILE_BYTES = 4 * MAX_CHUNK_BYTES
 
 
 def tiled_layout(
@@ -99,7 +101,7 @@ def chosen_tile(geometry: Sequence[Geometry], *, axes: int, place_bytes: int, po
         return max(pool, math.ceil(side / pool) * pool)
 
     least = rounded(MIN_CHUNK_BYTES / place_bytes)
-    most = max(least, rounded(MAX_CHUNK_BYTES / place_bytes) - pool)
+    most = max(least, rounded(MOST_TILE_BYTES / place_bytes))
     side = least
     while geometry and side < most and halo_overhead(geometry, (side,) * axes) > MOST_OVERHEAD:
         side += pool
