@@ -13,8 +13,9 @@ from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.stage.extraction_plan import Workers
 
 SCRIPT = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
+from gim_stagewise.memory.peak import high_water_mark
 from gim_stagewise.pipeline import Pipeline
 file, folder, what = sys.argv[1:]
 stage = Pipeline.from_file(file, folder=folder, device="cpu").stage(2)
@@ -22,7 +23,8 @@ if what == "train":
     stage.train()
 else:
     stage.extract(stage.load_weights())
-print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+# Not getrusage: its mark is at first that of the process that started this one.
+print(json.dumps(high_water_mark()))
 """
 
 
