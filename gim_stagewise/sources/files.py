@@ -255,6 +255,7 @@ def _open_tiff(path: Path, axes: str | None, level: int) -> RegionFile:
             opened.close()
         raise DataError(f"{path} cannot be read as a TIFF file ({_one_line(error)})") from None
     if array is None:
+        opened.close()
         raise ConfigError(
             f"is {level}, but {path} has levels 0 to {len(levels) - 1}", key="source.options.level"
         )
