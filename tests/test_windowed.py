@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from helpers import assert_same_files, edit, one_error, results_of, run_and_record
+from helpers import assert_same_files, assert_same_run, edit, one_error, results_of, run_and_record
 from killing import run_warm
 from numpy.typing import NDArray
 from warm import gim_stage
@@ -501,6 +501,23 @@ def test_a_file_that_disappears_during_the_run(large: Path, tmp_path: Path, on_e
     without = tmp_path / "without"
     Pipeline.from_file(large, folder=without, device="cpu").run(workers=Workers(0))
     assert_same_files(tmp_path / "out", without)
+
+
+def test_a_tile_that_turns_out_corrupt_during_the_run(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where only samples of the data were looked at beforehand."""
+    monkeypatch.setattr("gim_stagewise.sources.large._SIDE", 16)
+    edit(large, 'kind = "large"', 'kind = "large"\non_error = "skip"\ndigest = "sampled"')
+    broken_tiff(tmp_path / "images" / "c.tif")
+    pipeline = Pipeline.from_file(large, folder=tmp_path / "out", device="cpu")
+    assert not pipeline.skipped
+    result = pipeline.run(workers=Workers(0))
+    assert list(result.skipped) == ["unlabeled/c.tif"]
+    (tmp_path / "images" / "c.tif").unlink()
+    without = tmp_path / "without"
+    Pipeline.from_file(large, folder=without, device="cpu").run(workers=Workers(0))
+    assert_same_run(tmp_path / "out", without)
 
 
 # Where windows lie
