@@ -17,8 +17,8 @@ from killing import one_of_each, points_of, run_warm, small_pipeline
 from gim_stagewise.cache import Block, read_manifest
 from gim_stagewise.windows import even_ranges
 
-RANDOM_MOMENTS = 8
-WITH_DASK = 5
+RANDOM_MOMENTS = 5
+WITH_DASK = 3
 
 
 @pytest.fixture(scope="module")

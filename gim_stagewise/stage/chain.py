@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from gim_stagewise.errors import DataError
-from gim_stagewise.sources import RegionSource, Subset, open_source
+from gim_stagewise.sources import RegionSource, Source, Subset, open_source
 from gim_stagewise.stage.shape import Shape, check_shape, window_of, windowed_input
 from gim_stagewise.stage.workspace import Workspace, patch_grid
 
@@ -67,18 +67,7 @@ def open_windowed(space: Workspace, *, unusable: Mapping[str, str] | None = None
         for item in images.items()
         if item.id not in (unusable or {})
     }
-    # Windows beyond all that there is are not tried out on modules.
-    shapes: list[Shape] = []
-    if any(not _window_problem(space, extent) for extent in extents.values()):
-        shapes = windowed_shapes(space, RegionSource.channels_of(images, config.augment))
-    problems = {}
-    for item in images.items():
-        if item.id not in extents:
-            continue
-        extent = extents[item.id]
-        if problem := _window_problem(space, extent) or _size_problem(space, shapes, extent):
-            size = "×".join(map(str, item.extent))
-            problems[item.id] = f"sample {item.id} is {size}: {problem}"
+    problems = _too_small(space, images, extents)
     if problems and config.source.on_error == "stop":
         first = next(iter(problems.values()))
         others = f" ({len(problems) - 1} more like it)" if len(problems) > 1 else ""
@@ -93,6 +82,29 @@ def open_windowed(space: Workspace, *, unusable: Mapping[str, str] | None = None
         raise DataError(f"not one sample can be used; the first: {first}")
     data = Subset(images, kept) if problems else images
     return RegionSource(data, config.augment, grid, skipped=skipped | problems)
+
+
+def _too_small(
+    space: Workspace, images: Source, extents: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """Why items are too small for the modules, by id; of those that are not, nothing.
+
+    Extents are those of the first module's input.
+    """
+    # Windows beyond all that there is are not tried out on modules.
+    shapes: list[Shape] = []
+    if any(not _window_problem(space, extent) for extent in extents.values()):
+        channels = RegionSource.channels_of(images, space.config.augment)
+        shapes = windowed_shapes(space, channels)
+    problems = {}
+    for item in images.items():
+        extent = extents.get(item.id)
+        if extent is None:
+            continue
+        if problem := _window_problem(space, extent) or _size_problem(space, shapes, extent):
+            size = "×".join(map(str, item.extent))
+            problems[item.id] = f"sample {item.id} is {size}: {problem}"
+    return problems
 
 
 def _window_problem(space: Workspace, extent: tuple[int, ...]) -> str:
