@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from gim_stagewise.cli.care import clean, inspect, plot, status, verify
+from gim_stagewise.cli.care import clean, export, inspect, plot, status, verify
 from gim_stagewise.cli.work import extract, plan, probe, prove, run, train
 from gim_stagewise.errors import GimStageError
 
@@ -81,5 +81,18 @@ def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-for _command in (run, plan, prove, train, extract, probe, status, inspect, verify, clean, plot):
+for _command in (
+    run,
+    plan,
+    prove,
+    train,
+    extract,
+    probe,
+    status,
+    export,
+    inspect,
+    verify,
+    clean,
+    plot,
+):
     main.add_command(_command)

@@ -1,4 +1,4 @@
-"""Commands that look after what is there: status, inspect, clean, plot."""
+"""Commands that look after what is there: status, export, inspect, clean, plot."""
 
 from __future__ import annotations
 
@@ -38,6 +38,37 @@ def status(pipeline_file: Path, folder: Path | None, as_json: bool) -> None:
         )
     else:
         options.show(status_table(pipeline, stages))
+
+
+@click.command()
+@options.pipeline_argument
+@click.option(
+    "--to",
+    "target",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File to write: .safetensors, or .pt2 for a program of torch.export.",
+)
+@options.folder_option("cache/NAME, with the pipeline's name")
+@options.json_option
+def export(pipeline_file: Path, target: Path, folder: Path | None, as_json: bool) -> None:
+    """Write the trained modules of a pipeline FILE, one on top of another, as one encoder.
+
+    \b
+    Examples:
+      gim-stage export pipelines/digits.toml --to encoder.safetensors
+      gim-stage export pipelines/digits.toml --to encoder.pt2
+    """
+    from gim_stagewise.stage.export import export_encoder
+
+    pipeline = options.pipeline_from(pipeline_file, None, folder, device="cpu")
+    with options.naming(pipeline_file):
+        encoder = export_encoder(pipeline.workspace, target, pipeline=pipeline_file)
+    parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    if as_json:
+        options.show({"encoder": str(target), "modules": len(encoder), "parameters": parameters})
+    else:
+        click.echo(f"{len(encoder)} modules, {parameters} parameters: {target}")
 
 
 @click.command()

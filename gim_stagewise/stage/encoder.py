@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from gim_stagewise.config import load_pipeline, parse_pipeline
+from gim_stagewise.durable import write_atomic
 from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError, StaleCacheError
 from gim_stagewise.models import pool
 from gim_stagewise.stage.checkpoint import FrozenWeights
 from gim_stagewise.stage.workspace import Workspace
+
+# Where a file of all modules says what they are.
+ABOUT = "gim_stage_encoder"
 
 
 class Encoder(nn.Sequential):
@@ -25,13 +32,14 @@ class Encoder(nn.Sequential):
         return pool(self[-1], self(patches))
 
 
-def load_encoder(folder: str | Path, *, pipeline: str | Path | None = None) -> Encoder:
+def load_encoder(path: str | Path, *, pipeline: str | Path | None = None) -> Encoder:
     """Load the frozen modules of a run as one module.
 
     Parameters
     ----------
-    folder : str or Path
-        With ``m1.safetensors``, ``m2.safetensors`` and so on.
+    path : str or Path
+        A run's folder, with ``m1.safetensors``, ``m2.safetensors`` and so on; or a file that
+        `export_encoder` wrote.
     pipeline : str or Path, optional
         The pipeline file; needed where modules are built by the user's own code, which is never
         imported on the word of a weights file.
@@ -40,7 +48,8 @@ def load_encoder(folder: str | Path, *, pipeline: str | Path | None = None) -> E
     -------
     Encoder
         On the CPU, in evaluation mode, without gradients. It takes float32 patches
-        [patch, channel, height, width], as ``Pipeline.source`` gives them.
+        [patch, channel, height, width], as ``Pipeline.source`` gives them; in dense encoding images
+        [image, channel, height, width] or recordings [recording, channel, time].
 
     Raises
     ------
@@ -49,24 +58,83 @@ def load_encoder(folder: str | Path, *, pipeline: str | Path | None = None) -> E
     CorruptCacheError, StaleCacheError, ConfigError
         If they cannot be read, do not belong together, or cannot be built.
     """
-    folder = Path(folder)
+    path = Path(path)
+    if path.is_file():
+        return _load_exported(path, pipeline)
+    found = frozen_chain(path)
+    space = _workspace(path, found[-1].pipeline_text, pipeline)
+    return _frozen(Encoder(*(_build(space, weights, found) for weights in found)))
+
+
+def frozen_chain(folder: Path) -> list[FrozenWeights]:
+    """Weights of all modules of a run's folder, from the first on.
+
+    Raises
+    ------
+    CacheNotFoundError
+        If there are none.
+    CorruptCacheError
+        If they cannot be read.
+    """
     found: list[FrozenWeights] = []
     while (path := folder / f"m{len(found) + 1}.safetensors").is_file():
         found.append(FrozenWeights.load(path))
     if not found:
         raise CacheNotFoundError(f"no frozen modules in {folder}; run the pipeline first")
-    text = found[-1].pipeline_text
-    code_folder = None
-    config = parse_pipeline(text, file=f"the pipeline recorded in {folder}")
+    return found
+
+
+def _workspace(folder: Path, text: str, pipeline: str | Path | None) -> Workspace:
+    config, code_folder = parse_pipeline(text, file=f"the pipeline recorded in {folder}"), None
     if pipeline is not None:
         config, text = load_pipeline(pipeline)
         code_folder = Path(pipeline).resolve().parent
-    space = Workspace(config, text, folder, code_folder, torch.device("cpu"))
-    modules = [_build(space, weights, found) for weights in found]
-    encoder = Encoder(*modules)
+    return Workspace(config, text, folder, code_folder, torch.device("cpu"))
+
+
+def _frozen(encoder: Encoder) -> Encoder:
     encoder.eval()
     encoder.requires_grad_(False)
     return encoder
+
+
+def save_encoder(encoder: Encoder, path: Path, *, text: str, channels: list[int]) -> None:
+    """Write weights of all modules into one safetensors file, atomically.
+
+    Parameters
+    ----------
+    encoder : Encoder
+    path : Path
+    text : str
+        The pipeline file.
+    channels : list of int
+        Of each module's input.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+    about = {"pipeline_text": text, "channels": channels}
+    data = save(tensors, metadata={ABOUT: json.dumps(about)})
+    write_atomic(path, lambda temporary: temporary.write_bytes(data))
+
+
+def _load_exported(path: Path, pipeline: str | Path | None) -> Encoder:
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})[ABOUT])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        text, channels = str(about["pipeline_text"]), [int(count) for count in about["channels"]]
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CorruptCacheError(
+            f"{path} is damaged, or no encoder that `gim-stage export` wrote "
+            f"({type(error).__name__}: {error})"
+        ) from None
+    space = _workspace(path, text, pipeline)
+    encoder = Encoder(*(space.build(n, count) for n, count in enumerate(channels, start=1)))
+    try:
+        encoder.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise StaleCacheError(f"{path} does not fit the modules that are built: {reason}") from None
+    return _frozen(encoder)
 
 
 def _build(space: Workspace, weights: FrozenWeights, chain: list[FrozenWeights]) -> nn.Module:
