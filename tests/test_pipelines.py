@@ -91,6 +91,41 @@ def test_photographs_are_gray_and_differ() -> None:
     assert len({image.tobytes() for image in images}) == 15
 
 
+def photos(**options: object) -> Source:
+    return open_source(SourceConfig(kind="photos", options=options))
+
+
+def test_crops_of_photographs_are_labelled_and_share_no_pixel() -> None:
+    source = photos(train=60, test=30)
+    assert (len(source.split("train")), len(source.split("test"))) == (60, 30)
+    assert list(source.split("unlabeled")) == list(source.split("train"))
+    labels = dict(zip(source.ids, source.labels("class").tolist(), strict=True))
+    for right in (False, True):
+        ids = source.split("test" if right else "train")
+        assert {labels[item_id] for item_id in ids} == set(range(15))
+        for item_id, crop in zip(ids, source.read([Request(i) for i in ids]), strict=True):
+            photo = photograph(PHOTOGRAPHS[labels[item_id]])
+            middle = photo.shape[1] // 2
+            half = photo[:, middle:] if right else photo[:, :middle]
+            windows = np.lib.stride_tricks.sliding_window_view(half, (64, 64))
+            found = (windows[:, :, 0, 0] == crop[0, 0, 0]) & (
+                windows[:, :, -1, -1] == crop[0, -1, -1]
+            )
+            places = np.argwhere(found)
+            assert any((windows[row, column] == crop[0]).all() for row, column in places)
+
+
+def test_crops_are_the_same_every_time_and_others_with_another_seed() -> None:
+    assert photos().content_digest() == photos().content_digest()
+    assert photos(seed=1).content_digest() != photos().content_digest()
+
+
+@pytest.mark.parametrize("options", [{"size": 500}, {"size": 0}, {"train": "many"}, {"crop": 3}])
+def test_options_of_photos_are_checked(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"source\.options"):
+        photos(**options)
+
+
 def test_a_mosaic_is_made_once_and_is_the_same(tmp_path: Path) -> None:
     source = mosaic(tmp_path, side=1700)
     (path,) = tmp_path.glob("*.zarr")

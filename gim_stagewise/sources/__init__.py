@@ -39,8 +39,8 @@ __all__ = [
 def open_source(config: SourceConfig) -> Source:
     """Open the dataset of a pipeline file.
 
-    Kinds: ``"digits"``, ``"torchvision:<Class>"``, ``"npy"``, ``"zarr"``, ``"large"``,
-    ``"mosaic"``, ``"audio"``.
+    Kinds: ``"digits"``, ``"photos"``, ``"torchvision:<Class>"``, ``"npy"``, ``"zarr"``; read in
+    windows: ``"large"``, ``"mosaic"``, ``"audio"``.
 
     Raises
     ------
@@ -73,6 +73,10 @@ def open_source(config: SourceConfig) -> Source:
         from gim_stagewise.sources.large import open_large
 
         return open_large(config)
+    if kind == "photos" and not name:
+        from gim_stagewise.sources.photographs import open_photos
+
+        return open_photos(config)
     if kind == "mosaic" and not name:
         from gim_stagewise.sources.photographs import open_mosaic
 
@@ -82,7 +86,7 @@ def open_source(config: SourceConfig) -> Source:
 
         return open_audio(config)
     raise ConfigError(
-        f'is {config.kind!r}, expected "digits", "torchvision:<Class>", "npy", "zarr", "large", '
-        '"mosaic" or "audio"',
+        f'is {config.kind!r}, expected "digits", "photos", "torchvision:<Class>", "npy", '
+        '"zarr", "large", "mosaic" or "audio"',
         key="source.kind",
     )

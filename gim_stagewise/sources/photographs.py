@@ -1,4 +1,4 @@
-"""The photographs inside scikit-image and scikit-learn, and an image of any size made of them."""
+"""The photographs inside scikit-image and scikit-learn: crops, and one image of any size."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from gim_stagewise.durable import flush_tree, fsync_directory, remove, rename, s
 from gim_stagewise.errors import ConfigError, DataError
 from gim_stagewise.seeds import derive_seed
 from gim_stagewise.sources.large import LargeSource
+from gim_stagewise.sources.parts import ArrayPart, PartsSource
 from gim_stagewise.windows import Region, even_ranges, tiles
 
 # By what they are called there; drawings, text and medical images are left out.
@@ -71,6 +72,63 @@ def photograph(name: str) -> NDArray[np.uint8]:
     if image.ndim == 3:
         image = np.rint(image[..., :3] @ _LUMA)
     return image.astype(np.uint8)
+
+
+def open_photos(config: SourceConfig) -> PartsSource:
+    """Crops of the photographs, labelled by which of them they show: ``kind = "photos"``.
+
+    Training crops lie in the left halves, test crops in the right ones, so that they share no
+    pixel. Options: ``size`` of a crop (64), how many there are for ``train`` (1500) and ``test``
+    (750), as many of each photograph, and ``seed`` (0). Images are uint8 [1, size, size].
+
+    Raises
+    ------
+    ConfigError
+        If the options are wrong, or scikit-image is not installed.
+    """
+    given = config.model_fields_set - {"kind", "options"}
+    if given:
+        raise ConfigError(
+            "has no meaning for the photographs, which come with scikit-image and scikit-learn; "
+            "leave it out",
+            key=f"source.{min(given)}",
+        )
+    known = {"size": 64, "train": 1500, "test": 750, "seed": 0}
+    if unknown := set(config.options) - set(known):
+        raise ConfigError(
+            f"unknown key; known: {', '.join(known)}", key=f"source.options.{sorted(unknown)[0]}"
+        )
+    numbers = {**known, **config.options}
+    most = min(min(photograph(n).shape[0], photograph(n).shape[1] // 2) for n in PHOTOGRAPHS)
+    for name, number in numbers.items():
+        limit = most if name == "size" else 10**6
+        if type(number) is not int or not (name != "seed") <= number <= limit:
+            raise ConfigError(
+                f"is {number!r}, expected a whole number up to {limit}",
+                key=f"source.options.{name}",
+            )
+    size, seed = numbers["size"], numbers["seed"]
+    train, test = (derive_seed(seed, "crops", split) for split in ("train", "test"))
+    return PartsSource(
+        {
+            "train": _crops(numbers["train"], size=size, seed=train, right=False),
+            "test": _crops(numbers["test"], size=size, seed=test, right=True),
+        }
+    )
+
+
+def _crops(count: int, *, size: int, seed: int, right: bool) -> ArrayPart:
+    """Crops of one half of the photographs in turn, at random places."""
+    draw = np.random.default_rng(seed)
+    images = np.empty((count, 1, size, size), np.uint8)
+    labels = np.arange(count) % len(PHOTOGRAPHS)
+    for image, label in zip(images, labels, strict=True):
+        photo = photograph(PHOTOGRAPHS[label])
+        middle = photo.shape[1] // 2
+        half = photo[:, middle:] if right else photo[:, :middle]
+        top, left = (int(draw.integers(length - size + 1)) for length in half.shape)
+        image[0] = half[top : top + size, left : left + size]
+    return ArrayPart(images, labels)
 
 
 def open_mosaic(config: SourceConfig) -> LargeSource:
