@@ -390,7 +390,7 @@ class Pipeline:
             caches = disk.caches
         with exclusive(self.workspace.folder):
             if start is not None:
-                self.stage(start).require_input()  # what the first forgotten module needs
+                self.stage(start).outputs.require_input()  # what the first forgotten module needs
                 for index in range(start, len(self.config.module) + 1):
                     forget(self.workspace, index)
             stages = [

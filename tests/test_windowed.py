@@ -22,6 +22,7 @@ from gim_stagewise.config import parse_pipeline
 from gim_stagewise.errors import ConfigError, OverBudgetError
 from gim_stagewise.memory import Budget
 from gim_stagewise.models import CellMean
+from gim_stagewise.models.residual import residual_module
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.plan import plan_pipeline
 from gim_stagewise.progress import Silent
@@ -32,8 +33,9 @@ from gim_stagewise.stage.encoder import load_encoder
 from gim_stagewise.stage.extraction_plan import Workers, plan_extraction
 from gim_stagewise.stage.fit import smallest_training
 from gim_stagewise.stage.needs import chain_needs
+from gim_stagewise.stage.tiling import chosen_tile
 from gim_stagewise.verify import mend
-from gim_stagewise.windows import Region, Span
+from gim_stagewise.windows import Geometry, Region, Span, halo_overhead
 
 LARGE = """
 name = "large"
@@ -319,6 +321,41 @@ def test_the_plan_says_how_windows_are_read(large: Path) -> None:
     assert second.pixels == (39, 39)
     assert first.halo <= 1.15
     assert second.halo <= 1.15
+
+
+# What there is at a place of many channels in float32, with so large a halo, takes more than a tile
+# may have; the last one has a byte a channel.
+@pytest.mark.parametrize(
+    ("channels", "blocks", "place_bytes"), [(6, 1, 24), (256, 4, 1024), (512, 4, 512)]
+)
+def test_a_large_halo_gets_a_larger_tile(channels: int, blocks: int, place_bytes: int) -> None:
+    module = residual_module(4, channels=channels, blocks=blocks)
+    geometry = (Geometry.of_chain(module.geometry),) * 2
+    side = chosen_tile(geometry, axes=2, place_bytes=place_bytes, pool=8)
+    assert side % 8 == 0
+    assert halo_overhead(geometry, (side, side)) <= 1.15
+
+
+def test_a_plan_looks_at_regions_that_the_whole_chain_can_take(large: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "images" / "a.npy", image((1500, 1500), 0))
+    (tmp_path / "images" / "b.tif").unlink()
+    (tmp_path / "wide_nets.py").write_text(WIDE)
+    text = large.read_text().partition("[module.1]")[0].replace("pool = 2", "pool = 1")
+    modules = [
+        f'[module.{n}]\nbuild = "wide_nets:wide"\noptions = {{ stride = {stride} }}\n'
+        f"train.window = {window}\n"
+        for n, stride, window in ((1, 8, 80), (2, 1, 45))
+    ]
+    large.write_text(text.replace("window = 16\n", "") + "".join(modules))
+    assert len(plan_pipeline(Pipeline.from_file(large)).stages) == 2
+
+
+WIDE = """
+from torch import nn
+
+def wide(in_channels, stride):
+    return nn.Conv2d(in_channels, 3, 31, stride=stride)
+"""
 
 
 def test_an_extraction_over_the_budget_names_the_tile(large: Path) -> None:

@@ -42,8 +42,6 @@ def open_audio(config: SourceConfig) -> LargeSource:
     DataError
         If one cannot be read, and ``source.on_error`` is "stop".
     """
-    if config.download:
-        raise ConfigError("is true, but files are never fetched", key="source.download")
     if unknown := set(config.options) - {"rate"}:
         raise ConfigError("unknown key; known: rate", key=f"source.options.{sorted(unknown)[0]}")
     rate = config.options.get("rate")

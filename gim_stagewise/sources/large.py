@@ -48,8 +48,6 @@ def open_large(config: SourceConfig) -> LargeSource:
     DataError
         If one cannot be read, and ``source.on_error`` is "stop".
     """
-    if config.download:
-        raise ConfigError("is true, but files are never fetched", key="source.download")
     unknown = set(config.options) - {"axes", "level"}
     if unknown:
         raise ConfigError(
@@ -79,6 +77,8 @@ def find_files(config: SourceConfig, example: str) -> dict[Split, dict[str, Path
     DataNotFoundError
         If a pattern matches nothing.
     """
+    if config.download:
+        raise ConfigError("is true, but files are never fetched", key="source.download")
     if not config.splits:
         raise ConfigError(
             f"missing; say which files each split has, as in {example}", key="source.splits"

@@ -133,7 +133,7 @@ class StageOutputs:
         with exclusive(self.workspace.folder):
             sweep(self.workspace.folder)
             if force:
-                self._require_input()
+                self.require_input()
                 discard_cache(self.workspace.cache_path(self.index))
             there = self.current(manifest)
             found, reason = there.manifest, there.reason
@@ -145,7 +145,7 @@ class StageOutputs:
                 BuildFolder(self.workspace.cache_path(self.index)).remove()
                 self._check_recorded_error(found)
                 return found, False
-            self._require_input()
+            self.require_input()
             if reason:
                 self._note(f"cache built again: {reason}")
             # Before anything is replaced: these weights fit the module as it is built now.
@@ -170,7 +170,14 @@ class StageOutputs:
         self._note(f"cache mended: {described(damage)}")
         return manifest, ""
 
-    def _require_input(self) -> None:
+    def require_input(self) -> None:
+        """Refuse to begin where the input is not there any more.
+
+        Raises
+        ------
+        StaleCacheError
+            If activations of the module below were removed, and cannot be computed when read.
+        """
         if isinstance(self.source, TiledCache):
             self.source.require_activations()
 

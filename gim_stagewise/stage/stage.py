@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from gim_stagewise.cache import Digest, Manifest, SealedCache, TiledCache
+from gim_stagewise.cache import Digest, Manifest, SealedCache
 from gim_stagewise.durable import remove, sweep
 from gim_stagewise.errors import (
     CacheNotFoundError,
@@ -190,23 +190,12 @@ class Stage:
         return code_staleness(self.workspace, weights)
 
     def _check_trainable(self) -> None:
-        self.require_input()
+        self.outputs.require_input()
         if len(self.samples.split("unlabeled")) < 2:
             raise ConfigError(
                 "the input has fewer than 2 unlabeled samples: nothing to train on",
                 key="source" if self.index == 1 else "--input",
             )
-
-    def require_input(self) -> None:
-        """Refuse to begin where the input is not there any more.
-
-        Raises
-        ------
-        StaleCacheError
-            If activations of the module below were removed, and cannot be computed when read.
-        """
-        if isinstance(self.source, TiledCache):
-            self.source.require_activations()
 
     @property
     def needs(self) -> StageNeeds:
