@@ -28,21 +28,17 @@ from typing import Any, TypeVar
 
 import torch
 from conditions import conditions
-from torch import nn
-from torch._subclasses import FakeTensorMode
 
 from gim_stagewise.config import parse_pipeline
 from gim_stagewise.memory import (
     Budget,
     PeakMeter,
-    StorageCounter,
-    make_fake,
     use_allocator,
     warm_up,
 )
-from gim_stagewise.models import pool
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.stage.project import count_step, project_step
+from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.spec import StepSpec
 from gim_stagewise.stage.step import MicroBatches, accumulate_gradients, make_optimizer
 from gim_stagewise.windows import Span
@@ -102,16 +98,21 @@ def fresh(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         return pool.submit(function, *args, **kwargs).result()
 
 
-def spec_of(module: int, micro_batch: int, *, device: str, lean: bool = True) -> StepSpec:
+def spec_of(*modules: int, micro_batch: int, device: str, lean: bool = True) -> StepSpec:
+    """The step of a module, or of several at once with gradients blocked between them."""
+    config = parse_pipeline(TEXT, file="benchmarks/memory.py")
+    mode = "iterative" if len(modules) == 1 else "simultaneous"
+    cells = [*CELLS, CELLS[-1]]  # what the last one makes of it does not matter
     return StepSpec(
-        config=parse_pipeline(TEXT, file="benchmarks/memory.py"),
+        config=config.model_copy(update={"mode": mode}),
         code_folder=None,
-        index=module,
-        cell=CELLS[module - 1],
-        forward_cell=CELLS[module - 1],
+        indexes=modules,
+        shapes=tuple(
+            Shape(GRID[1:], GRID[1:], cells[m - 1], cells[m], CHANNELS[m - 1]) for m in modules
+        ),
+        classes=0,
+        forward_cell=CELLS[modules[0] - 1],
         shape=GRID,
-        embedding=CHANNELS[module - 1],
-        targets=0,
         piece=256,
         micro_batch=micro_batch,
         device=device,
@@ -128,8 +129,9 @@ def run_steps(spec: StepSpec, *, steps: int) -> tuple[int, float]:
     warm_up(device)
     seconds = []
     with PeakMeter(device) as meter:
-        module, objective = spec.module().to(device).train(), spec.objective().to(device)
-        optimizer = make_optimizer(module, objective, spec.config.stage(spec.index).train)
+        module, objective = spec.parts()
+        module, objective = module.to(device).train(), objective.to(device)
+        optimizer = make_optimizer(module, objective, spec.trains)
         for step in range(steps):
             started = time.monotonic()
             accumulate_gradients(
@@ -149,30 +151,7 @@ def run_steps(spec: StepSpec, *, steps: int) -> tuple[int, float]:
 
 def count_all_at_once() -> int:
     """All three modules trained in one step, gradients blocked between them, counted."""
-    specs = [spec_of(module, 784, device="cpu") for module in (1, 2, 3)]
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    modules = [make_fake(spec.module(), mode) for spec in specs]
-    objectives = [make_fake(spec.objective(), mode) for spec in specs]
-    counter = StorageCounter()
-    with mode, counter:
-        counter.label("parameters", nn.ModuleList([*modules, *objectives]).parameters())
-        optimizer = torch.optim.Adam(
-            nn.ModuleList([*modules, *objectives]).parameters(), fused=True
-        )
-        for _ in range(2):
-            counter.restart()
-            x = torch.randn(784, *CELLS[0])
-            losses = []
-            for module, objective in zip(modules, objectives, strict=True):
-                x = module(x.detach())
-                losses.append(
-                    objective(pool(module, x).reshape(*GRID, -1), generator=torch.Generator())
-                )
-            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            del x, losses
-    return counter.peak
+    return count_step(spec_of(1, 2, 3, micro_batch=784, device="cpu")).count
 
 
 def steps_table(
@@ -183,7 +162,7 @@ def steps_table(
     for module in modules:
         one_pass = None
         for size in sorted(sizes, reverse=True):
-            spec = spec_of(module, size, device=device)
+            spec = spec_of(module, micro_batch=size, device=device)
             measured, seconds = fresh(run_steps, spec, steps=3 if size == 784 else 2)
             one_pass = one_pass or seconds
             memory = project_step(spec)
@@ -214,7 +193,8 @@ def counts() -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     for module in (1, 2, 3):
         by_size = {
-            size: count_step(spec_of(module, size, device="cpu")).count for size in (14, *SIZES)
+            size: count_step(spec_of(module, micro_batch=size, device="cpu")).count
+            for size in (14, *SIZES)
         }
         found.append({"module": module, "counted": by_size, "goal": GOALS[module - 1]})
     worst = max(row["counted"][7] for row in found)

@@ -160,17 +160,17 @@ def learn(text: str, name: str, seed: int, folder: Path) -> dict[str, Any]:
     file.write_text(f'{changed}\n[cache]\nprecision = "{name}"\n')
     pipeline = Pipeline.from_file(file, folder=folder / f"{name}-{seed}", device="cpu")
     result = pipeline.run()
-    errors = [Cache(stage.cache).manifest.error for stage in result.stages]
+    caches = [pipeline.workspace.cache_path(stage.module) for stage in result.stages]
+    errors = [Cache(path).manifest.error for path in caches]
     return {
         "precision": name,
         "seed": seed,
         "loss": [stage.record.validation_loss for stage in result.stages],
         "accuracy": [100 * (stage.probe_accuracy or 0) for stage in result.stages],
         "activation_bytes": [
-            sum(f.stat().st_size for f in (stage.cache / "activations").glob("c.*"))
-            for stage in result.stages
+            sum(f.stat().st_size for f in (path / "activations").glob("c.*")) for path in caches
         ],
-        "float32_bytes": [Cache(stage.cache).activations.size * 4 for stage in result.stages],
+        "float32_bytes": [Cache(path).activations.size * 4 for path in caches],
         "error": [0.0 if error is None else error["relative_l2"] for error in errors],
     }
 

@@ -41,7 +41,6 @@ from gim_stagewise.memory import Budget, resident_bytes, warm_up
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.plan import plan_pipeline
 from gim_stagewise.progress import Silent, Task
-from gim_stagewise.stage.disk import folder_bytes
 from gim_stagewise.stage.project import load_counting
 from gim_stagewise.units import format_bytes
 
@@ -147,7 +146,7 @@ def child(side: int, folder: Path, allowed: int) -> None:
         "limit": limit,
         "projected_disk": plan.disk.needed("all"),
         "projected_host": max(stage.host_mem for stage in plan.stages),
-        "cached": sum(folder_bytes(stage.cache) for stage in result.stages),
+        "cached": sum(stage.cache_bytes for stage in result.stages),
         "halo": [own.halo for own in windows if own],
         "plan": [asdict(own) for own in windows if own],
         "extraction": extraction,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from gim_stagewise.cache import CacheLayout, Layout, TiledLayout
+from gim_stagewise.errors import ConfigError
 from gim_stagewise.memory import Budget
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.sources import Request, read_stacked
@@ -107,6 +108,62 @@ class PipelinePlan:
     skipped: dict[str, str]
 
 
+@dataclass(frozen=True)
+class JointPlan:
+    """What training all modules in one step will need.
+
+    Parameters
+    ----------
+    pipeline, mode, device : str
+    modules : int
+        How many.
+    training : TrainingPlan
+    forward_flops, backward_flops : int
+        As of `StagePlan`.
+    skipped : dict
+    """
+
+    pipeline: str
+    mode: str
+    device: str
+    modules: int
+    training: TrainingPlan
+    forward_flops: int
+    backward_flops: int
+    skipped: dict[str, str]
+
+
+def plan_joint(pipeline: Pipeline) -> JointPlan:
+    """Project memory and work of training all modules in one step.
+
+    Raises
+    ------
+    OverBudgetError
+        If it does not fit the budget of the pipeline's workspace.
+    ConfigError
+        If nothing is trained, or labels are missing.
+    """
+    config = pipeline.config
+    if config.mode == "random":
+        raise ConfigError("is 'random', which trains nothing: nothing to plan", key="mode")
+    stage = pipeline.joint_stage()
+    stage.check()
+    training = plan_training(stage.needs, recorded=None, budget=pipeline.workspace.budget)
+    spec = stage.needs.spec
+    patches = math.prod(spec.shape[1:])
+    forwards = 1 if training.micro_batch >= spec.rows else 2
+    return JointPlan(
+        pipeline=config.name,
+        mode=config.mode,
+        device=str(pipeline.workspace.device),
+        modules=len(config.module),
+        training=training,
+        forward_flops=forwards * patches * training.step.forward_flops,
+        backward_flops=patches * training.step.backward_flops,
+        skipped=pipeline.skipped,
+    )
+
+
 def plan_pipeline(pipeline: Pipeline) -> PipelinePlan:
     """Project memory, disk and work of every stage, one module in memory at a time.
 
@@ -197,6 +254,10 @@ def _windows(
 
 def smallest_budget(pipeline: Pipeline) -> Budget:
     """The smallest budgets that all stages of a pipeline work with."""
+    if pipeline.config.mode == "random":
+        return Budget()
+    if not pipeline.config.iterative:
+        return smallest_training(pipeline.joint_stage().needs)
     shapes = pipeline.check()
     needs = chain_needs(pipeline.workspace, pipeline.source, shapes)
     least = [smallest_training(stage) for stage in needs]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,10 @@ from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.stage.checkpoint import FrozenWeights, TrainingRecord, peek_checkpoint
 from gim_stagewise.stage.disk import folder_bytes
 from gim_stagewise.stage.identity import cache_recipe, recipe_differences, stage_recipe
+from gim_stagewise.stage.joint import JointStage
 from gim_stagewise.stage.outputs import described
 from gim_stagewise.stage.stage import Stage
+from gim_stagewise.stage.workspace import Workspace
 
 State = Literal["missing", "training", "frozen", "partial", "sealed", "waiting", "stale", "corrupt"]
 
@@ -26,10 +28,10 @@ class StageStatus:
     """State of one stage.
 
     *missing*: nothing is there. *training*: a checkpoint is. *frozen*: weights are, the cache is
-    not. *partial*: some blocks of the cache are done. *sealed*: weights and cache are complete and
-    belong to file, code and data. *waiting*: they belong to the file, and will be compared with the
-    module below when that is sealed. *stale*: what is there belongs to something else. *corrupt*:
-    it cannot be read.
+    not; none is made where all modules are trained in one step. *partial*: some blocks of the cache
+    are done. *sealed*: weights and cache are complete and belong to file, code and data. *waiting*:
+    they belong to the file, and will be compared with the module below when that is sealed.
+    *stale*: what is there belongs to something else. *corrupt*: it cannot be read.
 
     Parameters
     ----------
@@ -60,11 +62,46 @@ def pipeline_status(pipeline: Pipeline) -> list[StageStatus]:
     GimStageError
         If the pipeline itself is wrong, or its data cannot be found.
     """
+    if not pipeline.config.iterative:
+        return _joint_status(pipeline)
     found: list[StageStatus] = []
     for index in pipeline.config.module:
         below = found[-1] if found else None
         found.append(_stage_status(pipeline, index, below))
     return found
+
+
+def _joint_status(pipeline: Pipeline) -> list[StageStatus]:
+    """States where all modules are trained in one step."""
+    space, stage = pipeline.workspace, pipeline.joint_stage()
+    found: list[StageStatus] = []
+    counters = peek_checkpoint(space.joint_checkpoint_path, run=stage.run_digest)
+    below: FrozenWeights | None = None
+    for index in pipeline.config.module:
+        weights, state, why = _joint_weights(space, stage, index, below)
+        below = weights
+        if state in ("missing", "stale") and counters is not None:
+            limit, epoch = pipeline.config.stage(1).train.max_epochs, int(counters["epoch"])
+            why = f"epoch {epoch + 1} of at most {limit}, with all modules"
+            found.append(StageStatus(index, "training", why, done=epoch / limit))
+            continue
+        record = weights.record if weights is not None and state == "frozen" else None
+        found.append(StageStatus(index, state, why, record=record))
+    return found
+
+
+def _joint_weights(
+    space: Workspace, stage: JointStage, index: int, below: FrozenWeights | None
+) -> tuple[FrozenWeights | None, State, str]:
+    path = space.weights_path(index)
+    if not path.exists():
+        return None, "missing", ""
+    try:
+        weights = FrozenWeights.load(path)
+    except CorruptCacheError as error:
+        return None, "corrupt", str(error)
+    why = stage.staleness(weights, below)
+    return weights, "stale" if why else "frozen", why
 
 
 def _stage_status(pipeline: Pipeline, index: int, below: StageStatus | None) -> StageStatus:
@@ -196,6 +233,7 @@ def _candidates(pipeline: Pipeline) -> Iterator[tuple[Path, str]]:
         ("m*.safetensors", ".safetensors"),
         ("checkpoints/m*.pt", ".pt"),
     ]
+    yield from _joint_candidates(pipeline, states)
     for pattern, suffix in places:
         for path in sorted(space.folder.glob(pattern)):
             index = _number(path.name, suffix)
@@ -207,12 +245,30 @@ def _candidates(pipeline: Pipeline) -> Iterator[tuple[Path, str]]:
                 yield path, reason
 
 
+def _joint_candidates(
+    pipeline: Pipeline, states: Mapping[int, StageStatus]
+) -> Iterator[tuple[Path, str]]:
+    """The checkpoint of all modules, if it is of no more use."""
+    path = pipeline.workspace.joint_checkpoint_path
+    if not path.exists() or any(status.state == "training" for status in states.values()):
+        return
+    done = all(status.state == "frozen" for status in states.values())
+    if pipeline.config.iterative:
+        yield path, "of another mode: modules are trained one after another"
+    else:
+        yield path, "training is done" if done else "stale: of other settings, data or code"
+
+
 def _why_removable(pipeline: Pipeline, path: Path, status: StageStatus) -> str:
     """Why a file of a stage is of no use; empty if it is, or will be once something is mended."""
     if path.suffix == ".pt":
         if status.record is not None:
             return "training is done"
         return f"stale: {status.why}" if status.state == "stale" else ""
+    if not pipeline.config.iterative:
+        if path.suffix == ".zarr":
+            return f"no cache is made where mode = {pipeline.config.mode!r}"
+        return f"{status.state}: {status.why}" if status.state in ("stale", "corrupt") else ""
     try:
         read: Any = read_manifest if path.suffix == ".zarr" else FrozenWeights.load
         recipe = read(path).recipe

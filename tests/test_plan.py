@@ -24,6 +24,7 @@ from gim_stagewise.stage.forward import project_forward
 from gim_stagewise.stage.freeze import FrozenModule
 from gim_stagewise.stage.needs import StageNeeds
 from gim_stagewise.stage.project import count_step, measure_step, project_step
+from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.spec import StepSpec
 from gim_stagewise.stage.stage import Stage
 
@@ -46,12 +47,11 @@ def spec(micro_batch: int, *, shape: tuple[int, ...] = (8, 4, 4), lean: bool = T
     return StepSpec(
         config=parse_pipeline(RESNET, file="resnet.toml"),
         code_folder=None,
-        index=1,
-        cell=(1, 16, 16),
+        indexes=(1,),
+        shapes=(Shape((4, 4), (4, 4), (1, 16, 16), (128, 16, 16), 128),),
+        classes=0,
         forward_cell=(1, 16, 16),
         shape=shape,
-        embedding=128,
-        targets=0,
         piece=256,
         micro_batch=micro_batch,
         device="cpu",
@@ -72,7 +72,7 @@ def needs(spec: StepSpec, *, asked: int | Literal["auto"] | None = None) -> Stag
 
 def test_a_count_has_parameters_gradients_and_optimizer_to_the_byte() -> None:
     counted = count_step(spec(8)).counted
-    module, objective = spec(8).module(), spec(8).objective()
+    module, objective = spec(8).parts()
     parameters = [*module.parameters(), *objective.parameters()]
     size = sum(parameter.nbytes for parameter in parameters)
     assert counted["parameters"] == size

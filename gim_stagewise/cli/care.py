@@ -13,9 +13,10 @@ from gim_stagewise.cli import options
 
 @click.command()
 @options.pipeline_argument
-@options.folder_option("cache/NAME, with the pipeline's name")
+@options.mode_option
+@options.folder_option("cache/NAME, with the pipeline's name, or cache/NAME-MODE")
 @options.json_option
-def status(pipeline_file: Path, folder: Path | None, as_json: bool) -> None:
+def status(pipeline_file: Path, mode: str | None, folder: Path | None, as_json: bool) -> None:
     """Show where each stage of a pipeline FILE stands, and why.
 
     \b
@@ -25,7 +26,7 @@ def status(pipeline_file: Path, folder: Path | None, as_json: bool) -> None:
     from gim_stagewise.report.tables import status_table
     from gim_stagewise.status import pipeline_status
 
-    pipeline = options.pipeline_from(pipeline_file, None, folder, device="cpu")
+    pipeline = options.pipeline_from(pipeline_file, None, folder, device="cpu", mode=mode)
     with options.naming(pipeline_file):
         stages = pipeline_status(pipeline)
     if as_json:
@@ -42,6 +43,7 @@ def status(pipeline_file: Path, folder: Path | None, as_json: bool) -> None:
 
 @click.command()
 @options.pipeline_argument
+@options.mode_option
 @click.option(
     "--to",
     "target",
@@ -49,9 +51,11 @@ def status(pipeline_file: Path, folder: Path | None, as_json: bool) -> None:
     type=click.Path(path_type=Path, dir_okay=False),
     help="File to write: .safetensors, or .pt2 for a program of torch.export.",
 )
-@options.folder_option("cache/NAME, with the pipeline's name")
+@options.folder_option("cache/NAME, with the pipeline's name, or cache/NAME-MODE")
 @options.json_option
-def export(pipeline_file: Path, target: Path, folder: Path | None, as_json: bool) -> None:
+def export(
+    pipeline_file: Path, mode: str | None, target: Path, folder: Path | None, as_json: bool
+) -> None:
     """Write the trained modules of a pipeline FILE, one on top of another, as one encoder.
 
     \b
@@ -61,7 +65,7 @@ def export(pipeline_file: Path, target: Path, folder: Path | None, as_json: bool
     """
     from gim_stagewise.stage.export import export_encoder
 
-    pipeline = options.pipeline_from(pipeline_file, None, folder, device="cpu")
+    pipeline = options.pipeline_from(pipeline_file, None, folder, device="cpu", mode=mode)
     with options.naming(pipeline_file):
         encoder = export_encoder(pipeline.workspace, target, pipeline=pipeline_file)
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
@@ -159,11 +163,14 @@ def verify(
 
 @click.command()
 @options.pipeline_argument
-@options.folder_option("cache/NAME, with the pipeline's name")
+@options.mode_option
+@options.folder_option("cache/NAME, with the pipeline's name, or cache/NAME-MODE")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @options.break_lock_option
 @options.json_option
-def clean(pipeline_file: Path, folder: Path | None, yes: bool, as_json: bool) -> None:
+def clean(
+    pipeline_file: Path, mode: str | None, folder: Path | None, yes: bool, as_json: bool
+) -> None:
     """Remove leftovers and stale things from a run's folder, after listing them.
 
     Current weights and caches stay, and so does work that can be gone on with.
@@ -176,7 +183,7 @@ def clean(pipeline_file: Path, folder: Path | None, yes: bool, as_json: bool) ->
     from gim_stagewise.status import removable, remove
     from gim_stagewise.units import format_bytes
 
-    pipeline = options.pipeline_from(pipeline_file, None, folder, device="cpu")
+    pipeline = options.pipeline_from(pipeline_file, None, folder, device="cpu", mode=mode)
     place = pipeline.workspace.folder
     # Nobody works there between the list and the removal.
     with options.naming(pipeline_file), exclusive(place) if place.exists() else nullcontext():

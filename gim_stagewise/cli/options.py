@@ -34,6 +34,13 @@ def folder_option(default: str) -> Callable[[Command], Command]:
 
 
 pipeline_argument = click.argument("pipeline_file", metavar="FILE", type=_PATH)
+mode_option = click.option(
+    "--mode",
+    type=click.Choice(
+        ["iterative", "simultaneous", "cpc", "supervised", "greedy_supervised", "random"]
+    ),
+    help='How modules are trained, instead of what the file says; see README, "Modes".',
+)
 device_option = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
@@ -165,6 +172,7 @@ def pipeline_from(
     folder: Path | None,
     device: str = "auto",
     progress: Progress | None = None,
+    mode: str | None = None,
 ) -> Pipeline:
     """The pipeline named by a file, or by the text that the input cache carries."""
     from gim_stagewise.pipeline import Pipeline
@@ -172,7 +180,7 @@ def pipeline_from(
     if file is not None:
         if folder is None and input_path is not None:
             folder = input_path.absolute().parent
-        return Pipeline.from_file(file, folder=folder, device=device, progress=progress)
+        return Pipeline.from_file(file, folder=folder, device=device, progress=progress, mode=mode)
     if input_path is None:
         raise click.UsageError(
             "say what to work on: --input CACHE, or --pipeline FILE for module 1"

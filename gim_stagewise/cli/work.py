@@ -12,7 +12,8 @@ from gim_stagewise.cli import options
 
 @click.command()
 @options.pipeline_argument
-@options.folder_option("cache/NAME, with the pipeline's name")
+@options.mode_option
+@options.folder_option("cache/NAME, with the pipeline's name, or cache/NAME-MODE")
 @click.option("--from", "start", type=int, help="Make this module and those above anew.")
 @click.option("--until", type=int, help="Stop after this module.")
 @options.workers_option
@@ -27,6 +28,7 @@ from gim_stagewise.cli import options
 @options.json_option
 def run(
     pipeline_file: Path,
+    mode: str | None,
     folder: Path | None,
     start: int | None,
     until: int | None,
@@ -49,6 +51,7 @@ def run(
     Examples:
       gim-stage run pipelines/digits.toml
       gim-stage run pipelines/digits.toml --from 2 --workers 2
+      gim-stage run pipelines/digits.toml --mode simultaneous
       gim-stage run pipelines/digits.toml --allowed-host-mem 2GB
     """
     from gim_stagewise.pipeline import Pipeline
@@ -58,7 +61,9 @@ def run(
 
     progress = options.progress_for(quiet=quiet, verbose=verbose)
     workers = options.workers_from(worker_count, scheduler)
-    pipeline = Pipeline.from_file(pipeline_file, folder=folder, device=device, progress=progress)
+    pipeline = Pipeline.from_file(
+        pipeline_file, folder=folder, device=device, progress=progress, mode=mode
+    )
     with options.naming(pipeline_file):
         sizes = options.Sizes(allowed_mem, allowed_host_mem, allowed_disk)
         pipeline = options.limited(pipeline, sizes, lambda: smallest_budget(pipeline))
@@ -69,7 +74,8 @@ def run(
 
 @click.command()
 @options.pipeline_argument
-@options.folder_option("cache/NAME, with the pipeline's name")
+@options.mode_option
+@options.folder_option("cache/NAME, with the pipeline's name, or cache/NAME-MODE")
 @options.allowed_mem_option
 @options.allowed_host_mem_option
 @options.allowed_disk_option
@@ -77,6 +83,7 @@ def run(
 @options.json_option
 def plan(
     pipeline_file: Path,
+    mode: str | None,
     folder: Path | None,
     allowed_mem: str | None,
     allowed_host_mem: str | None,
@@ -94,13 +101,24 @@ def plan(
       gim-stage plan pipelines/digits.toml --allowed-mem 500MB --allowed-disk 10GB
     """
     from gim_stagewise.pipeline import Pipeline
-    from gim_stagewise.plan import plan_pipeline, smallest_budget
-    from gim_stagewise.report.plans import plan_record, plan_report
+    from gim_stagewise.plan import plan_joint, plan_pipeline, smallest_budget
+    from gim_stagewise.report.plans import (
+        joint_plan_record,
+        joint_plan_report,
+        plan_record,
+        plan_report,
+    )
 
-    pipeline = Pipeline.from_file(pipeline_file, folder=folder, device=device)
+    pipeline = Pipeline.from_file(pipeline_file, folder=folder, device=device, mode=mode)
     with options.naming(pipeline_file):
         sizes = options.Sizes(allowed_mem, allowed_host_mem, allowed_disk)
         pipeline = options.limited(pipeline, sizes, lambda: smallest_budget(pipeline))
+        if not pipeline.config.iterative:
+            joint = plan_joint(pipeline)
+            parts = joint_plan_report(joint)
+            for part in [joint_plan_record(joint)] if as_json else parts:
+                options.show(part)
+            return
         planned = plan_pipeline(pipeline)
     if as_json:
         options.show(plan_record(planned))
@@ -111,7 +129,7 @@ def plan(
 
 @click.command()
 @options.pipeline_argument
-@options.folder_option("cache/NAME, with the pipeline's name")
+@options.folder_option("cache/NAME, with the pipeline's name, or cache/NAME-MODE")
 @options.device_option
 @options.quiet_option
 @options.json_option
@@ -175,6 +193,7 @@ def train(
       gim-stage train --module 1 --pipeline pipelines/digits.toml
       gim-stage train --module 2 --input cache/digits/m1.zarr
     """
+    from gim_stagewise.report.tables import nats
     from gim_stagewise.stage.fit import smallest_training
 
     progress = options.progress_for(quiet=quiet, verbose=verbose)
@@ -206,8 +225,8 @@ def train(
         return
     done = "trained and frozen" if trained else "nothing to do, the frozen weights match"
     click.echo(
-        f"module {index}: {done}; {record.epochs} epochs, train loss {record.train_loss:.3f}, "
-        f"validation loss {record.validation_loss:.3f}: {path}"
+        f"module {index}: {done}; {record.epochs} epochs, train loss {nats(record.train_loss)}, "
+        f"validation loss {nats(record.validation_loss)}: {path}"
     )
 
 

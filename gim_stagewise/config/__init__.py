@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from gim_stagewise.config.load import load_pipeline, parse_pipeline
+from gim_stagewise.config.load import load_pipeline, parse_pipeline, with_top_level
 from gim_stagewise.config.tables import (
     BITROUND,
     LARGE_KINDS,
+    MODES,
     PRECISIONS,
     AugmentConfig,
     CacheConfig,
+    ContextConfig,
     ExtractConfig,
+    Mode,
     ModuleConfig,
     ObjectiveConfig,
     PatchesConfig,
@@ -23,10 +26,13 @@ from gim_stagewise.config.tables import (
 __all__ = [
     "BITROUND",
     "LARGE_KINDS",
+    "MODES",
     "PRECISIONS",
     "AugmentConfig",
     "CacheConfig",
+    "ContextConfig",
     "ExtractConfig",
+    "Mode",
     "ModuleConfig",
     "ObjectiveConfig",
     "PatchesConfig",
@@ -37,4 +43,5 @@ __all__ = [
     "WindowsConfig",
     "load_pipeline",
     "parse_pipeline",
+    "with_top_level",
 ]

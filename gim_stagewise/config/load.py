@@ -8,6 +8,7 @@ a module's own table of that name wins key by key. Whatever is wrong with a file
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -36,8 +37,14 @@ _SHARED: dict[str, type[Table]] = {
 }
 
 
-def load_pipeline(path: str | Path) -> tuple[PipelineConfig, str]:
+def load_pipeline(path: str | Path, **changes: str | int | None) -> tuple[PipelineConfig, str]:
     """Read and validate a pipeline file.
+
+    Parameters
+    ----------
+    path : str or Path
+    **changes
+        Top-level values that replace the file's, in the text as well (see `with_top_level`).
 
     Returns
     -------
@@ -56,7 +63,25 @@ def load_pipeline(path: str | Path) -> tuple[PipelineConfig, str]:
         raise ConfigError("no such pipeline file", file=str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot be read as a text file ({error})", file=str(path)) from None
+    text = with_top_level(text, **changes)
     return parse_pipeline(text, file=str(path)), text
+
+
+def with_top_level(text: str, **changes: str | int | None) -> str:
+    """A pipeline file's text with other top-level values; those that are None stay as they are.
+
+    What is recorded of a run is then a file that says the same.
+    """
+    for name, value in changes.items():
+        if value is None:
+            continue
+        line = f"{name} = {json.dumps(value)}\n"
+        table = re.search(r"^[ \t]*\[", text, re.MULTILINE)
+        end = table.start() if table else len(text)
+        stated = re.search(rf"^{name}[ \t]*=.*\n?", text[:end], re.MULTILINE)
+        start, stop = stated.span() if stated else (0, 0)
+        text = text[:start] + line + text[stop:]
+    return text
 
 
 def parse_pipeline(text: str, *, file: str) -> PipelineConfig:

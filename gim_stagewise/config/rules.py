@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gim_stagewise.config.tables import LARGE_KINDS, PipelineConfig
+from gim_stagewise.config.tables import LARGE_KINDS, PipelineConfig, TrainConfig
 from gim_stagewise.errors import ConfigError
 
 
@@ -14,11 +14,65 @@ def check_together(config: PipelineConfig) -> None:
     ConfigError
         That names the key.
     """
+    _check_mode(config)
+    _check_groups(config)
     _check_encoding(config)
     if config.windowed:
         _check_windowed(config)
     else:
         _refuse_windows(config)
+
+
+# What may differ between modules that are trained in one step.
+_OWN = {"lr", "update_every", "window"}
+
+
+def _check_mode(config: PipelineConfig) -> None:
+    """What one step that trains all modules cannot have, and what only it has."""
+    if config.mode == "random":
+        return
+    if config.iterative:
+        for number, module in config.module.items():
+            if module.train.update_every > 1:
+                raise ConfigError(
+                    f"is {module.train.update_every}, but modules are trained one after another; "
+                    'leave it out, or set mode = "simultaneous"',
+                    key=f"module.{number}.train.update_every",
+                )
+        return
+    first = config.module[1].train
+    for number, module in config.module.items():
+        for name in set(TrainConfig.model_fields) - _OWN:
+            own, shared = getattr(module.train, name), getattr(first, name)
+            if own != shared:
+                raise ConfigError(
+                    f"is {own!r}, and {shared!r} for module 1, but mode = {config.mode!r} trains "
+                    "all modules in one step; give it once, as train." + name,
+                    key=f"module.{number}.train.{name}",
+                )
+        if config.mode == "cpc" and config.dense:
+            raise ConfigError(
+                'is "cpc", whose context network takes a grid of patches, and encoding is "dense"',
+                key="mode",
+            )
+        if not config.isolated and module.train.update_every > 1:
+            raise ConfigError(
+                f"is {module.train.update_every}, but mode = {config.mode!r} trains all modules "
+                "end to end; leave it out",
+                key=f"module.{number}.train.update_every",
+            )
+
+
+def _check_groups(config: PipelineConfig) -> None:
+    """Groups that negatives come from are whole parts of a batch."""
+    for number, module in config.module.items():
+        group, batch = module.objective.negatives_group, module.train.batch
+        if group is not None and batch % group:
+            raise ConfigError(
+                f"is {group}, of which a batch of {batch} samples is no multiple; use a divisor of "
+                f"train.batch",
+                key=f"module.{number}.objective.negatives_group",
+            )
 
 
 def _check_encoding(config: PipelineConfig) -> None:
@@ -71,7 +125,7 @@ def _check_windowed(config: PipelineConfig) -> None:
             key="extract.batch",
         )
     for number, module in config.module.items():
-        if module.train.window is None:
+        if module.train.window is None and (config.iterative or number == 1):
             raise ConfigError(
                 "missing; where items are read in windows it says how large those are that modules "
                 "are trained on",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -26,6 +26,8 @@ BITROUND = r"bitround-([1-9]|1\d|2[0-2])"
 # Sources whose items are read in windows.
 LARGE_KINDS = frozenset({"large", "mosaic", "audio"})
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Mode = Literal["iterative", "simultaneous", "cpc", "supervised", "greedy_supervised", "random"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 class Table(BaseModel):
@@ -116,14 +118,16 @@ class WindowsConfig(Table):
 class ObjectiveConfig(Table):
     """InfoNCE (paper, equations 3 and 4).
 
-    With ``encoding = "dense"`` ``pool`` positions a side of a module's output share an embedding,
-    their mean.
+    Negatives are drawn from all of a batch; with ``negatives_group`` from so many samples of it, as
+    where a batch is spread over GPUs. With ``encoding = "dense"`` ``pool`` positions a side of a
+    module's output share an embedding, their mean.
     """
 
     kind: Literal["infonce"] = "infonce"
     prediction_steps: PositiveInt = 3
     skip: Annotated[int, Field(ge=0)] = 1
     negatives: PositiveInt = 16
+    negatives_group: PositiveInt | None = None
     pool: PositiveInt = 1
 
 
@@ -133,6 +137,14 @@ class TrainConfig(Table):
     ``batch`` counts samples, ``micro_batch`` patches (all of a batch by default; "auto" takes the
     most that the memory budget allows), ``patience`` epochs. ``window`` is the side of the windows
     that a module is trained on where items are read in windows: patches, or positions of its input.
+
+    Against overfitting on inputs that never change: ``dropout`` sets so many of a module's inputs
+    to zero, ``noise`` multiplies them with normal numbers of mean 1 and this standard deviation
+    (Srivastava et al. 2014, section 10), both in training alone; with ``average`` what is
+    validated and frozen are the exponential moving averages of the weights, with this decay a step.
+
+    Where all modules are trained in one step, ``update_every`` says in which steps this one's
+    weights are changed.
     """
 
     batch: PositiveInt = 32
@@ -145,6 +157,17 @@ class TrainConfig(Table):
     shuffle_window: ByteSize = 256_000_000
     checkpoint_every: PositiveInt = 100
     window: PositiveInt | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    noise: Annotated[float, Field(ge=0)] = 0.0
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    update_every: PositiveInt = 1
+
+
+class ContextConfig(Table):
+    """The context network of mode "cpc" (see `gim_stagewise.models.PixelCNN`)."""
+
+    channels: PositiveInt = 256
+    layers: PositiveInt = 5
 
 
 def _known_precision(name: str) -> str:
@@ -190,10 +213,19 @@ class ExtractConfig(Table):
 
 
 class ProbeConfig(Table):
-    """The linear classifier that says how good frozen features are."""
+    """The linear classifier that says how good frozen features are.
+
+    ``classifier = "logistic"`` is fitted to convergence (L-BFGS), its L2 strength chosen on a
+    ``validation`` part of the training split. "adam" is trained for ``epochs`` at most at a rate of
+    ``lr``, as the paper's is (appendix A.1); the number of epochs is chosen there.
+    """
 
     pooling: Literal["mean", "all"] = "mean"
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    classifier: Literal["logistic", "adam"] = "logistic"
+    lr: PositiveFloat = 1e-3
+    epochs: PositiveInt = 100
+    batch: PositiveInt = 128
 
 
 class ModuleConfig(Table):
@@ -207,10 +239,17 @@ class ModuleConfig(Table):
 
 
 class PipelineConfig(Table):
-    """A whole pipeline file; ``module`` maps 1, 2, ... to the modules, bottom first."""
+    """A whole pipeline file; ``module`` maps 1, 2, ... to the modules, bottom first.
+
+    ``mode`` says how they are trained: *iterative*, one after another, through caches;
+    *simultaneous*, all in one step, gradients blocked between them; *cpc*, end to end with a
+    context network on top; *supervised*, end to end with a classifier; *greedy_supervised*, in one
+    step with a classifier each, gradients blocked; *random*, not at all.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: Annotated[int, Field(ge=0)] = 0
+    mode: Mode = "iterative"
     keep: Literal["all", "last-two", "last"] = "all"
     encoding: Literal["patch", "dense"] = "patch"
     source: SourceConfig
@@ -219,12 +258,28 @@ class PipelineConfig(Table):
     windows: WindowsConfig = WindowsConfig()
     extract: ExtractConfig = ExtractConfig()
     probe: ProbeConfig = ProbeConfig()
+    context: ContextConfig = ContextConfig()
     module: dict[int, ModuleConfig]
 
     @property
     def windowed(self) -> bool:
         """Whether items are read in windows, and may be of any size."""
         return self.source.kind in LARGE_KINDS
+
+    @property
+    def iterative(self) -> bool:
+        """Whether modules are trained one after another, each from the cache of the one below."""
+        return self.mode == "iterative"
+
+    @property
+    def supervised(self) -> bool:
+        """Whether training wants labels."""
+        return self.mode in ("supervised", "greedy_supervised")
+
+    @property
+    def isolated(self) -> bool:
+        """Whether no gradient goes from a module to the one below."""
+        return self.mode not in ("cpc", "supervised")
 
     @property
     def dense(self) -> bool:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from gim_stagewise.models.build import Builder, build_module, forget_user_code, resolve_builder
-from gim_stagewise.models.contract import (
-    INPUT_OPERATIONS,
-    CellMean,
-    embed,
-    output_shape,
-    pool,
-    state_size,
-    target_channels,
-)
+from gim_stagewise.models.context import PixelCNN
+from gim_stagewise.models.contract import INPUT_OPERATIONS, output_shape, state_size
+from gim_stagewise.models.embedding import CellMean, Stack, embed, pool, target_channels
 from gim_stagewise.models.geometry import check_windows, module_geometry, probed_geometry
 
 __all__ = [
     "INPUT_OPERATIONS",
     "Builder",
     "CellMean",
+    "PixelCNN",
+    "Stack",
     "build_module",
     "check_windows",
     "embed",

@@ -27,61 +27,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from gim_stagewise.errors import ModuleRefusedError
+from gim_stagewise.models.embedding import pool
 
 # All of them leave unchanged what went through them before, so that a module that applies its
 # operation gives the same on either form of its input.
 INPUT_OPERATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu}
-
-
-class CellMean:
-    """Embeddings in dense encoding: the mean over cells of so many positions along each axis.
-
-    The last cell of an axis may have fewer. With one position a cell, as in sequences, these are
-    the outputs themselves.
-    """
-
-    def __init__(self, positions: int) -> None:
-        self.positions = positions
-
-    def __call__(
-        self, z: Float[Tensor, "row channel *space"]
-    ) -> Float[Tensor, "row *cell channel"]:
-        if self.positions > 1:
-            mean = F.avg_pool2d if z.ndim == 4 else F.avg_pool1d
-            z = mean(z, self.positions, ceil_mode=True, count_include_pad=False)
-        return z.movedim(1, -1)
-
-
-def pool(
-    module: nn.Module, z: Float[Tensor, "row channel *space"]
-) -> Float[Tensor, "row *cell channel"]:
-    """Embeddings of a module's outputs: its own ``pool``, or the mean over space."""
-    own = getattr(module, "pool", None)
-    if callable(own):
-        pooled: Tensor = own(z)
-        return pooled
-    return z.flatten(2).mean(2) if z.ndim > 2 else z
-
-
-def embed(module: nn.Module, x: Float[Tensor, "row channel *space"]) -> Tensor:
-    """What the objective sees of a module: embeddings, and after their channels the targets'.
-
-    Targets are there where they are not the embeddings themselves (``predicts = "input"``); no
-    gradient goes to them.
-    """
-    pooled = pool(module, module(x))
-    if target_channels(module, x.shape[1]) == 0:
-        return pooled
-    return torch.cat([pooled, x.detach().movedim(1, -1)], dim=-1)
-
-
-def target_channels(module: nn.Module, in_channels: int) -> int:
-    """Channels of the targets that `embed` adds; 0 where embeddings predict their own kind."""
-    return in_channels if getattr(module, "predicts", None) == "input" else 0
 
 
 def state_size(module: nn.Module, in_shape: tuple[int, ...], *, key: str) -> int:

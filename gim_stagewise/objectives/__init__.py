@@ -2,28 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from gim_stagewise.config import ObjectiveConfig
+from gim_stagewise.objectives.contract import Objective
+from gim_stagewise.objectives.cpc import CPC
 from gim_stagewise.objectives.infonce import InfoNCE, check_rows
+from gim_stagewise.objectives.joint import Joint
+from gim_stagewise.objectives.supervised import CrossEntropy
 from gim_stagewise.seeds import derive_seed
 
-__all__ = ["InfoNCE", "build_objective", "check_rows"]
+__all__ = [
+    "CPC",
+    "CrossEntropy",
+    "InfoNCE",
+    "Joint",
+    "Objective",
+    "build_objective",
+    "check_rows",
+    "seeded",
+]
+
+
+@contextmanager
+def seeded(seed: int, index: int) -> Iterator[None]:
+    """Draw initial projections of module ``index``'s objective inside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "projections", index))
+        yield
 
 
 def build_objective(
     config: ObjectiveConfig, *, channels: int, targets: int = 0, seed: int, index: int
 ) -> InfoNCE:
-    """The objective of module ``index`` with seeded projections.
+    """The InfoNCE of module ``index`` with seeded projections.
 
     ``channels`` and ``targets`` are those of `InfoNCE`.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "projections", index))
+    with seeded(seed, index):
         return InfoNCE(
             channels,
             targets=targets,
             prediction_steps=config.prediction_steps,
             negatives=config.negatives,
             skip=config.skip,
+            group=config.negatives_group,
         )

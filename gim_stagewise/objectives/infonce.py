@@ -9,10 +9,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from gim_stagewise.errors import ConfigError
+from gim_stagewise.objectives.contract import Objective
 from gim_stagewise.windows import Span
 
 
-class InfoNCE(nn.Module):
+class InfoNCE(Objective):
     r"""Module-local InfoNCE with a log-bilinear score.
 
     For every prediction step k = 1 … K, the embedding c of row i is the context and the
@@ -40,6 +41,9 @@ class InfoNCE(nn.Module):
         N.
     skip : int
         Rows between context and first target that are left out because they overlap.
+    group : int, optional
+        Samples that draw their negatives from one another, as those on one of several GPUs do; the
+        loss is the mean over samples. By default all samples of a batch.
     """
 
     def __init__(
@@ -50,11 +54,13 @@ class InfoNCE(nn.Module):
         prediction_steps: int,
         negatives: int,
         skip: int = 1,
+        group: int | None = None,
     ) -> None:
         super().__init__()
         self.channels = channels
         self.negatives = negatives
         self.skip = skip
+        self.group = group
         # One W_k per step; drawn like the weights of a bias-free linear layer.
         bound = channels**-0.5
         shape = (prediction_steps, targets or channels, channels)
@@ -66,6 +72,7 @@ class InfoNCE(nn.Module):
         z: Float[Tensor, "sample row *column channel"],
         *,
         generator: torch.Generator,
+        labels: Int64[Tensor, " sample"] | None = None,
         window: Span | None = None,
     ) -> Float[Tensor, ""]:
         """The loss of a batch.
@@ -78,6 +85,8 @@ class InfoNCE(nn.Module):
             the last channels.
         generator : torch.Generator
             On the CPU, whatever device ``z`` is on, so that draws are the same everywhere.
+        labels : Tensor, optional
+            Not looked at.
         window : Span, optional
             Rows (steps) that contexts and targets are taken from, all by default; negatives
             always come from all rows. Nothing is computed for pairs outside it.
@@ -87,6 +96,13 @@ class InfoNCE(nn.Module):
         Tensor
             A scalar of ``z``'s dtype.
         """
+        loss = z.new_zeros(())
+        for group in torch.split(z, self.group or len(z)):
+            loss = loss + self._loss(group, generator, window) * (len(group) / len(z))
+        return loss
+
+    def _loss(self, z: Tensor, generator: torch.Generator, window: Span | None) -> Tensor:
+        """The loss of samples that draw negatives from one another."""
         candidates = self._targets(z).flatten(0, -2)
         read = z if window is None else z[:, window.slice]
         loss = z.new_zeros(())

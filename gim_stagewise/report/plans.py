@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.table import Table
 
-from gim_stagewise.plan import PipelinePlan, StagePlan
+from gim_stagewise.plan import JointPlan, PipelinePlan, StagePlan
 from gim_stagewise.prove import Proof
 from gim_stagewise.stage.disk import KEEPS
+from gim_stagewise.stage.fit import TrainingPlan
 from gim_stagewise.units import format_bytes
 
 # From here on it is said: negatives come from the batch, and are too alike.
@@ -36,16 +37,7 @@ def _stage_record(stage: StagePlan) -> dict[str, Any]:
         "micro_batch": training.micro_batch,
         "device_mem": stage.device_mem,
         "host_mem": stage.host_mem,
-        "training": {
-            "projected_mem": training.projected,
-            "counted": training.step.counted,
-            "workspace": training.step.workspace,
-            "basis": training.step.basis,
-            "loader": training.loader,
-            "chain": training.chain,
-            "best_weights": training.weights,
-            "process": training.base,
-        },
+        "training": _training_record(training),
         "extraction": {
             "forward": extraction.forward,
             "block": extraction.block,
@@ -63,18 +55,77 @@ def _stage_record(stage: StagePlan) -> dict[str, Any]:
     }
 
 
+def _training_record(training: TrainingPlan) -> dict[str, Any]:
+    return {
+        "projected_mem": training.projected,
+        "counted": training.step.counted,
+        "workspace": training.step.workspace,
+        "basis": training.step.basis,
+        "loader": training.loader,
+        "chain": training.chain,
+        "best_weights": training.weights,
+        "process": training.base,
+    }
+
+
+def joint_plan_record(plan: JointPlan) -> dict[str, Any]:
+    """A plan of training all modules in one step, as `plan_record`."""
+    return {
+        "pipeline": plan.pipeline,
+        "mode": plan.mode,
+        "device": plan.device,
+        "modules": plan.modules,
+        "micro_batch": plan.training.micro_batch,
+        "device_mem": plan.training.device,
+        "host_mem": plan.training.host,
+        "training": _training_record(plan.training),
+        "forward_flops": plan.forward_flops,
+        "backward_flops": plan.backward_flops,
+        "skipped": plan.skipped,
+    }
+
+
+def joint_plan_report(plan: JointPlan) -> Iterator[Table | str]:
+    """The same for people."""
+    table = Table(title=f"{plan.pipeline}, {plan.mode}, on {plan.device}", title_justify="left")
+    for name in ("modules", "micro-batch", "device", "host", "work"):
+        table.add_column(name, justify="right")
+    training = plan.training
+    table.add_row(
+        str(plan.modules),
+        str(training.micro_batch),
+        format_bytes(training.device),
+        format_bytes(training.host),
+        _work(plan.forward_flops, plan.backward_flops),
+    )
+    yield table
+    if not training.on_gpu:
+        yield _ON_CPU
+    yield f"all modules, a step: {_step(training)}"
+    yield f"    {training.step.basis}; no caches"
+    for why in plan.skipped.values():
+        yield f"left out: {why}"
+
+
+_ON_CPU = "On a CPU the device's memory is part of the host's."
+
+
+def _step(training: TrainingPlan) -> str:
+    """What a step takes, by category."""
+    step = training.step
+    parts = [f"{name} {format_bytes(size)}" for name, size in step.counted.items()]
+    return ", ".join([*parts, f"workspace {format_bytes(step.workspace)}"])
+
+
 def plan_report(plan: PipelinePlan) -> Iterator[Table | str]:
     """A plan for people."""
     yield _table(plan)
     on_gpu = plan.stages[0].training.on_gpu
     if not on_gpu:
-        yield "On a CPU the device's memory is part of the host's."
+        yield _ON_CPU
     for stage in plan.stages:
-        step = stage.training.step
-        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in step.counted.items())
-        workspace = f"workspace {format_bytes(step.workspace)}"
-        yield f"module {stage.module}, a step: {', '.join(filter(None, [parts, workspace]))}"
-        yield f"    {step.basis}; cache: {stage.cache_basis}"
+        yield f"module {stage.module}, a step: {_step(stage.training)}"
+        yield f"    {stage.training.step.basis}; cache: {stage.cache_basis}"
         if stage.windows is not None:
             window, pixels, tile = (
                 "×".join(map(str, sizes))

@@ -18,12 +18,13 @@ from gim_stagewise.pipeline import Pipeline, RunResult
 def run_record(result: RunResult) -> dict[str, Any]:
     """A run as plain JSON: losses in nats, sizes in bytes, accuracies in [0, 1], seconds.
 
-    Accuracies are null where the dataset has no labels.
+    Accuracies are null where the dataset has no labels, caches where all modules are trained in one
+    step, losses of modules without an objective.
     """
     modules = [
         {
             "module": stage.module,
-            "state": "sealed",
+            "state": "frozen" if stage.cache is None else "sealed",
             "trained": stage.trained,
             "extracted": stage.extracted,
             "epochs": stage.record.epochs,
@@ -33,7 +34,7 @@ def run_record(result: RunResult) -> dict[str, Any]:
             "train_seconds": stage.record.seconds,
             "probe_accuracy": stage.probe_accuracy,
             "random_probe_accuracy": stage.random_probe_accuracy,
-            "cache": str(stage.cache),
+            "cache": None if stage.cache is None else str(stage.cache),
             "cache_bytes": stage.cache_bytes,
             "micro_batch": stage.record.micro_batch,
             "projected_mem": stage.record.projected_mem,
@@ -44,9 +45,11 @@ def run_record(result: RunResult) -> dict[str, Any]:
     ]
     return {
         "pipeline": result.pipeline,
+        "mode": result.mode,
         "folder": str(result.folder),
         "modules": modules,
         "raw_probe_accuracy": result.raw_probe_accuracy,
+        "statistics_probe_accuracy": result.statistics_probe_accuracy,
         "skipped": result.skipped,
         "seconds": result.seconds,
     }

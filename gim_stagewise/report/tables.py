@@ -8,15 +8,26 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from gim_stagewise.config import Mode
 from gim_stagewise.pipeline import Pipeline, RunResult
 from gim_stagewise.status import StageStatus
 from gim_stagewise.units import format_bytes
 
+# The paper's words, table 1.
+MODE_NAMES: dict[Mode, str] = {
+    "iterative": "Greedy InfoMax, one module at a time",
+    "simultaneous": "Greedy InfoMax, all modules in one step",
+    "cpc": "CPC, end to end",
+    "supervised": "supervised, end to end",
+    "greedy_supervised": "greedy supervised, all modules in one step",
+    "random": "randomly initialized",
+}
+
 
 def results_table(result: RunResult) -> Table:
     """Losses, sizes and probe accuracies of a run, one row a module."""
-    labelled = result.raw_probe_accuracy is not None
-    title = f"{result.pipeline}: Greedy InfoMax, one module at a time"
+    title = f"{result.pipeline}: {MODE_NAMES[result.mode]}"
+    labelled = result.statistics_probe_accuracy is not None
     table = Table(title=title, title_justify="left")
     for name in (
         "module",
@@ -27,7 +38,7 @@ def results_table(result: RunResult) -> Table:
         "measured",
         "cache",
     ):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=name == "module")
     if labelled:
         # The paper's words, tables 1 and 3.
         table.add_column("accuracy", justify="right")
@@ -36,19 +47,34 @@ def results_table(result: RunResult) -> Table:
         row = [
             str(stage.module),
             str(stage.record.epochs),
-            f"{stage.record.train_loss:.3f}",
-            f"{stage.record.validation_loss:.3f}",
-            format_bytes(stage.record.projected_mem),
-            format_bytes(stage.record.measured_mem),
-            format_bytes(stage.cache_bytes),
+            nats(stage.record.train_loss),
+            nats(stage.record.validation_loss),
+            _size(stage.record.projected_mem),
+            _size(stage.record.measured_mem),
+            _size(stage.cache_bytes),
         ]
         if labelled:
             row += [percent(stage.probe_accuracy), percent(stage.random_probe_accuracy)]
         table.add_row(*row)
     if labelled:
         table.add_section()
-        table.add_row("raw pixels", "", "", "", "", "", "", percent(result.raw_probe_accuracy), "")
+        pixels = {
+            "pixel statistics": result.statistics_probe_accuracy,
+            "raw pixels": result.raw_probe_accuracy,
+        }
+        for name, accuracy in pixels.items():
+            if accuracy is not None:
+                table.add_row(name, "", "", "", "", "", "", percent(accuracy), "")
     return table
+
+
+def nats(loss: float | None) -> str:
+    """A loss; nothing of a module that has none."""
+    return "" if loss is None else f"{loss:.3f}"
+
+
+def _size(count: int) -> str:
+    return format_bytes(count) if count else ""
 
 
 def percent(fraction: float | None) -> str:
@@ -74,7 +100,7 @@ def status_table(pipeline: Pipeline, stages: Sequence[StageStatus]) -> Table:
             str(stage.module),
             f"[{colour}]{state}[/]",
             "" if record is None else str(record.epochs),
-            "" if record is None else f"{record.validation_loss:.3f}",
+            "" if record is None else nats(record.validation_loss),
             "" if record is None else f"{record.seconds:.0f} s",
             format_bytes(stage.cache_bytes) if stage.cache_bytes else "",
             escape(stage.why),

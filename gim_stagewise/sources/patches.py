@@ -54,7 +54,7 @@ class PatchSource:
         self._grid = grid
         self._seed = seed
         first = images.items()[0]
-        height, width = self._cropped_extent(first)
+        self._size = height, width = self._cropped_extent(first)
         self._extent = grid.extent(height, width)
         if 0 in self._extent:
             raise ConfigError(
@@ -105,6 +105,11 @@ class PatchSource:
     @property
     def item_bytes(self) -> int:
         return 4 * self._extent[0] * self._extent[1] * self.channels * self._grid.size**2
+
+    @property
+    def image_values(self) -> int:
+        """Values of an image before it is cut into patches."""
+        return self.channels * self._size[0] * self._size[1]
 
     @property
     def ids(self) -> Sequence[str]:

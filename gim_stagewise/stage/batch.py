@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -32,12 +32,20 @@ class SampleBatch:
         Rows and columns of a sample's patches; none of a window.
     precision : Precision
         The form that samples are fetched in.
+    ids : sequence of str
+        Of the samples, where somebody asks.
     """
 
     def __init__(
-        self, count: int, fetch: Fetch, grid: tuple[int, ...], precision: Precision = PLAIN
+        self,
+        count: int,
+        fetch: Fetch,
+        grid: tuple[int, ...],
+        precision: Precision = PLAIN,
+        ids: Sequence[str] = (),
     ) -> None:
         self._count = count
+        self.ids = ids
         self._fetch = fetch
         self._grid = grid
         self._precision = precision

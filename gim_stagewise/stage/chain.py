@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from gim_stagewise.config import PipelineConfig
 from gim_stagewise.errors import DataError
 from gim_stagewise.sources import RegionSource, Source, Subset, open_source
 from gim_stagewise.stage.shape import Shape, check_shape, window_of, windowed_input
@@ -29,11 +30,15 @@ def windowed_shapes(space: Workspace, channels: int) -> list[Shape]:
     cell: tuple[int, ...] = (channels,)
     if config.patches is not None:
         cell = (channels, config.patches.size, config.patches.size)
-    shapes = []
+    shapes: list[Shape] = []
+    grid: tuple[int, ...] = ()
     for index in config.module:
-        grid, own = windowed_input(config, index, cell)
-        shapes.append(check_shape(space, index, grid, own))
-        cell = shapes[-1].cell_out[:1] if config.dense else shapes[-1].cell_out
+        if config.iterative or index == 1:
+            grid, cell = windowed_input(config, index, cell)
+        shapes.append(check_shape(space, index, grid, cell))
+        cell = shapes[-1].cell_out
+        if config.dense and config.iterative:
+            cell = cell[:1]
     return shapes
 
 
@@ -112,7 +117,7 @@ def _window_problem(space: Workspace, extent: tuple[int, ...]) -> str:
 
     What is above has no more positions than the item itself, but for a few of padding.
     """
-    for index in space.config.module:
+    for index in _with_windows(space.config):
         window = window_of(space.config, index)
         if any(2 * length < side for length, side in zip(extent, window, strict=True)):
             sides = "×".join(map(str, window))
@@ -120,12 +125,17 @@ def _window_problem(space: Workspace, extent: tuple[int, ...]) -> str:
     return ""
 
 
+def _with_windows(config: PipelineConfig) -> list[int]:
+    """Modules whose input is read in windows: all, or where they are trained in one step, one."""
+    return list(config.module) if config.iterative else [1]
+
+
 def _size_problem(space: Workspace, shapes: Sequence[Shape], extent: tuple[int, ...]) -> str:
     """Why an item is too small for the modules; empty if it is not."""
     extents = item_extents(shapes, extent)
     for index, (own, outputs) in enumerate(pairwise(extents), start=1):
-        window = window_of(space.config, index)
-        if any(length < side for length, side in zip(own, window, strict=True)):
+        window = window_of(space.config, index) if index in _with_windows(space.config) else ()
+        if any(length < side for length, side in zip(own, window, strict=False)):
             there, wanted = ("×".join(map(str, sizes)) for sizes in (own, window))
             what = "positions" if space.config.dense else "patches"
             return (

@@ -40,25 +40,42 @@ def check_chain(space: Workspace, source: PatchSource | RegionSource) -> list[Sh
     if isinstance(source, RegionSource):
         return _check_windowed(space, source)
     grid, cell = first_input(space, source)
-    shapes = []
+    shapes: list[Shape] = []
     chunk_bytes = 0
     for index, module in space.config.module.items():
         shapes.append(check_shape(space, index, grid, cell))
-        _check_loading(space, index, len(source.split("unlabeled")), chunk_bytes)
         cell = shapes[-1].cell_out
+        if not space.config.iterative:
+            continue
+        _check_loading(space, index, len(source.split("unlabeled")), chunk_bytes)
         chunk_bytes = shapes[-1].chunk_bytes(module.cache, len(source.ids))
     return shapes
 
 
+def check_joint(space: Workspace, samples: int) -> None:
+    """Check that so many samples can be delivered where all modules are trained in one step.
+
+    Raises
+    ------
+    ConfigError
+        If there are fewer than a batch holds.
+    """
+    if space.config.mode != "random":
+        _check_loading(space, 1, samples, 0)
+
+
 def _check_windowed(space: Workspace, source: RegionSource) -> list[Shape]:
     shapes = windowed_shapes(space, source.channels)
-    chain_needs(space, source, shapes)  # windows.tile fits all of them
+    if space.config.iterative:
+        chain_needs(space, source, shapes)  # windows.tile fits all of them
     extents = unlabeled_extents(source)
     if not extents:
         raise ConfigError(
             "has neither unlabeled nor training items: nothing to train on", key="source.splits"
         )
     for index, shape in enumerate(shapes, start=1):
+        if not space.config.iterative and index > 1:
+            break
         batch, window = space.config.stage(index).train.batch, window_of(space.config, index)
         count = window_count(space.config.windows, list(extents.values()), window, batch)
         _check_loading(space, index, count, 0)

@@ -116,8 +116,9 @@ class TrainingRecord:
         Epochs that were run; the best of them gave the weights.
     best_epoch : int
         Counted from 1.
-    train_loss, validation_loss : float
-        Of the best epoch, in nats.
+    train_loss, validation_loss : float or None
+        Of the frozen weights, in nats, on held-out samples and on as many of those that were
+        trained on; None of a module without an objective of its own.
     seconds : float
         Time spent in training, resumed parts included.
     numerics : dict
@@ -133,8 +134,8 @@ class TrainingRecord:
 
     epochs: int
     best_epoch: int
-    train_loss: float
-    validation_loss: float
+    train_loss: float | None
+    validation_loss: float | None
     seconds: float
     numerics: dict[str, Any]
     micro_batch: int
@@ -152,7 +153,9 @@ class TrainingRecord:
             If that is no record.
         """
         numbers = {name: value for name, value in content.items() if name != "numerics"}
-        if any(isinstance(v, bool) or not isinstance(v, int | float) for v in numbers.values()):
+        losses = {name for name in ("train_loss", "validation_loss") if numbers[name] is None}
+        known = {name: value for name, value in numbers.items() if name not in losses}
+        if any(isinstance(v, bool) or not isinstance(v, int | float) for v in known.values()):
             raise TypeError("a record of something else than numbers")
         return cls(**numbers, numerics=dict(content["numerics"]))
 

@@ -1,12 +1,45 @@
-"""Whether frozen weights still belong to the code that builds their module."""
+"""Frozen weights, and whether they still belong to the code that builds their module."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
 
-from gim_stagewise.stage.checkpoint import FrozenWeights
+import torch
+from torch import Tensor
+
+from gim_stagewise.cache import Digest
+from gim_stagewise.stage.checkpoint import FrozenWeights, TrainingRecord, module_tensors
 from gim_stagewise.stage.freeze import FrozenModule, behaviour_digest, training_digest
 from gim_stagewise.stage.workspace import Workspace
+
+
+def frozen_weights(
+    workspace: Workspace,
+    index: int,
+    *,
+    in_shape: tuple[int, ...],
+    tensors: Mapping[str, Tensor],
+    recipe: Digest,
+    input_content: str,
+    chain: str | None,
+    record: TrainingRecord,
+) -> FrozenWeights:
+    """Weights of a module with digests of the code that builds it; see `FrozenWeights`."""
+    module = workspace.build(index, in_shape[0])
+    module.load_state_dict(tensors)
+    return FrozenWeights(
+        module=index,
+        recipe=recipe,
+        input_content=input_content,
+        builder_source=workspace.builder(index).source_digest,
+        behaviour=behaviour_digest(FrozenModule(module, torch.device("cpu")), in_shape),
+        training=training_digest(workspace.build(index, in_shape[0]), in_shape),
+        in_shape=in_shape,
+        chain=chain,
+        pipeline_text=workspace.text,
+        record=record,
+        tensors=module_tensors(module),
+    )
 
 
 def code_staleness(workspace: Workspace, weights: FrozenWeights) -> str:

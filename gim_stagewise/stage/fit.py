@@ -8,7 +8,7 @@ import torch
 
 from gim_stagewise.errors import OverBudgetError
 from gim_stagewise.memory import Budget, resident_bytes
-from gim_stagewise.stage.needs import StageNeeds
+from gim_stagewise.stage.needs import TrainingNeeds
 from gim_stagewise.stage.project import (
     StepMemory,
     load_counting,
@@ -82,12 +82,12 @@ class _Room:
         return self.bytes + self.beside
 
 
-def plan_training(needs: StageNeeds, *, recorded: int | None, budget: Budget) -> TrainingPlan:
+def plan_training(needs: TrainingNeeds, *, recorded: int | None, budget: Budget) -> TrainingPlan:
     """Choose the micro-batch, and check it against the budget.
 
     Parameters
     ----------
-    needs : StageNeeds
+    needs : TrainingNeeds
     recorded : int or None
         What "auto" came to when a training that is unfinished began; it is not changed.
     budget : Budget
@@ -98,7 +98,7 @@ def plan_training(needs: StageNeeds, *, recorded: int | None, budget: Budget) ->
         If it does not fit; the message names both numbers and the micro-batch that would.
     """
     spec = needs.spec
-    asked = spec.config.stage(spec.index).train.micro_batch
+    asked = spec.train.micro_batch
     size = recorded or (asked if isinstance(asked, int) else spec.rows)
     spec = replace(spec, micro_batch=size)
     plan = _plan(needs, size, StepMemory({}, 0, ""))
@@ -113,29 +113,30 @@ def plan_training(needs: StageNeeds, *, recorded: int | None, budget: Budget) ->
     allowed_host = budget.host_bytes()
     if plan.host > allowed_host:
         raise OverBudgetError(
-            f"module {spec.index} projects {format_bytes(plan.host)} of host memory for training "
+            f"{spec.label} projects {format_bytes(plan.host)} of host memory for training "
             f"({format_bytes(plan.base)} the process, {format_bytes(plan.loader)} samples to be "
             f"mixed), allowed {format_bytes(allowed_host)}: lower "
-            f"module.{spec.index}.train.shuffle_window, or allow --allowed-host-mem "
+            f"{spec.train_key}.shuffle_window, or allow --allowed-host-mem "
             f"{round_up(plan.host)}",
             needed=plan.host,
         )
     return plan
 
 
-def smallest_training(needs: StageNeeds) -> Budget:
+def smallest_training(needs: TrainingNeeds) -> Budget:
     """The smallest budgets that a training works with, the micro-batch as the file asks for it."""
     spec = needs.spec
-    asked = spec.config.stage(spec.index).train.micro_batch
+    asked = spec.train.micro_batch
     size = 1 if asked == "auto" else asked or spec.rows
     plan = _plan(needs, size, project_step(replace(spec, micro_batch=size), exact=True))
     return Budget(plan.device, plan.host)
 
 
-def _plan(needs: StageNeeds, size: int, step: StepMemory) -> TrainingPlan:
+def _plan(needs: TrainingNeeds, size: int, step: StepMemory) -> TrainingPlan:
     load_counting()  # what it loads stays, and is part of the process from now on
     # The best weights so far, and those that are about to replace them.
-    weights = 2 * sum(parameter.nbytes for parameter in needs.spec.module().parameters())
+    parts = needs.spec.parts()
+    weights = 2 * sum(parameter.nbytes for part in parts for parameter in part.parameters())
     on_gpu = needs.spec.device == "cuda"
     return TrainingPlan(size, step, needs.loader, needs.chain, weights, resident_bytes(), on_gpu)
 
@@ -172,7 +173,7 @@ def _largest_micro_batch(spec: StepSpec, step: StepMemory, room: _Room) -> tuple
         needed = one.total + room.beside
         fixed = sum(one.counted.get(k, 0) for k in ("parameters", "gradients", "optimizer"))
         raise OverBudgetError(
-            f"module {spec.index} needs {format_bytes(needed)} for training even with "
+            f"{spec.label} needs {format_bytes(needed)} for training even with "
             f"micro_batch = 1 ({format_bytes(room.beside)} beside the step, {format_bytes(fixed)} "
             f"parameters, gradients and optimizer), allowed {format_bytes(room.allowed)}: the "
             f"smallest workable value with it is {room.option} {round_up(needed)}"
@@ -205,15 +206,15 @@ def _refuse(
     if recorded:
         remedy = (
             f"its training was begun with micro_batch = {spec.micro_batch}, which is not changed; "
-            f"allow {room.option} {round_up(total)}, or begin again with --from {spec.index}"
+            f"allow {room.option} {round_up(total)}, or begin again with --from {spec.indexes[0]}"
         )
     else:
         remedy = (
-            f"set module.{spec.index}.train.micro_batch to {size} or less, "
+            f"set {spec.train_key}.micro_batch to {size} or less, "
             f"or allow {room.option} {round_up(total)}"
         )
     raise OverBudgetError(
-        f"module {spec.index} projects {format_bytes(total)} for training, "
+        f"{spec.label} projects {format_bytes(total)} for training, "
         f"allowed {format_bytes(room.allowed)}: {remedy}",
         needed=total,
     )
@@ -225,5 +226,5 @@ def _beside_remedy(spec: StepSpec, room: _Room) -> str:
         below = spec.index - 1
         return f', or store its input (module.{below}.cache.materialize = "always")'
     if room.loader > room.beside // 2:
-        return f", or lower module.{spec.index}.train.shuffle_window"
+        return f", or lower {spec.train_key}.shuffle_window"
     return ""

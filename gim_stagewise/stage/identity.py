@@ -22,24 +22,47 @@ _PLACES = {"root", "download"}
 def stage_recipe(config: PipelineConfig, index: int) -> Digest:
     """The recipe of module ``index``'s weights, down to the source.
 
-    Its parts are named as in the pipeline file, so that a difference names what was changed.
+    Its parts are named as in the pipeline file, so that a difference names what was changed. Where
+    all modules are trained in one step, they have one recipe.
     """
+    if not config.iterative:
+        return _joint_recipe(config)
     table: dict[str, Any] = {"seed": config.seed, "module": {}, **_source_table(config)}
-    unused = set() if config.windowed else {"window"}
     for number in range(1, index + 1):
-        module = config.stage(number)
-        table["module"][str(number)] = {
-            "build": module.build,
-            "options": module.options,
-            "objective": module.objective.model_dump(
-                mode="json", exclude=set() if config.dense else {"pool"}
-            ),
-            # How often state is saved changes nothing about the weights.
-            "train": module.train.model_dump(mode="json", exclude={"checkpoint_every"} | unused),
-        }
+        table["module"][str(number)] = _module_table(config, number)
         if number < index:
             table = _merged(table, _storing(config, number))
     return Digest.of(table)
+
+
+def _joint_recipe(config: PipelineConfig) -> Digest:
+    context = {"context": config.context.model_dump(mode="json")} if config.mode == "cpc" else {}
+    modules = {str(number): _module_table(config, number) for number in config.module}
+    table = {"seed": config.seed, "mode": config.mode, **context, "module": modules}
+    return Digest.of({**table, **_source_table(config)})
+
+
+def _module_table(config: PipelineConfig, number: int) -> dict[str, Any]:
+    """What decides a module's weights, besides its input.
+
+    What is switched off does not stand there, so that weights stay current that were trained before
+    there was such a switch.
+    """
+    module = config.stage(number)
+    table: dict[str, Any] = {"build": module.build, "options": module.options}
+    if config.mode == "random":
+        return table
+    if not config.supervised:
+        objective = module.objective.model_dump(mode="json", exclude_none=True)
+        if not config.dense:
+            del objective["pool"]
+        table["objective"] = objective
+    # How often state is saved changes nothing about the weights.
+    unused = {"checkpoint_every"} if config.windowed else {"checkpoint_every", "window"}
+    train = module.train.model_dump(mode="json", exclude=unused)
+    off = [("dropout", 0.0), ("noise", 0.0), ("average", 0.0), ("update_every", 1)]
+    table["train"] = {key: value for key, value in train.items() if (key, value) not in off}
+    return table
 
 
 def cache_recipe(config: PipelineConfig, index: int) -> Digest:
@@ -104,6 +127,9 @@ def recipe_differences(recorded: Digest, wanted: Digest) -> list[str]:
 
     Where the file leaves the micro-batch to the budget, whatever it came to will do.
     """
+    modes = [digest.parts.get("mode", "iterative") for digest in (recorded, wanted)]
+    if modes[0] != modes[1]:
+        return [f"mode {modes[0]} → {modes[1]}"]
     automatic = [key for key, value in wanted.parts.items() if _is_automatic(key, value)]
     return recorded.differences(wanted, ignore=automatic)
 

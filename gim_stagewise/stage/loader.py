@@ -145,6 +145,7 @@ class Loader:
             self._reader,
             self.order(epoch),
             request_of,
+            ids=self._ids,
             grid=self._grid,
             batch=self._batch,
             window=self._window,
@@ -169,6 +170,7 @@ def _batches(
     order: Order,
     request_of: Callable[[int], Request],
     *,
+    ids: Sequence[str],
     grid: tuple[int, ...],
     batch: int,
     window: int,
@@ -183,11 +185,13 @@ def _batches(
             own = indexes[number * batch : (number + 1) * batch]
             requests = [request_of(int(index)) for index in own]
             fetch = partial(_read_some, reader, requests)
-            yield SampleBatch(len(own), fetch, grid, reader.precision)
+            yield SampleBatch(len(own), fetch, grid, reader.precision, [r.id for r in requests])
         return
-    for samples in deliver(reader, order, request_of, batch=batch, start=start, stop=stop):
+    delivered = deliver(reader, order, request_of, batch=batch, start=start, stop=stop)
+    for number, samples in enumerate(delivered, start=start):
+        own = indexes[number * batch : (number + 1) * batch]
         held = partial(_some, samples)
-        yield SampleBatch(len(samples), held, grid, reader.precision)
+        yield SampleBatch(len(own), held, grid, reader.precision, [ids[i] for i in own])
 
 
 def _some(samples: list[Tensor], wanted: Span) -> list[Tensor]:
@@ -271,6 +275,7 @@ def validation_batches(
         reader or SampleReader(source, samples=len(ids), window=window),
         storage_order(positions_of(source, ids), chunk=source.chunk_items),
         lambda index: Request(ids[index], view, region),
+        ids=ids,
         grid=grid,
         batch=batch,
         window=window,

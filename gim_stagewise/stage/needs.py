@@ -10,22 +10,22 @@ from pathlib import Path
 import torch
 
 from gim_stagewise.cache import Cache, CacheLayout, Layout, Precision, TiledCache, auto_chunk
-from gim_stagewise.sources import PatchSource, RegionSource, Source
+from gim_stagewise.sources import PatchSource, RegionSource, Source, Split
 from gim_stagewise.stage.extract import VirtualCache
 from gim_stagewise.stage.feed import MOST_THREADS
 from gim_stagewise.stage.forward import block_bytes, project_forward
 from gim_stagewise.stage.freeze import STEPS_AT_ONCE
 from gim_stagewise.stage.loader import loader_bytes
 from gim_stagewise.stage.shape import Shape, check_shape, window_of
-from gim_stagewise.stage.spec import StepSpec, step_spec
+from gim_stagewise.stage.spec import StepSpec, joint_spec, step_spec
 from gim_stagewise.stage.tiling import largest_input, tiled_layout
 from gim_stagewise.stage.windowed import window_count
 from gim_stagewise.stage.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class StageNeeds:
-    """What decides the memory of a module's training and extraction.
+class TrainingNeeds:
+    """What decides the memory of training a module, or all in one step.
 
     Parameters
     ----------
@@ -35,6 +35,19 @@ class StageNeeds:
         Bytes of samples that its loader holds.
     chain : int
         Bytes of the modules below, where their outputs are not stored.
+    """
+
+    spec: StepSpec
+    loader: int
+    chain: int
+
+
+@dataclass(frozen=True)
+class StageNeeds(TrainingNeeds):
+    """What decides the memory of a module's training and extraction.
+
+    Parameters
+    ----------
     item_bytes : int
         Of one sample of its input, as it is stored.
     block : int
@@ -43,9 +56,6 @@ class StageNeeds:
         Of its outputs.
     """
 
-    spec: StepSpec
-    loader: int
-    chain: int
     item_bytes: int
     block: int
     layout: Layout
@@ -73,6 +83,33 @@ def stage_needs(workspace: Workspace, index: int, shape: Shape, source: Source) 
         block=_block_bytes(source.item_bytes, layout),
         layout=layout,
     )
+
+
+def joint_needs(
+    workspace: Workspace, shapes: Sequence[Shape], samples: Source, split: Split, *, classes: int
+) -> TrainingNeeds:
+    """What training all modules in one step will need.
+
+    Parameters
+    ----------
+    workspace : Workspace
+    shapes : sequence of Shape
+        Of all modules.
+    samples : Source
+        What they are trained on.
+    split : str
+        Which of them.
+    classes : int
+        Of their labels.
+    """
+    held = loader_bytes(
+        workspace.module_config(1).train,
+        samples=len(samples.split(split)),
+        item_bytes=samples.item_bytes,
+        chunk_items=samples.chunk_items,
+        views=samples.views,
+    )
+    return TrainingNeeds(joint_spec(workspace, shapes, classes=classes), held, 0)
 
 
 def _block_bytes(item_bytes: int, layout: CacheLayout) -> int:

@@ -1,14 +1,12 @@
 """How good frozen features are: a linear classifier on top of them.
 
-Every row of a table gets the same pooling, standardisation, choices of regularisation and split:
-the strength is chosen on a validation part of the training split, the classifier is fitted again
-on all of it, and the test split is read once, at the end.
+Every row of a table gets the same pooling, standardisation, choices and splits (see
+`gim_stagewise.stage.classifier`).
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,10 +16,9 @@ import torch
 from einops import rearrange, reduce
 from numpy.typing import NDArray
 
-from gim_stagewise.cache import Cache, TiledCache, open_sealed
+from gim_stagewise.cache import TiledCache, open_sealed
 from gim_stagewise.config import ExtractConfig, PipelineConfig, ProbeConfig, parse_pipeline
 from gim_stagewise.errors import DataError
-from gim_stagewise.seeds import derive_seed
 from gim_stagewise.sources import (
     MISSING_LABEL,
     PatchSource,
@@ -30,6 +27,7 @@ from gim_stagewise.sources import (
     Source,
     read_stacked,
 )
+from gim_stagewise.stage.classifier import test_accuracy
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
 from gim_stagewise.stage.shape import trained_part
 from gim_stagewise.stage.workspace import Workspace, patch_grid
@@ -37,8 +35,8 @@ from gim_stagewise.windows import centre
 
 Pooling = Literal["mean", "all"]
 
-# Inverse regularisation strengths that are tried, on standardised features.
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3, 1e4)
+# With more raw pixels than this, a classifier on them takes longer than training modules does.
+MOST_RAW = 1024
 
 
 @dataclass(frozen=True)
@@ -89,11 +87,7 @@ def probe_accuracy(
     *,
     seed: int,
 ) -> float:
-    """Test accuracy of a linear classifier, in [0, 1].
-
-    Multinomial logistic regression (L-BFGS, to convergence) on features standardised with the
-    training split's statistics; the L2 strength is the best of `STRENGTHS` on a validation part
-    of the training split.
+    """Test accuracy of a linear classifier, in [0, 1] (see `gim_stagewise.stage.classifier`).
 
     Parameters
     ----------
@@ -106,65 +100,49 @@ def probe_accuracy(
     Raises
     ------
     DataError
-        If the training split has only one class.
+        If the training split has only one class, or too few samples.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    from threadpoolctl import threadpool_limits
-
-    # In double precision the optimum, and so the table, is the same on every processor.
-    features = features.astype(np.float64)
     fitted, unseen = features[: len(train.ids)], features[len(train.ids) :]
-    if len(np.unique(train.labels)) < 2:
-        raise DataError("the training split has labels of one class only: nothing to classify")
-    order = np.random.default_rng(derive_seed(seed, "probe")).permutation(len(fitted))
-    held = max(1, round(config.validation * len(order)))
-    validation, fit = order[:held], order[held:]
-    if len(np.unique(train.labels[fit])) < 2:
-        raise DataError(
-            f"{len(train.ids)} labelled training samples are too few for a probe with "
-            f"probe.validation = {config.validation}"
-        )
-
-    def accuracy(strength: float, rows: NDArray[np.int64], x: object, y: object) -> float:
-        logistic = LogisticRegression(C=strength, tol=1e-6, max_iter=5000)
-        classifier = make_pipeline(StandardScaler(), logistic)
-        classifier.fit(fitted[rows], train.labels[rows])
-        return float(classifier.score(x, y))
-
-    # One thread: on problems of this size threads cost twenty times what they save.
-    with warnings.catch_warnings(), threadpool_limits(1):
-        warnings.filterwarnings("ignore", message=".*lbfgs failed to converge.*")
-        best = max(
-            STRENGTHS,
-            key=lambda c: accuracy(c, fit, fitted[validation], train.labels[validation]),
-        )
-        return accuracy(best, order, unseen, test.labels)
+    return test_accuracy(fitted, train.labels, unseen, test.labels, config, seed=seed)
 
 
 @dataclass(frozen=True)
 class ProbeScores:
-    """Accuracies of the same probe on trained, random and no features, in [0, 1]."""
+    """Accuracies of the same probe on different features, in [0, 1].
+
+    Parameters
+    ----------
+    trained, random : list of float
+        On features of modules, after and before training.
+    statistics : float
+        On `pixel_statistics` of patches, pooled like features.
+    raw : float or None
+        On pixels; None where there are more than `MOST_RAW`.
+    """
 
     trained: list[float]
     random: list[float]
-    raw: float
+    statistics: float
+    raw: float | None
 
 
 def probe_chain(
-    workspace: Workspace, source: PatchSource | RegionSource, in_channels: Sequence[int]
+    workspace: Workspace,
+    source: PatchSource | RegionSource,
+    in_channels: Sequence[int],
+    trained: Callable[[list[str]], Iterable[NDArray[np.float32]]],
 ) -> ProbeScores | None:
-    """Probe the caches of the first modules, the same modules before training, and raw pixels.
+    """Probe trained modules, the same modules before training, statistics of pixels, and pixels.
 
     Parameters
     ----------
     workspace : Workspace
-        With sealed caches of modules 1, 2, ...
     source : PatchSource or RegionSource
         The dataset.
     in_channels : sequence of int
         Channels of the input of each module to probe, from module 1 on.
+    trained : callable
+        Embeddings of samples, [sample, grid_row, grid_col, channel], by module.
 
     Returns
     -------
@@ -177,7 +155,8 @@ def probe_chain(
     train, test = splits
     ids = [*train.ids, *test.ids]
     config = workspace.config
-    rows = 2 * len(in_channels) + 1
+    few = source.image_values <= MOST_RAW
+    rows = 2 * len(in_channels) + 1 + few
     with workspace.progress.task("probe", total=rows, unit="row") as task:
 
         def score(features: NDArray[np.float32]) -> float:
@@ -185,18 +164,42 @@ def probe_chain(
             task.advance()
             return accuracy
 
-        trained = []
-        for index in range(1, len(in_channels) + 1):
-            pooled = Cache(workspace.cache_path(index)).read_pooled(ids)
-            trained.append(score(pool_features(pooled, config)))
+        own = [score(pool_features(part, config)) for part in trained(ids)]
         chain = [
             FrozenModule(workspace.build(index, channels), workspace.device)
             for index, channels in enumerate(in_channels, start=1)
         ]
         embeddings = chain_embeddings(chain, source, ids, config.extract)
         random = [score(pool_features(part, config)) for part in embeddings]
-        raw = score(_raw_pixels(source, ids, config))
-    return ProbeScores(trained, random, raw)
+        batches = _read_in_batches(source, ids)
+        seen = np.concatenate([pixel_statistics(batch) for batch in batches])
+        statistics = score(pool_features(seen, config))
+        raw = score(_raw_pixels(source, ids, config)) if few else None
+    return ProbeScores(own, random, statistics, raw)
+
+
+def pixel_statistics(
+    patches: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """What simple statistics say of patches, to compare features with.
+
+    Of each channel: mean, standard deviation, the 10th, 25th, 50th, 75th and 90th percentile, and
+    the mean absolute difference of neighbours along each axis of space.
+
+    Parameters
+    ----------
+    patches : array
+        [sample, grid_row, grid_col, channel, height, width].
+
+    Returns
+    -------
+    array
+        [sample, grid_row, grid_col, 9 · channel].
+    """
+    flat = patches.reshape(*patches.shape[:4], -1)
+    parts = [flat.mean(-1), flat.std(-1), *np.percentile(flat, [10, 25, 50, 75, 90], axis=-1)]
+    parts += [np.abs(np.diff(patches, axis=axis)).mean((-2, -1)) for axis in (-2, -1)]
+    return np.concatenate(parts, axis=-1).astype(np.float32)
 
 
 def _raw_pixels(source: PatchSource, ids: list[str], config: PipelineConfig) -> NDArray[np.float32]:
@@ -259,8 +262,7 @@ def chain_embeddings(
         One per module: [sample, grid_row, grid_col, channel].
     """
     collected: list[list[NDArray[np.float32]]] = [[] for _ in modules]
-    for start in range(0, len(ids), 64):  # so many that pieces are full, few enough for memory
-        batch = read_stacked(source, [Request(item_id) for item_id in ids[start : start + 64]])
+    for batch in _read_in_batches(source, ids):
         samples, rows, columns = batch.shape[:3]
         patches = torch.from_numpy(rearrange(batch, "s r c ch h w -> (s r c) ch h w"))
         for number, frozen in enumerate(modules):
@@ -268,3 +270,9 @@ def chain_embeddings(
             grid = rearrange(embeddings, "(s r c) e -> s r c e", s=samples, r=rows, c=columns)
             collected[number].append(grid.numpy())
     return [np.concatenate(parts) for parts in collected]
+
+
+def _read_in_batches(source: Source, ids: list[str]) -> Iterator[NDArray[np.float32]]:
+    """Samples, so many at a time that pieces of the frozen forward are full."""
+    for start in range(0, len(ids), 64):
+        yield read_stacked(source, [Request(item_id) for item_id in ids[start : start + 64]])

@@ -24,10 +24,16 @@ from gim_stagewise.memory import (
     warm_up,
 )
 from gim_stagewise.models import pool
-from gim_stagewise.objectives import InfoNCE
+from gim_stagewise.objectives import Objective
 from gim_stagewise.processes import in_fresh_process
 from gim_stagewise.stage.spec import AnyBatch, StepSpec
-from gim_stagewise.stage.step import MicroBatches, accumulate_gradients, make_optimizer
+from gim_stagewise.stage.step import (
+    Corruption,
+    MicroBatches,
+    WeightAverage,
+    accumulate_gradients,
+    make_optimizer,
+)
 
 # A step that counts less than this gets this much workspace without a measurement, unless that
 # decides whether it fits: a process that measures takes seconds, and what is small has little.
@@ -148,7 +154,7 @@ def count_step(spec: StepSpec, *, steps: int = 2, few: bool = False) -> StepMemo
         Count just the micro-batches that `measure_step` runs.
     """
     # Fake tensors on CUDA need a GPU in backward, and take as many bytes there as here.
-    module, objective = spec.module(), spec.objective()
+    module, objective = spec.parts()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     make_fake(module, mode)
     make_fake(objective, mode)
@@ -161,11 +167,14 @@ def count_step(spec: StepSpec, *, steps: int = 2, few: bool = False) -> StepMemo
             parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 lambda p: counter.label("gradients", [p.grad])
             )
-        optimizer = make_optimizer(module, objective, spec.config.stage(spec.index).train)
+        optimizer = make_optimizer(module, objective, spec.trains)
+        average = _average(spec, module, objective)
         batch = spec.batch(lambda t: counter.label("input", [t]))
         for _ in range(steps):
             counter.restart()
             _step(spec, module, objective, optimizer, batch, torch.device("cpu"), few=few)
+            if average is not None:
+                average.update(module, objective, steps=1)
             for state in optimizer.state.values():
                 counter.label("optimizer", (v for v in state.values() if isinstance(v, Tensor)))
         at_peak = {name: size for name, size in counter.at_peak.items() if size}
@@ -176,14 +185,16 @@ def count_step(spec: StepSpec, *, steps: int = 2, few: bool = False) -> StepMemo
 def _step(
     spec: StepSpec,
     module: nn.Module,
-    objective: InfoNCE,
+    objective: Objective,
     optimizer: torch.optim.Optimizer,
     batch: AnyBatch,
     device: torch.device,
     *,
     few: bool,
 ) -> None:
-    micro_batches = MicroBatches(spec.micro_batch, lambda number: number, device)
+    micro_batches = MicroBatches(
+        spec.micro_batch, lambda number: number, device, Corruption.of(spec.train)
+    )
     count = len(micro_batches.of(batch))
     # All micro-batches but the last are alike, and gradients are there from the second on.
     numbers = range(min(3, count)) if few else sorted({0, min(1, count - 1), count - 1})
@@ -193,10 +204,15 @@ def _step(
         batch,
         micro_batches,
         generator=torch.Generator().manual_seed(0),
+        labels=spec.labels(device),
         only=numbers,
     )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def _average(spec: StepSpec, module: nn.Module, objective: Objective) -> WeightAverage | None:
+    return WeightAverage(module, objective, spec.train.average) if spec.train.average else None
 
 
 def _flops(spec: StepSpec, module: nn.Module, mode: FakeTensorMode) -> tuple[int, int]:
@@ -222,10 +238,14 @@ def measure_step(spec: StepSpec, *, steps: int) -> int:
     use_allocator(lean=spec.lean)
     warm_up(device)
     with PeakMeter(device) as meter:
-        module, objective = spec.module().to(device), spec.objective().to(device)
+        module, objective = spec.parts()
+        module, objective = module.to(device), objective.to(device)
         module.train()
-        optimizer = make_optimizer(module, objective, spec.config.stage(spec.index).train)
+        optimizer = make_optimizer(module, objective, spec.trains)
+        average = _average(spec, module, objective)
         batch = spec.batch()
         for _ in range(steps):
             _step(spec, module, objective, optimizer, batch, device, few=True)
+            if average is not None:
+                average.update(module, objective, steps=1)
     return meter.peak

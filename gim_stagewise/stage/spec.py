@@ -1,9 +1,9 @@
-"""Everything that decides the memory of a module's training step and frozen forward."""
+"""Everything that decides the memory of a training step and of a frozen forward."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from gim_stagewise.cache import PLAIN, Precision
-from gim_stagewise.config import PipelineConfig
-from gim_stagewise.objectives import InfoNCE, build_objective
+from gim_stagewise.config import PipelineConfig, TrainConfig
+from gim_stagewise.objectives import Objective
+from gim_stagewise.stage.assemble import assemble
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.workspace import Workspace
 from gim_stagewise.windows import Span
@@ -21,24 +22,22 @@ from gim_stagewise.windows import Span
 
 @dataclass(frozen=True)
 class StepSpec:
-    """Everything that decides the memory of a module's training step, for any process.
+    """Everything that decides the memory of a training step, for any process.
 
     Parameters
     ----------
     config : PipelineConfig
     code_folder : Path or None
-    index : int
-        The module's number.
-    cell : tuple of int
-        One row of its input: (channel, height, width) of a patch or a window, or (channel, time).
+    indexes : tuple of int
+        Numbers of the modules that the step trains: one, or all.
+    shapes : tuple of Shape
+        Of those modules.
+    classes : int
+        Of the labels, for supervised modes.
     forward_cell : tuple of int
         One row of the frozen forward's input: in dense encoding the largest window of a tile.
     shape : tuple of int
         Samples of a batch, and rows and columns of a sample's patches, if it has any.
-    embedding : int
-        Channels of an embedding.
-    targets : int
-        Channels of targets that are no embeddings.
     piece : int
         Rows in a piece of the frozen forward.
     micro_batch : int
@@ -53,17 +52,48 @@ class StepSpec:
 
     config: PipelineConfig
     code_folder: Path | None
-    index: int
-    cell: tuple[int, ...]
+    indexes: tuple[int, ...]
+    shapes: tuple[Shape, ...]
+    classes: int
     forward_cell: tuple[int, ...]
     shape: tuple[int, ...]
-    embedding: int
-    targets: int
     piece: int
     micro_batch: int
     device: str
     threads: int
     lean: bool
+
+    @property
+    def index(self) -> int:
+        """The (top) module's number."""
+        return self.indexes[-1]
+
+    @property
+    def label(self) -> str:
+        """What messages call the modules."""
+        if len(self.indexes) == 1:
+            return f"module {self.index}"
+        return f"modules {self.indexes[0]} to {self.index}"
+
+    @property
+    def train_key(self) -> str:
+        """The key of the table that says how they are trained."""
+        return f"module.{self.index}.train" if len(self.indexes) == 1 else "train"
+
+    @property
+    def train(self) -> TrainConfig:
+        """How they are trained: what all of them have in common."""
+        return self.config.stage(self.indexes[0]).train
+
+    @property
+    def trains(self) -> list[TrainConfig]:
+        """How each of them is."""
+        return [self.config.stage(index).train for index in self.indexes]
+
+    @property
+    def cell(self) -> tuple[int, ...]:
+        """One row of the input: (channel, height, width), or (channel, time)."""
+        return self.shapes[0].cell_in
 
     @property
     def rows(self) -> int:
@@ -78,50 +108,68 @@ class StepSpec:
 
     @property
     def input_precision(self) -> Precision:
-        """The form in which the module's input is read."""
-        if self.index == 1:
+        """The form in which the input is read."""
+        if self.indexes[0] == 1:
             return PLAIN
-        name = self.config.stage(self.index - 1).cache.precision
+        name = self.config.stage(self.indexes[0] - 1).cache.precision
         return Precision(name).with_any_scales(self.cell[0])
 
     @property
     def precision(self) -> Precision:
-        """The form in which the module's outputs are stored."""
+        """The form in which the (top) module's outputs are stored."""
         return Precision(self.config.stage(self.index).cache.precision)
 
     def batch(self, on_read: Callable[[Tensor], None] = lambda _: None) -> AnyBatch:
         """A batch of numbers that do not matter."""
         return AnyBatch(self.shape, self.cell, self.input_precision, on_read)
 
-    def module(self) -> nn.Module:
-        space = Workspace(self.config, "", Path(), self.code_folder, torch.device(self.device))
-        return space.build(self.index, self.cell[0])
+    def labels(self, device: torch.device) -> Tensor | None:
+        """Labels of such a batch, where the objective wants any."""
+        if not self.config.supervised:
+            return None
+        return torch.zeros(self.shape[0], dtype=torch.int64, device=device)
 
-    def objective(self) -> InfoNCE:
-        return build_objective(
-            self.config.stage(self.index).objective,
-            channels=self.embedding,
-            targets=self.targets,
-            seed=self.config.seed,
-            index=self.index,
-        )
+    def module(self) -> nn.Module:
+        return self.parts()[0]
+
+    def parts(self) -> tuple[nn.Module, Objective]:
+        """Module and objective, as `assemble` gives them."""
+        space = Workspace(self.config, "", Path(), self.code_folder, torch.device(self.device))
+        return assemble(space, self.indexes, self.shapes, classes=self.classes)
 
 
 def step_spec(
     workspace: Workspace, index: int, shape: Shape, forward_cell: tuple[int, ...] | None = None
 ) -> StepSpec:
     """The training step of module ``index``, with a whole batch in one pass."""
-    batch = (workspace.module_config(index).train.batch, *shape.trained_grid)
+    piece = workspace.config.windows.lanes if shape.state else workspace.config.extract.batch
+    return _spec(workspace, (index,), (shape,), forward_cell or shape.cell_in, piece)
+
+
+def joint_spec(workspace: Workspace, shapes: Sequence[Shape], *, classes: int) -> StepSpec:
+    """The training step of all modules, with a whole batch in one pass."""
+    indexes, piece = tuple(workspace.config.module), workspace.config.extract.batch
+    return _spec(workspace, indexes, tuple(shapes), shapes[0].cell_in, piece, classes)
+
+
+def _spec(
+    workspace: Workspace,
+    indexes: tuple[int, ...],
+    shapes: tuple[Shape, ...],
+    forward_cell: tuple[int, ...],
+    piece: int,
+    classes: int = 0,
+) -> StepSpec:
+    batch = (workspace.module_config(indexes[0]).train.batch, *shapes[0].trained_grid)
     return StepSpec(
         config=workspace.config,
         code_folder=workspace.code_folder,
-        index=index,
-        cell=shape.cell_in,
-        forward_cell=forward_cell or shape.cell_in,
+        indexes=indexes,
+        shapes=shapes,
+        classes=classes,
+        forward_cell=forward_cell,
         shape=batch,
-        embedding=shape.embedding,
-        targets=shape.targets,
-        piece=workspace.config.windows.lanes if shape.state else workspace.config.extract.batch,
+        piece=piece,
         micro_batch=math.prod(batch),
         device=workspace.device.type,
         threads=torch.get_num_threads(),

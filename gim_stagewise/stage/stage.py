@@ -5,10 +5,7 @@ What is current is kept, what is stale is made again, and both are said with the
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cached_property
-
-import torch
 
 from gim_stagewise.cache import Digest, Manifest, SealedCache
 from gim_stagewise.durable import remove, sweep
@@ -19,21 +16,19 @@ from gim_stagewise.errors import (
     StaleCacheError,
 )
 from gim_stagewise.lock import exclusive
-from gim_stagewise.memory import PeakMeter, trim_heap, use_allocator, warm_up
-from gim_stagewise.objectives import build_objective
-from gim_stagewise.processes import end_fresh_processes
 from gim_stagewise.sources import Source
 from gim_stagewise.stage import identity
-from gim_stagewise.stage.checkpoint import FrozenWeights, module_tensors, peek_checkpoint
-from gim_stagewise.stage.code import code_staleness
+from gim_stagewise.stage.assemble import assemble
+from gim_stagewise.stage.checkpoint import FrozenWeights, peek_checkpoint
+from gim_stagewise.stage.code import code_staleness, frozen_weights
 from gim_stagewise.stage.extract import VirtualCache
 from gim_stagewise.stage.extraction_plan import Workers
 from gim_stagewise.stage.fit import TrainingPlan, plan_training
-from gim_stagewise.stage.freeze import FrozenModule, behaviour_digest, training_digest
+from gim_stagewise.stage.measured import train_within
 from gim_stagewise.stage.needs import StageNeeds, stage_needs
 from gim_stagewise.stage.outputs import StageOutputs
 from gim_stagewise.stage.shape import Cell, Shape, check_shape
-from gim_stagewise.stage.train import TrainJob, train_module
+from gim_stagewise.stage.train import TrainJob
 from gim_stagewise.stage.windowed import Windowable, training_windows
 from gim_stagewise.stage.workspace import Workspace
 
@@ -211,57 +206,40 @@ class Stage:
     def _train(self) -> FrozenWeights:
         space = self.workspace
         plan = self.plan_training()
-        if space.budget.lean:
-            end_fresh_processes()
-        use_allocator(lean=space.budget.lean)
-        warm_up(space.device)
-        with PeakMeter(space.device) as meter:
-            tensors, record = train_module(self._train_job(plan), space.progress)
-        trim_heap()
-        record = replace(record, projected_mem=plan.projected, measured_mem=meter.peak)
-        module = space.build(self.index, self._cell[0])
-        module.load_state_dict(tensors)
-        weights = FrozenWeights(
-            module=self.index,
+        tensors, (record,) = train_within(space, plan, lambda: self._train_job(plan))
+        below = self.source.manifest.recipe.parts if isinstance(self.source, SealedCache) else {}
+        weights = frozen_weights(
+            space,
+            self.index,
+            in_shape=self._cell,
+            tensors=tensors,
             recipe=identity.resolved(
-                self.recipe,
-                self.source.manifest.recipe.parts if isinstance(self.source, SealedCache) else {},
-                {identity.micro_batch_key(self.index): plan.micro_batch},
+                self.recipe, below, {identity.micro_batch_key(self.index): plan.micro_batch}
             ),
             input_content=self.input_content,
-            builder_source=space.builder(self.index).source_digest,
-            behaviour=behaviour_digest(FrozenModule(module, torch.device("cpu")), self._cell),
-            training=training_digest(space.build(self.index, self._cell[0]), self._cell),
-            in_shape=self._cell,
             chain=self._weights_below,
-            pipeline_text=space.text,
             record=record,
-            tensors=module_tensors(module),
         )
         weights.save(space.weights_path(self.index))
         return weights
 
     def _train_job(self, plan: TrainingPlan) -> TrainJob:
-        space, config = self.workspace, self._config
+        space = self.workspace
         step_listener = space.on_step
+        module, objective = assemble(space, [self.index], [self.shape])
         return TrainJob(
+            label=f"module {self.index}",
             stage=self.index,
-            module=space.build(self.index, self._cell[0]),
-            objective=build_objective(
-                config.objective,
-                channels=self.shape.embedding,
-                targets=self.shape.targets,
-                seed=space.config.seed,
-                index=self.index,
-            ),
+            module=module,
+            objective=objective,
             source=self.samples,
             grid=self.shape.trained_grid,
-            config=config.train,
+            trains=[self._config.train],
             micro_batch=plan.micro_batch,
             seed=space.config.seed,
             device=space.device,
             checkpoint=space.checkpoint_path(self.index),
-            logs=space.logs_path(self.index),
+            logs=[space.logs_path(self.index)],
             run=self.run_digest,
             on_step=None if step_listener is None else lambda n: step_listener(self.index, n),
         )

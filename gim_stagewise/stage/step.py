@@ -10,19 +10,21 @@ Size under Memory Limited Setup", section 3.)
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gim_stagewise.config import TrainConfig
 from gim_stagewise.errors import ConfigError
 from gim_stagewise.memory import release_freed
-from gim_stagewise.models import embed
-from gim_stagewise.objectives import InfoNCE
+from gim_stagewise.models import Stack, embed
+from gim_stagewise.objectives import Joint, Objective
 from gim_stagewise.windows import Span, even_ranges
 
 
@@ -46,6 +48,32 @@ ForwardSeed = Callable[[int], int]
 
 
 @dataclass(frozen=True)
+class Corruption:
+    """What is done to a module's inputs in training, so that they are not always the same.
+
+    Parameters
+    ----------
+    dropout : float
+        Share of the inputs that is set to zero; the others are scaled up.
+    noise : float
+        Standard deviation of the normal numbers of mean 1 that inputs are multiplied with.
+    """
+
+    dropout: float = 0.0
+    noise: float = 0.0
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Corruption:
+        return cls(config.dropout, config.noise)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Corrupt in place; draws from PyTorch's global random state."""
+        if self.noise:
+            inputs.mul_(torch.randn_like(inputs).mul_(self.noise).add_(1))
+        return F.dropout(inputs, self.dropout, inplace=True) if self.dropout else inputs
+
+
+@dataclass(frozen=True)
 class MicroBatches:
     """How the rows of a batch go through a module.
 
@@ -54,13 +82,16 @@ class MicroBatches:
     size : int
         Rows in a micro-batch; the last one may have fewer.
     seed : callable
-        Seed of what the module draws, by number of the micro-batch: both passes draw the same.
+        Seed of what is drawn, by number of the micro-batch: both passes draw the same.
     device : torch.device
+    corruption : Corruption
+        What is done to inputs in training.
     """
 
     size: int
     seed: ForwardSeed
     device: torch.device
+    corruption: Corruption = Corruption()
 
     def embed(self, module: nn.Module, batch: Batch, number: int) -> Tensor:
         """What the objective sees of one micro-batch (see `gim_stagewise.models.embed`)."""
@@ -70,7 +101,10 @@ class MicroBatches:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.seed(number))
-            return embed(module, batch.read(rows, self.device))
+            inputs = batch.read(rows, self.device)
+            if module.training:
+                inputs = self.corruption(inputs)
+            return embed(module, inputs)
 
     def of(self, batch: Batch) -> list[Span]:
         """The rows of each micro-batch of a batch."""
@@ -79,11 +113,12 @@ class MicroBatches:
 
 def accumulate_gradients(
     module: nn.Module,
-    objective: InfoNCE,
+    objective: Objective,
     batch: Batch,
     micro_batches: MicroBatches,
     *,
     generator: torch.Generator,
+    labels: Tensor | None = None,
     only: Sequence[int] | None = None,
 ) -> Tensor:
     """Add the gradients of a batch's loss to the parameters of module and objective.
@@ -94,29 +129,32 @@ def accumulate_gradients(
     ----------
     module : nn.Module
         Treats rows independently of one another (contract: Module).
-    objective : InfoNCE
+    objective : Objective
     batch : Batch
     micro_batches : MicroBatches
     generator : torch.Generator
         For negatives; on the CPU.
+    labels : Tensor, optional
+        Classes of the batch's samples, for objectives that want them.
     only : sequence of int, optional
         Visit these micro-batches alone, for counting memory; the result is then meaningless.
 
     Returns
     -------
     Tensor
-        The loss, a scalar without a graph.
+        The loss, a scalar without a graph; or [objective], where there are several, the sum of
+        which is minimised.
     """
     count = len(micro_batches.of(batch))
     if count == 1:
         pooled = micro_batches.embed(module, batch, 0)
-        loss = objective(in_place(pooled, batch), generator=generator)
-        loss.backward()
+        loss = objective(in_place(pooled, batch), generator=generator, labels=labels)
+        loss.sum().backward()
         return loss.detach()  # type: ignore[no-any-return]
     numbers = range(count) if only is None else only
     embeddings = embed_batch(module, batch, micro_batches, numbers=numbers).requires_grad_()
-    loss = objective(in_place(embeddings, batch), generator=generator)
-    loss.backward()
+    loss = objective(in_place(embeddings, batch), generator=generator, labels=labels)
+    loss.sum().backward()
     gradient = embeddings.grad
     assert gradient is not None
     for number in numbers:
@@ -151,12 +189,62 @@ def embed_batch(
 
 
 def make_optimizer(
-    module: nn.Module, objective: InfoNCE, config: TrainConfig
+    module: nn.Module, objective: Objective, trains: Sequence[TrainConfig]
 ) -> torch.optim.Optimizer:
-    """The optimizer of a module with its objective's projections."""
-    parameters = [*module.parameters(), *objective.parameters()]
+    """The optimizer of a module with its objective's projections, or of several.
+
+    It has a group of parameters for each module, whose tables are given.
+    """
+    groups = [
+        {"params": parameters, "lr": train.lr}
+        for parameters, train in zip(_parameters(module, objective), trains, strict=True)
+    ]
     # Fused: the default makes copies of all parameters within a step.
-    return torch.optim.Adam(parameters, lr=config.lr, fused=True)
+    return torch.optim.Adam(groups, fused=True)
+
+
+def _parameters(module: nn.Module, objective: Objective) -> list[list[nn.Parameter]]:
+    """Parameters by module, with those of its objective."""
+    if not isinstance(module, Stack) or not isinstance(objective, Joint):
+        return [[*module.parameters(), *objective.parameters()]]
+    groups = [list(part.parameters()) for part in module.parts]
+    for number, part in zip(sorted(module.observed), objective.parts, strict=True):
+        groups[number] += part.parameters()
+    return groups
+
+
+class WeightAverage:
+    """Exponential moving averages of all weights, which forget faster at first.
+
+    After n steps the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow's
+    ExponentialMovingAverage, so that averages do not dwell on the initial weights.
+
+    Parameters
+    ----------
+    module : nn.Module
+    objective : Objective
+        Both are copied.
+    decay : float
+
+    Attributes
+    ----------
+    module, objective
+        With averaged weights, without gradients.
+    """
+
+    def __init__(self, module: nn.Module, objective: Objective, decay: float) -> None:
+        self._decay = decay
+        self.module, self.objective = copy.deepcopy((module, objective))
+        for part in (self.module, self.objective):
+            part.requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, objective: Objective, *, steps: int) -> None:
+        """Take in the weights after so many steps."""
+        averages: list[Tensor] = [*self.module.parameters(), *self.objective.parameters()]
+        weights: list[Tensor] = [*module.parameters(), *objective.parameters()]
+        decay = min(self._decay, (1 + steps) / (10 + steps))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
 def check_micro_batch(size: int, rows: int, *, key: str) -> None:

@@ -1,7 +1,8 @@
-"""Train one module to convergence on the patches or activations that its source gives.
+"""Train a module, or all modules in one step, to convergence on what a source gives.
 
-"Convergence" is early stopping on held-out unlabeled samples: training ends after ``patience``
-epochs without a better validation loss, or after ``max_epochs``, and the best weights are kept.
+"Convergence" is early stopping on held-out samples: training ends after ``patience`` epochs without
+a better validation loss (the sum, where there are several), or after ``max_epochs``, and the best
+weights are kept.
 
 Nothing random is stateful (see `gim_stagewise.seeds`), so a checkpoint is the weights, the
 optimizer's state and a few counters, and training goes on from the middle of an epoch exactly
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from torch import Tensor, nn
 
 from gim_stagewise.config import TrainConfig
 from gim_stagewise.errors import NonFiniteError
-from gim_stagewise.objectives import InfoNCE
+from gim_stagewise.objectives import Objective
 from gim_stagewise.progress import Progress, Task
 from gim_stagewise.seeds import derive_seed
-from gim_stagewise.sources import Source
+from gim_stagewise.sources import Source, Split
 from gim_stagewise.stage.batch import SampleBatch
 from gim_stagewise.stage.checkpoint import (
     TrainingRecord,
@@ -40,7 +41,9 @@ from gim_stagewise.stage.loader import Loader, validation_batches
 from gim_stagewise.stage.metrics import MetricsLog
 from gim_stagewise.stage.order import held_out
 from gim_stagewise.stage.step import (
+    Corruption,
     MicroBatches,
+    WeightAverage,
     accumulate_gradients,
     embed_batch,
     in_place,
@@ -54,10 +57,9 @@ class _Counters:
 
     epoch: int = 0
     step_in_epoch: int = 0
-    epoch_loss: float = 0.0
-    best_loss: float = math.inf
+    epoch_losses: list[float] = field(default_factory=list)
+    best_losses: list[float] = field(default_factory=list)
     best_epoch: int = 0
-    best_train_loss: float = math.inf
     seconds: float = 0.0
     finished: bool = False
     micro_batch: int = 0
@@ -65,20 +67,24 @@ class _Counters:
 
 @dataclass
 class TrainJob:
-    """All that training a module needs.
+    """All that training needs.
 
     Parameters
     ----------
+    label : str
+        What messages call the modules.
     stage : int
-        The module's number, from 1.
+        The (first) module's number, from 1.
     module : nn.Module
-        With initial weights; trained in place.
-    objective : InfoNCE
+        With initial weights; trained in place. A `gim_stagewise.models.Stack` of all modules with a
+        `gim_stagewise.objectives.Joint` objective, where they are trained in one step.
+    objective : Objective
     source : Source
         Samples of one size: the stage's input, or windows of it.
     grid : tuple of int
         Rows and columns of its patches to train on.
-    config : TrainConfig
+    trains : sequence of TrainConfig
+        Of each module.
     micro_batch : int
         Patches in memory at a time.
     seed : int
@@ -86,36 +92,61 @@ class TrainJob:
     device : torch.device
     checkpoint : Path
         Where training state is kept until the module is frozen.
-    logs : Path
-        Folder of the metrics log.
+    logs : sequence of Path
+        Folders of the metrics logs, one for each loss.
     run : str
         Digest of what is trained on what; only a checkpoint with the same is taken up.
+    split : str
+        Which samples of the source to train on.
+    labels : mapping, optional
+        Their labels by id, for supervised objectives; samples without one are left out.
     on_step : callable, optional
         Called with the number of steps done in all, after each step.
     """
 
+    label: str
     stage: int
     module: nn.Module
-    objective: InfoNCE
+    objective: Objective
     source: Source
     grid: tuple[int, ...]
-    config: TrainConfig
+    trains: Sequence[TrainConfig]
     micro_batch: int
     seed: int
     device: torch.device
     checkpoint: Path
-    logs: Path
+    logs: Sequence[Path]
     run: str
+    split: Split = "unlabeled"
+    labels: Mapping[str, int] | None = None
     on_step: Callable[[int], None] | None = field(default=None)
 
+    @property
+    def config(self) -> TrainConfig:
+        """What the tables of all modules have in common."""
+        return self.trains[0]
 
-def train_module(job: TrainJob, progress: Progress) -> tuple[dict[str, Tensor], TrainingRecord]:
+    @property
+    def key(self) -> str:
+        """The table of the pipeline file, for messages."""
+        return f"module.{self.stage}.train" if len(self.trains) == 1 else "train"
+
+    @property
+    def ids(self) -> list[str]:
+        """Samples to train on and to hold out."""
+        ids = self.source.split(self.split)
+        return [i for i in ids if self.labels is None or i in self.labels]
+
+
+def train_module(
+    job: TrainJob, progress: Progress
+) -> tuple[dict[str, Tensor], list[TrainingRecord]]:
     """Train until convergence.
 
     Returns
     -------
-    (dict, TrainingRecord)
-        The best epoch's weights (on the CPU), and how training went.
+    (dict, list of TrainingRecord)
+        The best epoch's weights (on the CPU), and how training went: a record for each loss.
 
     Raises
     ------
@@ -133,9 +164,12 @@ class _Trainer:
         self.progress = progress
         self.module = job.module.to(job.device)
         self.objective = job.objective.to(job.device)
-        self.optimizer = make_optimizer(self.module, self.objective, job.config)
-        ids = job.source.split("unlabeled")
-        train_ids, self.validation_ids = held_out(
+        self.optimizer = make_optimizer(self.module, self.objective, job.trains)
+        self.average: WeightAverage | None = None
+        if job.config.average:
+            self.average = WeightAverage(self.module, self.objective, job.config.average)
+        ids = job.ids
+        self.train_ids, self.validation_ids = held_out(
             ids, seed=job.seed, fraction=job.config.validation
         )
         self.reader = SampleReader(
@@ -146,7 +180,7 @@ class _Trainer:
         )
         self.loader = Loader(
             job.source,
-            train_ids,
+            self.train_ids,
             reader=self.reader,
             batch=job.config.batch,
             window=job.config.shuffle_window,
@@ -154,37 +188,53 @@ class _Trainer:
             stage=job.stage,
             grid=job.grid,
         )
-        self.at = _Counters(micro_batch=job.micro_batch)
-        self.best = module_tensors(self.module)
-        self.log = MetricsLog(job.logs)
+        self.at = _Counters(micro_batch=job.micro_batch, epoch_losses=[0.0] * len(job.logs))
+        self._keep_best()
+        self.logs = [MetricsLog(folder) for folder in job.logs]
 
-    def run(self) -> tuple[dict[str, Tensor], TrainingRecord]:
+    def run(self) -> tuple[dict[str, Tensor], list[TrainingRecord]]:
         self._resume()
         self.started = time.monotonic() - self.at.seconds
         batch = self.job.config.batch
         total = self.job.config.max_epochs * self.loader.steps * batch
-        label = f"module {self.job.stage}: train"
-        self.log.open(steps_done=self.steps_done)
+        for log in self.logs:
+            log.open(steps_done=self.steps_done)
         try:
             done = self.steps_done * batch
+            label = f"{self.job.label}: train"
             with self.progress.task(label, total=total, done=done, unit="sample") as task:
                 while not self.at.finished:
                     self._train_epoch(task)
                     self._end_epoch(task)
                     self._save()
         finally:
-            self.log.close()
-        record = TrainingRecord(
-            epochs=self.at.epoch,
-            best_epoch=self.at.best_epoch,
-            train_loss=self.at.best_train_loss,
-            validation_loss=self.at.best_loss,
-            seconds=self.at.seconds,
-            numerics=training_numerics(self.job.device),
-            micro_batch=self.job.micro_batch,
-            shuffle_quality=self.loader.shuffle_quality,
-        )
-        return self.best, record
+            for log in self.logs:
+                log.close()
+        return self.best, self._records()
+
+    def _records(self) -> list[TrainingRecord]:
+        self.module.load_state_dict(self.best)
+        self.objective.load_state_dict(self.best_objective)
+        seen = self._seen_ids()
+        train_losses = self._evaluate(self.module, self.objective, seen)
+        return [
+            TrainingRecord(
+                epochs=self.at.epoch,
+                best_epoch=self.at.best_epoch,
+                train_loss=train_loss,
+                validation_loss=validation_loss,
+                seconds=self.at.seconds,
+                numerics=training_numerics(self.job.device),
+                micro_batch=self.job.micro_batch,
+                shuffle_quality=self.loader.shuffle_quality,
+            )
+            for train_loss, validation_loss in zip(train_losses, self.at.best_losses, strict=True)
+        ]
+
+    def _seen_ids(self) -> list[str]:
+        """As many of the samples that are trained on as are held out."""
+        share = min(1.0, len(self.validation_ids) / len(self.train_ids))
+        return held_out(self.train_ids, seed=derive_seed(self.job.seed, "seen"), fraction=share)[1]
 
     @property
     def steps_done(self) -> int:
@@ -194,101 +244,136 @@ class _Trainer:
         at, config = self.at, self.job.config
         self.module.train()
         for batch in self.loader.batches(at.epoch, start=at.step_in_epoch):
-            loss = self._step(batch, self.steps_done)
-            at.epoch_loss += loss
+            losses = self._step(batch, self.steps_done)
+            at.epoch_losses = [a + b for a, b in zip(at.epoch_losses, losses, strict=True)]
             at.step_in_epoch += 1
             done = self.steps_done
-            self.log.write(done, at.epoch + 1, loss=loss)
-            task.advance(config.batch, loss=loss, epoch=at.epoch + 1)
+            for log, loss in zip(self.logs, losses, strict=True):
+                log.write(done, at.epoch + 1, loss=loss)
+            task.advance(config.batch, loss=sum(losses), epoch=at.epoch + 1)
             if done % config.checkpoint_every == 0:
                 self._save()
             if self.job.on_step is not None:
                 self.job.on_step(done)
 
-    def _step(self, batch: SampleBatch, step: int) -> float:
-        loss = accumulate_gradients(
+    def _step(self, batch: SampleBatch, step: int) -> list[float]:
+        losses = accumulate_gradients(
             self.module,
             self.objective,
             batch,
             self._micro_batches("forward", step),
             generator=self._generator("negatives", step),
+            labels=self._labels(batch),
         )
-        value = float(loss)
-        if not math.isfinite(value):
-            raise self._diverged(f"the loss became {value}", step)
+        values = self._finite(losses, "the loss", step)
+        for group, train in zip(self.optimizer.param_groups, self.job.trains, strict=True):
+            if step % train.update_every:
+                for parameter in group["params"]:
+                    parameter.grad = None
         self.optimizer.step()
         # Now rather than before the next backward: nothing holds gradients during pass 1.
         self.optimizer.zero_grad(set_to_none=True)
-        return value
+        if self.average is not None:
+            self.average.update(self.module, self.objective, steps=step + 1)
+        return values
+
+    def _labels(self, batch: SampleBatch) -> Tensor | None:
+        labels = self.job.labels
+        if labels is None:
+            return None
+        return torch.tensor([labels[item_id] for item_id in batch.ids], device=self.job.device)
 
     def _micro_batches(self, purpose: str, number: int) -> MicroBatches:
-        """Micro-batches in which what the module draws is a function of step and micro-batch."""
+        """Micro-batches in which what is drawn is a function of step and micro-batch."""
         job = self.job
         return MicroBatches(
             job.micro_batch,
             lambda index: derive_seed(job.seed, purpose, job.stage, number, index),
             job.device,
+            Corruption.of(job.config),
         )
 
     def _end_epoch(self, task: Task) -> None:
         at, config = self.at, self.job.config
-        validation_loss = self._validate()
-        train_loss = at.epoch_loss / self.loader.steps
+        train_losses = [loss / self.loader.steps for loss in at.epoch_losses]
+        validation_losses = self._evaluate(*self._judged, self.validation_ids)
         at.epoch += 1
         at.step_in_epoch = 0
-        at.epoch_loss = 0.0
-        if validation_loss < at.best_loss:
-            at.best_loss, at.best_epoch, at.best_train_loss = validation_loss, at.epoch, train_loss
-            self.best = module_tensors(self.module)
+        at.epoch_losses = [0.0] * len(self.logs)
+        if not at.best_losses or sum(validation_losses) < sum(at.best_losses):
+            at.best_losses, at.best_epoch = validation_losses, at.epoch
+            self._keep_best()
         stalled = at.epoch - at.best_epoch >= config.patience
         at.finished = stalled or at.epoch >= config.max_epochs
         seconds = time.monotonic() - self.started
-        self.log.write(
-            self.steps_done,
-            at.epoch,
-            train_loss=train_loss,
-            validation_loss=validation_loss,
-            seconds=seconds,
-            samples_per_second=self.steps_done * config.batch / seconds,
+        for log, *losses in zip(self.logs, train_losses, validation_losses, strict=True):
+            log.write(
+                self.steps_done,
+                at.epoch,
+                train_loss=losses[0],
+                validation_loss=losses[1],
+                seconds=seconds,
+                samples_per_second=self.steps_done * config.batch / seconds,
+            )
+        task.report(
+            epoch=at.epoch, train_loss=sum(train_losses), validation_loss=sum(validation_losses)
         )
-        task.report(epoch=at.epoch, train_loss=train_loss, validation_loss=validation_loss)
+
+    @property
+    def _judged(self) -> tuple[nn.Module, Objective]:
+        """Module and objective that are validated, and frozen in the end."""
+        if self.average is not None:
+            return self.average.module, self.average.objective
+        return self.module, self.objective
+
+    def _keep_best(self) -> None:
+        module, objective = self._judged
+        self.best, self.best_objective = module_tensors(module), module_tensors(objective)
 
     @torch.no_grad()
-    def _validate(self) -> float:
-        """Loss on the held-out samples; the same views and negatives in every epoch."""
-        self.module.eval()
-        total = 0.0
+    def _evaluate(self, module: nn.Module, objective: Objective, ids: Sequence[str]) -> list[float]:
+        """Losses on samples; always the same views and negatives for them."""
+        module.eval()
+        totals: list[float] = []
         config = self.job.config
         batches = validation_batches(
             self.job.source,
-            self.validation_ids,
+            ids,
             batch=config.batch,
             window=config.shuffle_window,
             reader=self.reader,
             grid=self.job.grid,
         )
         for number, batch in enumerate(batches):
-            micro_batches = self._micro_batches("validation forward", number)
-            pooled = embed_batch(self.module, batch, micro_batches)
+            pooled = embed_batch(module, batch, self._micro_batches("validation forward", number))
             generator = self._generator("validation negatives", number)
-            loss = float(self.objective(in_place(pooled, batch), generator=generator))
-            if not math.isfinite(loss):
-                raise self._diverged(f"the validation loss became {loss}", self.steps_done)
-            total += loss * batch.shape[0]
-        return total / len(self.validation_ids)
+            losses = self._finite(
+                objective(in_place(pooled, batch), generator=generator, labels=self._labels(batch)),
+                "the validation loss",
+                self.steps_done,
+            )
+            totals = totals or [0.0] * len(losses)
+            totals = [t + loss * batch.shape[0] for t, loss in zip(totals, losses, strict=True)]
+        return [total / len(ids) for total in totals]
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
         seed = derive_seed(self.job.seed, purpose, self.job.stage, number)
         return torch.Generator().manual_seed(seed)
+
+    def _finite(self, losses: Tensor, what: str, step: int) -> list[float]:
+        values: list[float] = losses.reshape(-1).tolist()
+        wrong = [value for value in values if not math.isfinite(value)]
+        if wrong:
+            raise self._diverged(f"{what} became {wrong[0]}", step)
+        return values
 
     def _diverged(self, what: str, step: int) -> NonFiniteError:
         job = self.job
         own = peek_checkpoint(job.checkpoint, run=job.run) is not None
         kept = f"is {job.checkpoint}" if own else "is none: it was before one"
         return NonFiniteError(
-            f"module {job.stage}: {what} at step {step} (epoch {self.at.epoch + 1}, lr "
-            f"{job.config.lr}); the last good checkpoint {kept}. "
-            f"Lower module.{job.stage}.train.lr"
+            f"{job.label}: {what} at step {step} (epoch {self.at.epoch + 1}, lr "
+            f"{job.config.lr}); the last good checkpoint {kept}. Lower {job.key}.lr"
         )
 
     def _save(self) -> None:
@@ -296,7 +381,8 @@ class _Trainer:
         if not all(parameter.isfinite().all() for parameter in self.module.parameters()):
             raise self._diverged("weights became NaN or infinite", self.steps_done)
         self.at.seconds = time.monotonic() - self.started
-        self.log.flush()
+        for log in self.logs:
+            log.flush()
         state: dict[str, Any] = {
             "run": self.job.run,
             "counters": dict(vars(self.at)),
@@ -304,7 +390,13 @@ class _Trainer:
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "best": self.best,
+            "best_objective": self.best_objective,
         }
+        if self.average is not None:
+            state["average"] = {
+                "module": self.average.module.state_dict(),
+                "objective": self.average.objective.state_dict(),
+            }
         save_checkpoint(self.job.checkpoint, state)
 
     def _resume(self) -> None:
@@ -312,7 +404,7 @@ class _Trainer:
         if state is None:
             if self.job.checkpoint.exists():
                 self.progress.note(
-                    f"module {self.job.stage}: trained from the start; its checkpoint is damaged, "
+                    f"{self.job.label}: trained from the start; its checkpoint is damaged, "
                     "or of other settings, data or code"
                 )
             return
@@ -320,8 +412,11 @@ class _Trainer:
         self.module.load_state_dict(state["module"])
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.best = state["best"]
+        self.best, self.best_objective = state["best"], state["best_objective"]
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"]["module"])
+            self.average.objective.load_state_dict(state["average"]["objective"])
         self.progress.note(
-            f"module {self.job.stage}: going on from epoch {self.at.epoch + 1}, "
+            f"{self.job.label}: going on from epoch {self.at.epoch + 1}, "
             f"step {self.at.step_in_epoch} of {self.loader.steps}"
         )

@@ -99,6 +99,11 @@ class Workspace:
     def checkpoint_path(self, index: int) -> Path:
         return self.folder / "checkpoints" / f"m{index}.pt"
 
+    @property
+    def joint_checkpoint_path(self) -> Path:
+        """Of all modules, where they are trained in one step."""
+        return self.folder / "checkpoints" / "joint.pt"
+
     def logs_path(self, index: int) -> Path:
         return self.folder / "logs" / f"m{index}"
 

@@ -1,10 +1,9 @@
-"""The stages of a pipeline in order: run or skip each, and say why."""
+"""A chain of stages over one dataset."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -23,23 +22,22 @@ from gim_stagewise.errors import (
     OverBudgetError,
     StaleCacheError,
 )
-from gim_stagewise.lock import exclusive
 from gim_stagewise.memory import Budget
+from gim_stagewise.pipeline.results import RunResult
+from gim_stagewise.pipeline.running import run_pipeline
 from gim_stagewise.progress import Progress, Silent
 from gim_stagewise.sources import PatchSource, RegionSource
 from gim_stagewise.stage.chain import open_windowed
 from gim_stagewise.stage.check import check_chain, first_input
-from gim_stagewise.stage.checkpoint import TrainingRecord
 from gim_stagewise.stage.choose import Choice
-from gim_stagewise.stage.disk import CacheSize, DiskPlan, folder_bytes, plan_disk
+from gim_stagewise.stage.disk import DiskPlan, plan_disk
 from gim_stagewise.stage.extraction_plan import Workers, plan_extraction
 from gim_stagewise.stage.fit import plan_training
 from gim_stagewise.stage.freeze import resolve_device
 from gim_stagewise.stage.identity import cache_recipe, recipe_differences
+from gim_stagewise.stage.joint import JointStage
 from gim_stagewise.stage.lineage import foreign_content
 from gim_stagewise.stage.needs import chain_needs
-from gim_stagewise.stage.probe import probe_chain
-from gim_stagewise.stage.removing import drop_outputs, forget
 from gim_stagewise.stage.shape import Shape, windowed_input
 from gim_stagewise.stage.stage import Stage
 from gim_stagewise.stage.workspace import Workspace, open_data
@@ -47,34 +45,9 @@ from gim_stagewise.stage.workspace import Workspace, open_data
 StepListener = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class StageResult:
-    """What became of one stage.
-
-    ``trained`` and ``extracted`` say whether work was done now; ``probe_accuracy`` and
-    ``random_probe_accuracy`` are in [0, 1], or None where samples have no labels.
-    """
-
-    module: int
-    record: TrainingRecord
-    trained: bool
-    extracted: bool
-    cache: Path
-    cache_bytes: int
-    probe_accuracy: float | None = None
-    random_probe_accuracy: float | None = None
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What became of a run; ``skipped`` says why items of the dataset were left out, by id."""
-
-    pipeline: str
-    folder: Path
-    stages: list[StageResult]
-    raw_probe_accuracy: float | None
-    seconds: float
-    skipped: dict[str, str] = field(default_factory=dict)
+def run_name(config: PipelineConfig) -> str:
+    """What the folder of a run is called by default."""
+    return config.name if config.iterative else f"{config.name}-{config.mode}"
 
 
 class Pipeline:
@@ -106,6 +79,8 @@ class Pipeline:
         progress: Progress | None = None,
         on_step: StepListener | None = None,
         budget: Budget | None = None,
+        mode: str | None = None,
+        seed: int | None = None,
     ) -> Pipeline:
         """Read a pipeline file.
 
@@ -113,7 +88,8 @@ class Pipeline:
         ----------
         path : str or Path
         folder : str or Path, optional
-            Where the run's files lie; ``cache/<name>`` by default.
+            Where the run's files lie; by default ``cache/<name>``, or ``cache/<name>-<mode>`` where
+            the mode is not "iterative".
         device : str
             "auto" (CUDA where there is a GPU), "cpu" or "cuda".
         progress : Progress, optional
@@ -122,18 +98,20 @@ class Pipeline:
             Called after every training step with (module, steps done so far).
         budget : Budget, optional
             Memory and disk that may be used; by default what is free.
+        mode, seed : optional
+            Instead of the file's.
 
         Raises
         ------
         ConfigError
             If the file is missing or wrong.
         """
-        config, text = load_pipeline(path)
+        config, text = load_pipeline(path, mode=mode, seed=seed)
         return cls(
             Workspace(
                 config,
                 text,
-                Path(folder) if folder is not None else Path("cache") / config.name,
+                Path(folder) if folder is not None else Path("cache") / run_name(config),
                 Path(path).resolve().parent,
                 resolve_device(device),
                 progress or Silent(),
@@ -214,6 +192,12 @@ class Pipeline:
             If there is no such module, or ``input_path`` holds the outputs of the wrong one.
         """
         self.config.stage(index)
+        if not self.config.iterative:
+            raise ConfigError(
+                f"is {self.config.mode!r}, in which all modules are trained in one step, and not "
+                "each from the cache of the one below; use `gim-stage run`",
+                key="mode",
+            )
         if index == 1:
             if input_path is not None:
                 raise ConfigError("module 1 is trained on the source itself", key="--input")
@@ -239,6 +223,10 @@ class Pipeline:
         if not cache.materialized:
             cache = self._below(cache).virtual_cache()
         return Stage(self.workspace, index, cache, cache.layout.grid, cache.layout.cell)
+
+    def joint_stage(self, shapes: list[Shape] | None = None) -> JointStage:
+        """The stage of all modules together, where the mode is not "iterative"."""
+        return JointStage(self.workspace, self.source, self.check() if shapes is None else shapes)
 
     def _below(self, cache: SealedCache) -> Stage:
         """The stage that made a cache, in the cache's own folder."""
@@ -273,8 +261,12 @@ class Pipeline:
         OverBudgetError
             Of several stages, for the one that needs most.
         """
-        errors = []
         budget = self.workspace.budget
+        if not self.config.iterative:
+            if self.config.mode != "random":
+                self.joint_stage(shapes).plan_training()
+            return
+        errors = []
         stored = {index: self._is_materialized(index) for index in range(1, first)}
         for needs in chain_needs(self.workspace, self.source, shapes, stored)[first - 1 :]:
             try:
@@ -339,27 +331,9 @@ class Pipeline:
         GimStageError
             For whatever the user can mend.
         """
-        started = time.monotonic()
-        last = len(self.config.module) if until is None else until
-        for index, option in ((start, "--from"), (last, "--until")):
-            if index is not None and index not in self.config.module:
-                raise ConfigError(
-                    f"is {index}; this pipeline has modules 1 to {len(self.config.module)}",
-                    key=option,
-                )
-        if start is not None and start > last:
-            raise ConfigError(f"is {start}, above --until {last}: nothing to make", key="--from")
-        while True:
-            try:
-                result = self._run(start, last, workers or Workers())
-            except (DataError, DataNotFoundError) as error:
-                if not self._left_out(error):
-                    raise
-                start = None  # what was to be forgotten is
-            else:
-                return replace(result, seconds=time.monotonic() - started)
+        return run_pipeline(self, start=start, until=until, workers=workers or Workers())
 
-    def _left_out(self, error: DataError | DataNotFoundError) -> bool:
+    def leave_out(self, error: DataError | DataNotFoundError) -> bool:
         """Whether the dataset can do without what went wrong; it is another dataset then."""
         if not self.config.windowed or self.config.source.on_error != "skip":
             return False
@@ -376,49 +350,3 @@ class Pipeline:
                 "what was made of it is made again"
             )
         return bool(gone)
-
-    def _run(self, start: int | None, last: int, workers: Workers) -> RunResult:
-        shapes = self.check()
-        for why in self.skipped.values():
-            self.workspace.progress.note(f"left out: {why}")
-        first = min(start or last + 1, self.first_to_make(last))
-        caches: list[CacheSize] = []
-        if first <= last:
-            self.check_budget(shapes[:last], first=first, workers=workers)
-            disk = self.plan_disk(shapes, first=first, last=last)
-            disk.check(self.workspace)
-            caches = disk.caches
-        with exclusive(self.workspace.folder):
-            if start is not None:
-                self.stage(start).outputs.require_input()  # what the first forgotten module needs
-                for index in range(start, len(self.config.module) + 1):
-                    forget(self.workspace, index)
-            stages = [
-                self._run_stage(index, workers, above=caches[index:])
-                for index in range(1, last + 1)
-            ]
-            in_channels = [shape.cell_in[0] for shape in shapes[:last]]
-            scores = probe_chain(self.workspace, self.source, in_channels)
-        if scores is not None:
-            stages = [
-                replace(stage, probe_accuracy=trained, random_probe_accuracy=random)
-                for stage, trained, random in zip(
-                    stages, scores.trained, scores.random, strict=True
-                )
-            ]
-        raw = scores.raw if scores else None
-        return RunResult(self.config.name, self.workspace.folder, stages, raw, 0.0, self.skipped)
-
-    def _run_stage(self, index: int, workers: Workers, above: list[CacheSize]) -> StageResult:
-        stage = self.stage(index)
-        weights, trained = stage.train()
-        if self.config.keep != "all":
-            drop_outputs(self.workspace, index - 2)
-        reserved = sum(cache.bytes for cache in above)
-        _, extracted = stage.extract(weights, workers=workers, reserved=reserved)
-        if self.config.keep == "last":
-            drop_outputs(self.workspace, index - 1)
-        path = self.workspace.cache_path(index)
-        if not trained and not extracted:
-            self.workspace.progress.note(f"module {index}: nothing to do, weights and cache match")
-        return StageResult(index, weights.record, trained, extracted, path, folder_bytes(path))

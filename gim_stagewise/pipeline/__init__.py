@@ -1,0 +1,8 @@
+"""Stages in order: a pipeline and its runs."""
+
+from __future__ import annotations
+
+from gim_stagewise.pipeline.pipeline import Pipeline, run_name
+from gim_stagewise.pipeline.results import RunResult, StageResult
+
+__all__ = ["Pipeline", "RunResult", "StageResult", "run_name"]

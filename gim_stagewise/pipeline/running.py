@@ -1,0 +1,157 @@
+"""Run a pipeline: make or keep each stage, and say why; then probe all modules."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from gim_stagewise.cache import Cache
+from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
+from gim_stagewise.lock import exclusive
+from gim_stagewise.pipeline.results import RunResult, StageResult
+from gim_stagewise.stage.disk import CacheSize, folder_bytes
+from gim_stagewise.stage.extraction_plan import Workers
+from gim_stagewise.stage.probe import ProbeScores, chain_embeddings, probe_chain
+from gim_stagewise.stage.removing import drop_outputs, forget
+
+if TYPE_CHECKING:
+    from gim_stagewise.pipeline.pipeline import Pipeline
+
+
+def run_pipeline(
+    pipeline: Pipeline, *, start: int | None, until: int | None, workers: Workers
+) -> RunResult:
+    """See `Pipeline.run`."""
+    started = time.monotonic()
+    last = _last(pipeline, start, until)
+    while True:
+        try:
+            if pipeline.config.iterative:
+                result = _run_stages(pipeline, start, last, workers)
+            else:
+                result = _run_joint(pipeline)
+        except (DataError, DataNotFoundError) as error:
+            if not pipeline.leave_out(error):
+                raise
+            start = None  # what was to be forgotten is
+        else:
+            return replace(result, seconds=time.monotonic() - started)
+
+
+def _last(pipeline: Pipeline, start: int | None, until: int | None) -> int:
+    """The last module to make."""
+    count = len(pipeline.config.module)
+    last = count if until is None else until
+    for index, option in ((start, "--from"), (until, "--until")):
+        if index is None:
+            continue
+        if not pipeline.config.iterative:
+            raise ConfigError(
+                f"has no meaning where mode = {pipeline.config.mode!r}, which trains all modules "
+                "in one step; leave it out",
+                key=option,
+            )
+        if index not in pipeline.config.module:
+            raise ConfigError(f"is {index}; this pipeline has modules 1 to {count}", key=option)
+    if start is not None and start > last:
+        raise ConfigError(f"is {start}, above --until {last}: nothing to make", key="--from")
+    return last
+
+
+def _run_stages(pipeline: Pipeline, start: int | None, last: int, workers: Workers) -> RunResult:
+    """Stage by stage, through caches."""
+    space = pipeline.workspace
+    shapes = pipeline.check()
+    _say_what_is_left_out(pipeline)
+    first = min(start or last + 1, pipeline.first_to_make(last))
+    caches: list[CacheSize] = []
+    if first <= last:
+        pipeline.check_budget(shapes[:last], first=first, workers=workers)
+        disk = pipeline.plan_disk(shapes, first=first, last=last)
+        disk.check(space)
+        caches = disk.caches
+    with exclusive(space.folder):
+        if start is not None:
+            pipeline.stage(start).outputs.require_input()  # what the first forgotten module needs
+            for index in range(start, len(pipeline.config.module) + 1):
+                forget(space, index)
+        stages = [
+            _run_stage(pipeline, index, workers, above=caches[index:])
+            for index in range(1, last + 1)
+        ]
+        paths = [space.cache_path(index) for index in range(1, last + 1)]
+        scores = probe_chain(
+            space,
+            pipeline.source,
+            [shape.cell_in[0] for shape in shapes[:last]],
+            lambda ids: (Cache(path).read_pooled(ids) for path in paths),
+        )
+    return _result(pipeline, stages, scores)
+
+
+def _run_stage(
+    pipeline: Pipeline, index: int, workers: Workers, above: list[CacheSize]
+) -> StageResult:
+    space, keep = pipeline.workspace, pipeline.config.keep
+    stage = pipeline.stage(index)
+    weights, trained = stage.train()
+    if keep != "all":
+        drop_outputs(space, index - 2)
+    reserved = sum(cache.bytes for cache in above)
+    _, extracted = stage.extract(weights, workers=workers, reserved=reserved)
+    if keep == "last":
+        drop_outputs(space, index - 1)
+    path = space.cache_path(index)
+    if not trained and not extracted:
+        space.progress.note(f"module {index}: nothing to do, weights and cache match")
+    return StageResult(index, weights.record, trained, extracted, path, folder_bytes(path))
+
+
+def _run_joint(pipeline: Pipeline) -> RunResult:
+    """All modules in one step."""
+    space = pipeline.workspace
+    shapes = pipeline.check()
+    stage = pipeline.joint_stage(shapes)
+    stage.check()
+    _say_what_is_left_out(pipeline)
+    with exclusive(space.folder):
+        weights, trained = stage.train()
+        if not trained:
+            space.progress.note(f"{stage.label}: nothing to do, weights match")
+        scores = probe_chain(
+            space,
+            pipeline.source,
+            [shape.cell_in[0] for shape in shapes],
+            lambda ids: chain_embeddings(
+                stage.frozen(), pipeline.source, ids, pipeline.config.extract
+            ),
+        )
+    stages = [
+        StageResult(own.module, own.record, trained, extracted=False, cache=None, cache_bytes=0)
+        for own in weights
+    ]
+    return _result(pipeline, stages, scores)
+
+
+def _say_what_is_left_out(pipeline: Pipeline) -> None:
+    for why in pipeline.skipped.values():
+        pipeline.workspace.progress.note(f"left out: {why}")
+
+
+def _result(pipeline: Pipeline, stages: list[StageResult], scores: ProbeScores | None) -> RunResult:
+    if scores is not None:
+        stages = [
+            replace(stage, probe_accuracy=trained, random_probe_accuracy=random)
+            for stage, trained, random in zip(stages, scores.trained, scores.random, strict=True)
+        ]
+    return RunResult(
+        pipeline=pipeline.config.name,
+        mode=pipeline.config.mode,
+        folder=pipeline.workspace.folder,
+        stages=stages,
+        raw_probe_accuracy=scores.raw if scores else None,
+        statistics_probe_accuracy=scores.statistics if scores else None,
+        seconds=0.0,
+        skipped=pipeline.skipped,
+    )
