@@ -90,10 +90,11 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
         ({"channels": 8, "stem": 5}, 6, (8, 6, 6)),
         ({"channels": 8, "stem": 5, "stem_kernel": 5, "stride": 2}, 6, (8, 3, 3)),
         ({"channels": 8, "stem": 5, "stem_kernel": 1}, 1, (8, 1, 1)),
+        ({"channels": 8, "stem": 5, "stem_kernel": 5, "stem_stride": 2}, 6, (8, 3, 3)),
     ],
 )
 def test_a_residual_module_has_the_shape_its_options_say(
-    options: dict[str, int], side: int, expected: tuple[int, ...]
+    options: dict[str, Any], side: int, expected: tuple[int, ...]
 ) -> None:
     module = residual_module(3, **options)
     assert tuple(module(torch.randn(2, 3, side, side)).shape[1:]) == expected
@@ -564,7 +565,7 @@ def test_a_resnet_cut_anywhere_is_the_whole_one(
 
 
 def test_delta_orthogonal_kernels_keep_lengths_at_their_centre() -> None:
-    module = resnet34_module(1, blocks=[1, 5], delta_orthogonal=True, width=8)
+    module = resnet34_module(1, blocks=[1, 5], init="delta_orthogonal", width=8)
     kernels = [layer.weight for layer in module.modules() if isinstance(layer, nn.Conv2d)]
     for kernel in kernels:
         centre = kernel[:, :, kernel.shape[2] // 2, kernel.shape[3] // 2]

@@ -73,7 +73,7 @@ def images() -> Rows:
 MODULES = {
     "residual": lambda: residual_module(2, channels=5, blocks=2, stem=3),
     "resnet50": lambda: resnet50_module(2, blocks=[1, 4], width=4),
-    "resnet34": lambda: resnet34_module(2, blocks=[1, 4], width=4, delta_orthogonal=True),
+    "resnet34": lambda: resnet34_module(2, blocks=[1, 4], width=4, init="delta_orthogonal"),
     "own, with dropout": Own,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -76,6 +77,8 @@ def residual_module(
     stride: int = 1,
     stem: int | None = None,
     stem_kernel: int = 3,
+    stem_stride: int = 1,
+    init: str = "pytorch",
 ) -> ResidualModule:
     """A module of residual blocks, the first of which may widen and subsample.
 
@@ -90,14 +93,18 @@ def residual_module(
     stride : int
         Of the first block.
     stem : int, optional
-        Channels of a first convolution that keeps height and width, as the lowest module has.
+        Channels of a first convolution, as the lowest module has.
     stem_kernel : int
         Its (odd) kernel size.
+    stem_stride : int
+        Its stride; with 1 it keeps height and width.
+    init : str
+        How weights are drawn; see `initialise`.
 
     Raises
     ------
     ValueError
-        If a number is below 1 or ``stem_kernel`` is even.
+        If a number is below 1, ``stem_kernel`` is even, or there is no such ``init``.
     TypeError
         If it is no whole number.
     """
@@ -107,18 +114,68 @@ def residual_module(
         stride=stride,
         stem=1 if stem is None else stem,
         stem_kernel=stem_kernel,
+        stem_stride=stem_stride,
     )
     if stem_kernel % 2 == 0:
         raise ValueError(f"stem_kernel must be odd, got {stem_kernel}")
     layers: list[nn.Module] = []
     if stem is not None:
-        layers.append(nn.Conv2d(in_channels, stem, stem_kernel, padding=stem_kernel // 2))
+        padding = stem_kernel // 2
+        layers.append(nn.Conv2d(in_channels, stem, stem_kernel, stem_stride, padding))
         in_channels = stem
     for number in range(blocks):
         block_stride = stride if number == 0 else 1
         layers.append(PreActivationBlock(in_channels, channels, stride=block_stride))
         in_channels = channels
-    return ResidualModule(*layers)
+    return initialise(ResidualModule(*layers), init)
+
+
+INITS = ("pytorch", "he", "delta_orthogonal")
+
+
+def initialise(module: ResidualModule, init: str) -> ResidualModule:
+    """Draw a module's convolutions anew, from PyTorch's global random state.
+
+    Parameters
+    ----------
+    module : ResidualModule
+    init : str
+        "pytorch" leaves them as PyTorch draws them; "he" draws normal numbers for ReLUs (He et al.
+        2015, equation 10) and sets biases to zero; "delta_orthogonal" as the paper's code does, see
+        `delta_orthogonal_`.
+
+    Raises
+    ------
+    ValueError
+        If there is no such ``init``.
+    """
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, got {init!r}")
+    for layer in module.modules():
+        if not isinstance(layer, nn.Conv2d) or init == "pytorch":
+            continue
+        if init == "he":
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+        else:
+            delta_orthogonal_(layer.weight, gain=nn.init.calculate_gain("relu"))
+    return module
+
+
+@torch.no_grad()
+def delta_orthogonal_(
+    weight: Float[Tensor, "out_channel in_channel height width"], *, gain: float = 1.0
+) -> Tensor:
+    """Fill a kernel with zeros, and its centre with a (semi-)orthogonal matrix times ``gain``.
+
+    Xiao et al. 2018, "Dynamical Isometry and a Mean Field Theory of CNNs", algorithm 2; drawn
+    from PyTorch's global random state.
+    """
+    weight.zero_()
+    centre = weight.new_empty(weight.shape[:2])
+    weight[:, :, weight.shape[2] // 2, weight.shape[3] // 2] = nn.init.orthogonal_(centre, gain)
+    return weight
 
 
 def check_numbers(**numbers: int) -> None:

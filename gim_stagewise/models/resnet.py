@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gim_stagewise.models.residual import PreActivationBlock, ResidualModule, check_numbers
+from gim_stagewise.models.residual import (
+    PreActivationBlock,
+    ResidualModule,
+    check_numbers,
+    initialise,
+)
 
 STEM_CHANNELS = 64
 # (blocks, planes, stride of the first block) of each residual stage.
@@ -61,7 +65,7 @@ class BottleneckBlock(nn.Module):
 
 
 def resnet50_module(
-    in_channels: int, *, blocks: list[int], delta_orthogonal: bool = False, width: int = 64
+    in_channels: int, *, blocks: list[int], init: str = "pytorch", width: int = 64
 ) -> ResidualModule:
     """Blocks of ResNet-50 v2, of bottlenecks; the whole has 1024 output channels.
 
@@ -72,29 +76,30 @@ def resnet50_module(
     blocks : [int, int]
         First and last block, both included, from 1 to 13. Block 1 comes with the first
         convolution.
-    delta_orthogonal : bool
-        Initialise every convolution delta-orthogonally; see `delta_orthogonal_`.
+    init : str
+        How weights are drawn; see `gim_stagewise.models.residual.initialise`.
     width : int
         Planes of the first residual stage, 64 in the paper; all others scale with it.
 
     Raises
     ------
     ValueError
-        If there are no such blocks, or ``in_channels`` is not what the first of them takes.
+        If there are no such blocks, or ``in_channels`` is not what the first of them takes, or
+        there is no such ``init``.
     TypeError
         If an option has the wrong type.
     """
-    return _cut(BottleneckBlock, 4, in_channels, blocks, delta_orthogonal, width)
+    return _cut(BottleneckBlock, 4, in_channels, blocks, init, width)
 
 
 def resnet34_module(
-    in_channels: int, *, blocks: list[int], delta_orthogonal: bool = False, width: int = 64
+    in_channels: int, *, blocks: list[int], init: str = "pytorch", width: int = 64
 ) -> ResidualModule:
     """Blocks of ResNet-34 v2, of two 3×3 convolutions; the whole has 256 output channels.
 
     Parameters and errors are those of `resnet50_module`.
     """
-    return _cut(PreActivationBlock, 1, in_channels, blocks, delta_orthogonal, width)
+    return _cut(PreActivationBlock, 1, in_channels, blocks, init, width)
 
 
 def _cut(
@@ -102,12 +107,10 @@ def _cut(
     expansion: int,
     in_channels: int,
     blocks: list[int],
-    delta_orthogonal: bool,
+    init: str,
     width: int,
 ) -> ResidualModule:
     check_numbers(width=width)
-    if not isinstance(delta_orthogonal, bool):
-        raise TypeError(f"delta_orthogonal must be true or false, got {delta_orthogonal!r}")
     # (planes, stride) of each block of the whole network.
     chain = [
         (planes * width // STEM_CHANNELS, stride if number == 0 else 1)
@@ -128,12 +131,7 @@ def _cut(
     for planes, stride in chain[first - 1 : last]:
         layers.append(block(in_channels, planes, stride=stride))
         in_channels = expansion * planes
-    module = ResidualModule(*layers)
-    if delta_orthogonal:
-        for layer in module.modules():
-            if isinstance(layer, nn.Conv2d):
-                delta_orthogonal_(layer.weight, gain=nn.init.calculate_gain("relu"))
-    return module
+    return initialise(ResidualModule(*layers), init)
 
 
 def _first_and_last(blocks: object, count: int) -> tuple[int, int]:
@@ -148,18 +146,3 @@ def _first_and_last(blocks: object, count: int) -> tuple[int, int]:
         f"blocks must be the first and the last block, as in [1, 3], within 1 to {count}, "
         f"got {blocks!r}"
     )
-
-
-@torch.no_grad()
-def delta_orthogonal_(
-    weight: Float[Tensor, "out_channel in_channel height width"], *, gain: float = 1.0
-) -> Tensor:
-    """Fill a kernel with zeros, and its centre with a (semi-)orthogonal matrix times ``gain``.
-
-    Xiao et al. 2018, "Dynamical Isometry and a Mean Field Theory of CNNs", algorithm 2; drawn
-    from PyTorch's global random state.
-    """
-    weight.zero_()
-    centre = weight.new_empty(weight.shape[:2])
-    weight[:, :, weight.shape[2] // 2, weight.shape[3] // 2] = nn.init.orthogonal_(centre, gain)
-    return weight

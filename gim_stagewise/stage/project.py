@@ -155,9 +155,11 @@ def count_step(spec: StepSpec, *, steps: int = 2, few: bool = False) -> StepMemo
     """
     # Fake tensors on CUDA need a GPU in backward, and take as many bytes there as here.
     module, objective = spec.parts()
+    average = _average(spec, module, objective)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    make_fake(module, mode)
-    make_fake(objective, mode)
+    copies = [] if average is None else [average.module, average.objective]
+    for part in (module, objective, *copies):
+        make_fake(part, mode)
     module.train()
     counter = StorageCounter()
     with mode, counter:
@@ -168,7 +170,7 @@ def count_step(spec: StepSpec, *, steps: int = 2, few: bool = False) -> StepMemo
                 lambda p: counter.label("gradients", [p.grad])
             )
         optimizer = make_optimizer(module, objective, spec.trains)
-        average = _average(spec, module, objective)
+        counter.label("averages", (p for part in copies for p in part.parameters()))
         batch = spec.batch(lambda t: counter.label("input", [t]))
         for _ in range(steps):
             counter.restart()
