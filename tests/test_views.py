@@ -37,7 +37,7 @@ def whole(cache: Cache) -> NDArray[np.float32]:
     values = np.full(cache.activations.shape, np.nan, np.float32)
     for view in range(cache.views + 1):
         for place, item_id in enumerate(cache.ids):
-            if cache.is_stored(view, place // cache.chunk_items):
+            if cache.is_stored(view, place):
                 values[view, place] = cache.read([Request(item_id, view)])[0]
     return values
 
@@ -85,6 +85,24 @@ def test_views_that_are_not_stored_are_nan(cache: Cache, whole: NDArray[np.float
     assert np.isfinite(cache.activations[0]).all()
     with pytest.raises(DataError, match=r"view 2 of 'test/.*' is not stored"):
         cache.read([Request(cache.ids[labelled_only], 2)])
+
+
+def test_chunks_that_a_view_ends_in_need_not_be_those_below(tiny: Path, tmp_path: Path) -> None:
+    """The last chunk of unlabeled samples of module 2 has labelled ones that module 1's has not."""
+    edit(tiny, "splits.train", 'splits.unlabeled = { images = "train.npy" }\nsplits.train')
+    edit(tiny, "[patches]\n", "[augment]\nflip = 0.5\n\n[patches]\n")
+    tiny.write_text(tiny.read_text().partition("[module.3]")[0])
+    edit(tiny, "[module.1]", "[module.1]\ncache.chunk = 5")
+    for materialize in ("always", "never"):
+        edit(tiny, "cache.chunk = 5", f'cache.chunk = 5\ncache.materialize = "{materialize}"')
+        Pipeline.from_file(tiny, folder=tmp_path / materialize, device="cpu").run()
+        edit(tiny, f'\ncache.materialize = "{materialize}"', "")
+    stored, computed = (open_cache(tmp_path / name / "m2.zarr") for name in ("always", "never"))
+    assert stored.ids[39:41] == ["unlabeled/39", "train/0"]
+    assert (stored.is_stored(1, 39), stored.is_stored(1, 40)) == (True, False)
+    np.testing.assert_array_equal(np.asarray(stored.activations), np.asarray(computed.activations))
+    assert np.isfinite(stored.activations[1, :40]).all()
+    assert np.isnan(stored.activations[1, 40:]).all()
 
 
 @pytest.mark.parametrize(

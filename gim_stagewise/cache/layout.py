@@ -196,15 +196,24 @@ class CacheLayout:
     def blocks(self, source: Listed) -> list[Block]:
         """All blocks, in storage order; a block is there if one of its samples needs that view."""
         ids = source.ids
-        labelled = {*source.split("train"), *source.split("test")}
-        unlabeled = set(source.split("unlabeled"))
         found: list[Block] = []
         for view in range(self.views):
-            wanted = labelled if view == 0 and self.views > 1 else unlabeled
+            wanted = self.wanted(source, view)
             for samples in even_ranges(self.samples, self.chunk):
                 if self.views == 1 or not wanted.isdisjoint(ids[samples.slice]):
                     found.append(Block(len(found), view, samples))
         return found
+
+    def wanted(self, source: Listed, view: int) -> frozenset[str]:
+        """Ids of the samples that a view is stored for.
+
+        A block may have others besides: what is stored of those is made from zeros, and not read.
+        """
+        if self.views == 1:
+            return frozenset(source.ids)
+        if view == 0:
+            return frozenset([*source.split("train"), *source.split("test")])
+        return frozenset(source.split("unlabeled"))
 
     def parts(self, block: Block) -> dict[str, BlockPart]:
         """What a block is in each array."""

@@ -154,9 +154,13 @@ class Cache(SealedCache):
     def _index(self, view: int, chunk: int) -> int:
         return chunk if self.layout.views == 1 else self._stored[view, chunk]
 
-    def is_stored(self, view: int, chunk: int) -> bool:
-        """Whether a view is stored for a chunk of samples; only unlabeled ones have several."""
-        return self.layout.views == 1 or (view, chunk) in self._stored
+    @cached_property
+    def _wanted(self) -> list[frozenset[str]]:
+        return [self.layout.wanted(self, view) for view in range(self.layout.views)]
+
+    def is_stored(self, view: int, position: int) -> bool:
+        """Whether a view is stored for a sample; only unlabeled ones have several."""
+        return self.layout.views == 1 or self.ids[position] in self._wanted[view]
 
     def _place(self, request: Request) -> tuple[int, int]:
         position = self._position.get(request.id)
@@ -164,7 +168,7 @@ class Cache(SealedCache):
             raise DataError(f"no sample {request.id!r} in {self.path}")
         if not 0 <= request.view <= self.views:
             raise DataError(f"no view {request.view} in {self.path}; it has 0 to {self.views}")
-        if not self.is_stored(request.view, position // self.chunk_items):
+        if not self.is_stored(request.view, position):
             raise DataError(f"view {request.view} of {request.id!r} is not stored in {self.path}")
         return request.view, position
 

@@ -132,8 +132,10 @@ class DecodedArray:
         decode = self._cache.precision.decode_array if self._name == "activations" else np.asarray
         for chunk in np.unique(samples // self.chunks[1]).tolist():
             here = np.flatnonzero(samples // self.chunks[1] == chunk)
-            if not self._cache.is_stored(view, chunk):
-                values[here] = np.nan
+            stored_here = [self._cache.is_stored(view, int(place)) for place in samples[here]]
+            values[here] = np.nan
+            here = here[stored_here]
+            if not len(here):
                 continue
             places = samples[here] - chunk * self.chunks[1]
             whole = np.empty((len(here), len(rows), *self.shape[3:]), np.float32)

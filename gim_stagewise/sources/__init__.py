@@ -39,8 +39,8 @@ __all__ = [
 def open_source(config: SourceConfig) -> Source:
     """Open the dataset of a pipeline file.
 
-    Kinds: ``"digits"``, ``"photos"``, ``"torchvision:<Class>"``, ``"npy"``, ``"zarr"``; read in
-    windows: ``"large"``, ``"mosaic"``, ``"audio"``.
+    Kinds: ``"digits"``, ``"photos"``, ``"stl10"``, ``"torchvision:<Class>"``, ``"npy"``,
+    ``"zarr"``; read in windows: ``"large"``, ``"mosaic"``, ``"audio"``.
 
     Raises
     ------
@@ -77,6 +77,10 @@ def open_source(config: SourceConfig) -> Source:
         from gim_stagewise.sources.photographs import open_photos
 
         return open_photos(config)
+    if kind == "stl10" and not name:
+        from gim_stagewise.sources.stl10 import open_stl10
+
+        return open_stl10(config)
     if kind == "mosaic" and not name:
         from gim_stagewise.sources.photographs import open_mosaic
 
@@ -86,7 +90,7 @@ def open_source(config: SourceConfig) -> Source:
 
         return open_audio(config)
     raise ConfigError(
-        f'is {config.kind!r}, expected "digits", "photos", "torchvision:<Class>", "npy", '
-        '"zarr", "large", "mosaic" or "audio"',
+        f'is {config.kind!r}, expected "digits", "photos", "stl10", "torchvision:<Class>", '
+        '"npy", "zarr", "large", "mosaic" or "audio"',
         key="source.kind",
     )

@@ -98,43 +98,40 @@ def _axes(config: SourceConfig, images: Any, where: Path) -> tuple[str, ...]:
     return axes
 
 
-class NpyFile:
-    """An npy file read by position, never mapped: mapped pages count as resident memory.
+class ArrayFile:
+    """An array in a file, read by position, never mapped: mapped pages count as resident memory.
 
     ``file[i]`` reads one row, ``file[:]`` everything, `read` a region along all axes.
+
+    Parameters
+    ----------
+    path : Path
+    shape : tuple of int
+    dtype : np.dtype
+    offset : int
+        Where in the file the array, in C order, begins.
+
+    Raises
+    ------
+    DataError
+        If the file is too short.
     """
 
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise DataNotFoundError(
-                f"no such file: {path.absolute()}; check source.root and source.splits"
-            )
-        try:
-            with path.open("rb") as file:
-                version = np.lib.format.read_magic(file)
-                read_header = (
-                    np.lib.format.read_array_header_1_0
-                    if version == (1, 0)
-                    else np.lib.format.read_array_header_2_0
-                )
-                self.shape, fortran, self.dtype = read_header(file)
-                self._offset = file.tell()
-        except ValueError as error:
-            raise DataError(f"{path} is not a readable npy file ({error})") from None
-        if fortran or self.dtype.hasobject or not self.shape:
-            raise DataError(f"{path} must hold a plain array in C order; save it with numpy.save")
-        self._row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        expected = self._offset + self.shape[0] * self._row_bytes
+    def __init__(
+        self, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, offset: int = 0
+    ) -> None:
+        self.shape, self.dtype, self._path, self._offset = shape, dtype, path, offset
+        self._row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        expected = offset + shape[0] * self._row_bytes
         if path.stat().st_size < expected:
             raise DataError(f"{path} is cut off: {path.stat().st_size} bytes of {expected}")
-        self._path = path
 
     def __len__(self) -> int:
         return int(self.shape[0])
 
     def __getitem__(self, index: int | slice) -> NDArray[Any]:
         if isinstance(index, slice) and index.step not in (None, 1):
-            raise NotImplementedError("an npy file is read in runs of rows, without a step")
+            raise NotImplementedError("a file is read in runs of rows, without a step")
         rows = range(len(self))[index]
         start, count = (rows.start, len(rows)) if isinstance(rows, range) else (rows, 1)
         with self._path.open("rb") as file:
@@ -163,13 +160,46 @@ class NpyFile:
         return np.frombuffer(data, dtype=self.dtype).reshape(shape)
 
 
+class NpyFile(ArrayFile):
+    """An npy file as `ArrayFile`.
+
+    Raises
+    ------
+    DataNotFoundError
+        If there is no such file.
+    DataError
+        If it is none that can be read by position.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise DataNotFoundError(
+                f"no such file: {path.absolute()}; check source.root and source.splits"
+            )
+        try:
+            with path.open("rb") as file:
+                version = np.lib.format.read_magic(file)
+                read_header = (
+                    np.lib.format.read_array_header_1_0
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0
+                )
+                shape, fortran, dtype = read_header(file)
+                offset = file.tell()
+        except ValueError as error:
+            raise DataError(f"{path} is not a readable npy file ({error})") from None
+        if fortran or dtype.hasobject or not shape:
+            raise DataError(f"{path} must hold a plain array in C order; save it with numpy.save")
+        super().__init__(path, shape, dtype, offset=offset)
+
+
 def _pread(descriptor: int, offset: int, count: int) -> bytearray:
     """Read exactly ``count`` bytes; a single call may return fewer (2 GiB at most on Linux)."""
     data = bytearray()
     while len(data) < count:
         piece = os.pread(descriptor, min(count - len(data), 1 << 30), offset + len(data))
         if not piece:
-            raise DataError(f"the npy file ends {count - len(data)} bytes early; was it replaced?")
+            raise DataError(f"the file ends {count - len(data)} bytes early; was it replaced?")
         data += piece
     return data
 

@@ -147,7 +147,7 @@ class BlockWorker:
 
     def compute(self, ids: list[str], view: int) -> dict[str, NDArray[Any]]:
         """Activations, as they would be stored, and embeddings of the samples of a block."""
-        samples = self._read([Request(item_id, view) for item_id in ids])
+        samples = self._samples(ids, view)
         return compute_block(
             self.frozen, samples, ids, self.job.config.extract, Storing.of(self.job.manifest)
         )
@@ -164,7 +164,24 @@ class BlockWorker:
             window = self._window(layout, block)
             region = window.inputs if window else layout.region(block)
             return self._read([Request(item_id, region=region)])
-        return self._read([Request(item_id, block.view) for item_id in self.ids(block)])
+        return self._samples(self.ids(block), block.view)
+
+    def _samples(self, ids: list[str], view: int) -> NDArray[np.float32]:
+        """Samples of a block; zeros for those that the view is not stored for."""
+        wanted = self._wanted[view]
+        own = [item_id in wanted for item_id in ids]
+        read = self._read([Request(i, view) for i, is_own in zip(ids, own, strict=True) if is_own])
+        if all(own):
+            return read
+        samples = np.zeros((len(ids), *read.shape[1:]), read.dtype)
+        samples[own] = read
+        return samples
+
+    @cached_property
+    def _wanted(self) -> list[frozenset[str]]:
+        layout = self.job.manifest.layout
+        assert not isinstance(layout, TiledLayout)
+        return [layout.wanted(self.source, view) for view in range(layout.views)]
 
     def _window(self, layout: TiledLayout, block: Block) -> Window | None:
         """What a tile is computed from in dense encoding; patches have no halo."""

@@ -23,9 +23,14 @@ def with_absolute_places(config: PipelineConfig) -> PipelineConfig:
     source = config.source
     root = source.root
     if root is None:
-        root = {"npy": ".", "zarr": ".", "large": ".", "audio": ".", "mosaic": "data"}.get(
-            source.kind
-        )
+        root = {
+            "npy": ".",
+            "zarr": ".",
+            "large": ".",
+            "audio": ".",
+            "mosaic": "data",
+            "stl10": "data",
+        }.get(source.kind)
     splits = {
         name: {**table, "root": str(Path(table["root"]).absolute())} if "root" in table else table
         for name, table in source.splits.items()

@@ -1,0 +1,134 @@
+"""STL-10 in its real binary format, made here, against torchvision's reader."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import edit, one_error
+from torchvision import datasets
+from warm import gim_stage
+
+from gim_stagewise.config import SourceConfig
+from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
+from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.sources import Request, Source, open_source
+from gim_stagewise.sources.base import Split
+from gim_stagewise.sources.stl10 import COUNTS
+
+SMALL: dict[Split, int] = {"unlabeled": 24, "train": 12, "test": 7}
+FILE = Path(__file__).parent.parent / "pipelines" / "stl10.toml"
+
+
+def write_stl10(root: Path, counts: dict[Split, int]) -> None:
+    """Images written column by column, and labels from 1."""
+    folder = root / "stl10_binary"
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(0)
+    for split, count in counts.items():
+        images = draw.integers(0, 256, (count, 3, 96, 96), np.uint8)
+        images.transpose(0, 1, 3, 2).tofile(folder / f"{split}_X.bin")
+        if split != "unlabeled":
+            (np.arange(count, dtype=np.uint8) % 10 + 1).tofile(folder / f"{split}_y.bin")
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for split, count in SMALL.items():
+        monkeypatch.setitem(COUNTS, split, count)
+    write_stl10(tmp_path, SMALL)
+    return tmp_path
+
+
+def opened(root: Path) -> Source:
+    return open_source(SourceConfig(kind="stl10", root=str(root)))
+
+
+def test_images_and_labels_are_those_that_torchvision_reads(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
+    source = opened(root)
+    labels = dict(zip(source.ids, source.labels("class").tolist(), strict=True))
+    for split in COUNTS:
+        reference = datasets.STL10(str(root), split=split)
+        ids = source.split(split)
+        assert len(ids) == len(reference)
+        for item_id, own, (image, label) in zip(
+            ids, source.read([Request(i) for i in ids]), reference, strict=True
+        ):
+            np.testing.assert_array_equal(own, np.asarray(image).transpose(2, 0, 1))
+            assert labels[item_id] == label
+
+
+def test_it_is_identified_by_every_image_and_label(root: Path) -> None:
+    before = opened(root).content_digest()
+    file = root / "stl10_binary" / "unlabeled_X.bin"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert opened(root).content_digest() != before
+
+
+@pytest.mark.parametrize("bytes_", [-1, -27648, 1])
+@pytest.mark.parametrize("name", ["unlabeled_X.bin", "test_y.bin"])
+def test_a_download_that_was_not_finished_is_found(root: Path, name: str, bytes_: int) -> None:
+    file = root / "stl10_binary" / name
+    data = file.read_bytes()
+    file.write_bytes(data[:bytes_] if bytes_ < 0 else data + b"\1")
+    with pytest.raises(DataError, match=re.escape(name)) as caught:
+        opened(root)
+    assert "not finished" in str(caught.value)
+
+
+def test_missing_files_are_named(root: Path) -> None:
+    (root / "stl10_binary" / "train_y.bin").unlink()
+    with pytest.raises(DataNotFoundError, match=r"no train_y\.bin; set source\.root"):
+        opened(root)
+
+
+def test_a_download_that_fails_is_said(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*arguments: object, **options: object) -> None:
+        raise OSError("<urlopen error no route to host>")
+
+    monkeypatch.setattr(datasets.STL10, "download", offline)
+    (root / "stl10_binary" / "train_y.bin").unlink()
+    with pytest.raises(DataNotFoundError, match=r"could not be fetched into .*no route"):
+        open_source(SourceConfig(kind="stl10", root=str(root), download=True))
+
+
+def test_labels_out_of_range_are_refused(root: Path) -> None:
+    (root / "stl10_binary" / "test_y.bin").write_bytes(bytes(7))
+    with pytest.raises(DataError, match=r"test_y\.bin has other labels"):
+        opened(root)
+
+
+def test_settings_without_meaning_are_refused(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"source\.options"):
+        open_source(SourceConfig(kind="stl10", root=str(root), options={"folds": 1}))
+
+
+def test_the_command_says_where_it_looked(tmp_path: Path) -> None:
+    file = tmp_path / "stl10.toml"
+    file.write_text(FILE.read_text().replace('root = "data"', f'root = "{tmp_path}"'))
+    message = one_error(gim_stage("run", file, "--dir", tmp_path / "out"), 2)
+    assert str(tmp_path / "stl10_binary") in message
+
+
+@pytest.mark.parametrize("mode", ["iterative", "simultaneous"])
+def test_the_shipped_pipeline_on_a_narrow_network(root: Path, tmp_path: Path, mode: str) -> None:
+    file = tmp_path / "stl10.toml"
+    file.write_text(FILE.read_text())
+    edit(file, 'root = "data"', f'root = "{root}"')
+    edit(file, "batch = 128\n", "batch = 16\n")
+    edit(file, "negatives_group = 16 ", "negatives_group = 8 ")
+    edit(file, "max_epochs = 300", "max_epochs = 1")
+    edit(file, 'micro_batch = "auto"', "micro_batch = 100")
+    for blocks in ("[1, 3]", "[4, 7]", "[8, 13]"):
+        edit(file, f"blocks = {blocks} }}", f"blocks = {blocks}, width = 2 }}")
+    result = Pipeline.from_file(file, folder=tmp_path / "out", device="cpu", mode=mode).run()
+    assert [stage.module for stage in result.stages] == [1, 2, 3]
+    assert all(stage.probe_accuracy is not None for stage in result.stages)
+    assert result.raw_probe_accuracy is None
