@@ -64,7 +64,8 @@ def verify(path: Path, progress: Progress) -> Verification:
         _cache(path, found, progress)
         return found
     caches = sorted(path.glob("m*.zarr"), key=_number)
-    others = [*path.glob("m*.safetensors"), *path.glob("checkpoints/m*.pt"), *path.glob("run.json")]
+    patterns = ("m*.safetensors", "checkpoints/m*.pt", "checkpoints/joint.pt", "run.json")
+    others = [file for pattern in (*patterns, "probe.json") for file in path.glob(pattern)]
     if not caches and not others:
         raise CacheNotFoundError(f"no cache and no run's folder at {path}")
     for cache in caches:

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from gim_stagewise.cli.care import clean, export, inspect, plot, status, verify
+from gim_stagewise.cli.paper import reproduce
 from gim_stagewise.cli.work import extract, plan, probe, prove, run, train
 from gim_stagewise.errors import GimStageError
 
@@ -94,5 +95,6 @@ for _command in (
     verify,
     clean,
     plot,
+    reproduce,
 ):
     main.add_command(_command)

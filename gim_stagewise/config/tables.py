@@ -217,11 +217,14 @@ class ProbeConfig(Table):
 
     ``classifier = "logistic"`` is fitted to convergence (L-BFGS), its L2 strength chosen on a
     ``validation`` part of the training split. "adam" is trained for ``epochs`` at most at a rate of
-    ``lr``, as the paper's is (appendix A.1); the number of epochs is chosen there.
+    ``lr``, as the paper's is (appendix A.1); the number of epochs is chosen there. That part is
+    drawn at random, or with ``validation_part = "last"`` the end of the training split, for data in
+    which neighbours are alike.
     """
 
     pooling: Literal["mean", "all"] = "mean"
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    validation_part: Literal["random", "last"] = "random"
     classifier: Literal["logistic", "adam"] = "logistic"
     lr: PositiveFloat = 1e-3
     epochs: PositiveInt = 100

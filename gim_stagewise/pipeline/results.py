@@ -13,8 +13,9 @@ from gim_stagewise.stage.checkpoint import TrainingRecord
 class StageResult:
     """What became of one stage.
 
-    ``trained`` and ``extracted`` say whether work was done now; ``probe_accuracy`` and
-    ``random_probe_accuracy`` are in [0, 1], or None where samples have no labels. ``cache`` is None
+    ``trained`` and ``extracted`` say whether work was done now. Accuracies are in [0, 1], or None
+    where samples have no labels: ``probe_accuracy`` and ``random_probe_accuracy`` on test samples,
+    ``probe_validation_accuracy`` on those by which the probe made its choices. ``cache`` is None
     where all modules are trained in one step.
     """
 
@@ -25,6 +26,7 @@ class StageResult:
     cache: Path | None
     cache_bytes: int
     probe_accuracy: float | None = None
+    probe_validation_accuracy: float | None = None
     random_probe_accuracy: float | None = None
 
 

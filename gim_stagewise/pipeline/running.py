@@ -13,6 +13,7 @@ from gim_stagewise.pipeline.results import RunResult, StageResult
 from gim_stagewise.stage.disk import CacheSize, folder_bytes
 from gim_stagewise.stage.extraction_plan import Workers
 from gim_stagewise.stage.probe import ProbeScores, chain_embeddings, probe_chain
+from gim_stagewise.stage.probe_memory import remembered_scores
 from gim_stagewise.stage.removing import drop_outputs, forget
 
 if TYPE_CHECKING:
@@ -76,36 +77,44 @@ def _run_stages(pipeline: Pipeline, start: int | None, last: int, workers: Worke
             pipeline.stage(start).outputs.require_input()  # what the first forgotten module needs
             for index in range(start, len(pipeline.config.module) + 1):
                 forget(space, index)
-        stages = [
-            _run_stage(pipeline, index, workers, above=caches[index:])
-            for index in range(1, last + 1)
-        ]
+        features = [pipeline.source.content_digest()]
+        stages = []
+        for index in range(1, last + 1):
+            stage, content = _run_stage(pipeline, index, workers, above=caches[index:])
+            stages.append(stage)
+            features.append(content)
         paths = [space.cache_path(index) for index in range(1, last + 1)]
-        scores = probe_chain(
+        scores = remembered_scores(
             space,
-            pipeline.source,
-            [shape.cell_in[0] for shape in shapes[:last]],
-            lambda ids: (Cache(path).read_pooled(ids) for path in paths),
+            features,
+            lambda: probe_chain(
+                space,
+                pipeline.source,
+                [shape.cell_in[0] for shape in shapes[:last]],
+                lambda ids: (Cache(path).read_pooled(ids) for path in paths),
+            ),
         )
     return _result(pipeline, stages, scores)
 
 
 def _run_stage(
     pipeline: Pipeline, index: int, workers: Workers, above: list[CacheSize]
-) -> StageResult:
+) -> tuple[StageResult, str]:
+    """What became of a stage, and its cache's content digest."""
     space, keep = pipeline.workspace, pipeline.config.keep
     stage = pipeline.stage(index)
     weights, trained = stage.train()
     if keep != "all":
         drop_outputs(space, index - 2)
     reserved = sum(cache.bytes for cache in above)
-    _, extracted = stage.extract(weights, workers=workers, reserved=reserved)
+    manifest, extracted = stage.extract(weights, workers=workers, reserved=reserved)
     if keep == "last":
         drop_outputs(space, index - 1)
     path = space.cache_path(index)
     if not trained and not extracted:
         space.progress.note(f"module {index}: nothing to do, weights and cache match")
-    return StageResult(index, weights.record, trained, extracted, path, folder_bytes(path))
+    result = StageResult(index, weights.record, trained, extracted, path, folder_bytes(path))
+    return result, manifest.content.value
 
 
 def _run_joint(pipeline: Pipeline) -> RunResult:
@@ -119,12 +128,16 @@ def _run_joint(pipeline: Pipeline) -> RunResult:
         weights, trained = stage.train()
         if not trained:
             space.progress.note(f"{stage.label}: nothing to do, weights match")
-        scores = probe_chain(
+        scores = remembered_scores(
             space,
-            pipeline.source,
-            [shape.cell_in[0] for shape in shapes],
-            lambda ids: chain_embeddings(
-                stage.frozen(), pipeline.source, ids, pipeline.config.extract
+            [stage.input_content, *(own.digest for own in weights)],
+            lambda: probe_chain(
+                space,
+                pipeline.source,
+                [shape.cell_in[0] for shape in shapes],
+                lambda ids: chain_embeddings(
+                    stage.frozen(), pipeline.source, ids, pipeline.config.extract
+                ),
             ),
         )
     stages = [
@@ -142,7 +155,12 @@ def _say_what_is_left_out(pipeline: Pipeline) -> None:
 def _result(pipeline: Pipeline, stages: list[StageResult], scores: ProbeScores | None) -> RunResult:
     if scores is not None:
         stages = [
-            replace(stage, probe_accuracy=trained, random_probe_accuracy=random)
+            replace(
+                stage,
+                probe_accuracy=trained.test,
+                probe_validation_accuracy=trained.validation,
+                random_probe_accuracy=random.test,
+            )
             for stage, trained, random in zip(stages, scores.trained, scores.random, strict=True)
         ]
     return RunResult(
@@ -150,8 +168,8 @@ def _result(pipeline: Pipeline, stages: list[StageResult], scores: ProbeScores |
         mode=pipeline.config.mode,
         folder=pipeline.workspace.folder,
         stages=stages,
-        raw_probe_accuracy=scores.raw if scores else None,
-        statistics_probe_accuracy=scores.statistics if scores else None,
+        raw_probe_accuracy=scores.raw.test if scores and scores.raw else None,
+        statistics_probe_accuracy=scores.statistics.test if scores else None,
         seconds=0.0,
         skipped=pipeline.skipped,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from gim_stagewise.errors import CacheNotFoundError, ConfigError
 from gim_stagewise.stage.metrics import read_metrics
@@ -30,15 +31,11 @@ def plot_curves(folder: str | Path, target: str | Path | None = None) -> Path:
     ConfigError
         If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("plots need matplotlib: pip install 'gim-stagewise[plot]'") from None
     folder = Path(folder)
     logs = sorted(folder.glob("logs/m*/metrics.jsonl"), key=lambda file: int(file.parent.name[1:]))
     if not logs:
         raise CacheNotFoundError(f"no logs below {folder / 'logs'}; give the folder of a run")
-    figure = Figure(figsize=(4 * len(logs), 3.4), layout="constrained")
+    figure = matplotlib_figure(4 * len(logs), 3.4)
     panels = figure.subplots(1, len(logs), squeeze=False)[0]
     for panel, file in zip(panels, logs, strict=True):
         epochs = [line for line in read_metrics(file) if "validation_loss" in line]
@@ -49,9 +46,24 @@ def plot_curves(folder: str | Path, target: str | Path | None = None) -> Path:
         panel.set_title(f"module {file.parent.name[1:]}")
         panel.set_xlabel("epoch")
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("InfoNCE loss (nats)")
+    panels[0].set_ylabel("loss (nats)")
     panels[-1].legend()
     target = Path(target) if target is not None else folder / "curves.png"
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120, format="png")
     return target
+
+
+def matplotlib_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches, that belongs to no window.
+
+    Raises
+    ------
+    ConfigError
+        If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("plots need matplotlib: pip install 'gim-stagewise[plot]'") from None
+    return Figure(figsize=(width, height), layout="constrained")

@@ -33,6 +33,7 @@ def run_record(result: RunResult) -> dict[str, Any]:
             "validation_loss": stage.record.validation_loss,
             "train_seconds": stage.record.seconds,
             "probe_accuracy": stage.probe_accuracy,
+            "probe_validation_accuracy": stage.probe_validation_accuracy,
             "random_probe_accuracy": stage.random_probe_accuracy,
             "cache": None if stage.cache is None else str(stage.cache),
             "cache_bytes": stage.cache_bytes,
@@ -55,6 +56,16 @@ def run_record(result: RunResult) -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, str]:
+    """What results depend on, besides this package."""
+    return {
+        "gim-stagewise": __version__,
+        "torch": torch.__version__,
+        "zarr": zarr.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def save_record(pipeline: Pipeline, result: RunResult) -> dict[str, Any]:
     """Write ``run.json`` with the record and the conditions it was made under; returns it."""
     record = run_record(result) | {
@@ -62,12 +73,7 @@ def save_record(pipeline: Pipeline, result: RunResult) -> dict[str, Any]:
         "device": str(pipeline.workspace.device),
         "seed": pipeline.config.seed,
         "probe": pipeline.config.probe.model_dump(mode="json"),
-        "versions": {
-            "gim-stagewise": __version__,
-            "torch": torch.__version__,
-            "zarr": zarr.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
     with exclusive(pipeline.workspace.folder):
         write_json(pipeline.workspace.record_path, record | {"checksum": json_checksum(record)})

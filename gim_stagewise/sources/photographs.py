@@ -78,8 +78,11 @@ def open_photos(config: SourceConfig) -> PartsSource:
     """Crops of the photographs, labelled by which of them they show: ``kind = "photos"``.
 
     Training crops lie in the left halves, test crops in the right ones, so that they share no
-    pixel. Options: ``size`` of a crop (64), how many there are for ``train`` (1500) and ``test``
-    (750), as many of each photograph, and ``seed`` (0). Images are uint8 [1, size, size].
+    pixel. Of the training crops the last third lies in the lower third of those halves, and shares
+    no pixel with the others (see ``probe.validation_part``).
+
+    Options: ``size`` of a crop (64), how many there are for ``train`` (1500) and ``test`` (750), as
+    many of each photograph, and ``seed`` (0). Images are uint8 [1, size, size].
 
     Raises
     ------
@@ -99,7 +102,7 @@ def open_photos(config: SourceConfig) -> PartsSource:
             f"unknown key; known: {', '.join(known)}", key=f"source.options.{sorted(unknown)[0]}"
         )
     numbers = {**known, **config.options}
-    most = min(min(photograph(n).shape[0], photograph(n).shape[1] // 2) for n in PHOTOGRAPHS)
+    most = min(min(photograph(n).shape[0] // 3, photograph(n).shape[1] // 2) for n in PHOTOGRAPHS)
     for name, number in numbers.items():
         limit = most if name == "size" else 10**6
         if type(number) is not int or not (name != "seed") <= number <= limit:
@@ -118,14 +121,20 @@ def open_photos(config: SourceConfig) -> PartsSource:
 
 
 def _crops(count: int, *, size: int, seed: int, right: bool) -> ArrayPart:
-    """Crops of one half of the photographs in turn, at random places."""
+    """Crops of one half of the photographs in turn, at random places.
+
+    Of left halves the first two thirds of them come from the upper two thirds.
+    """
     draw = np.random.default_rng(seed)
     images = np.empty((count, 1, size, size), np.uint8)
     labels = np.arange(count) % len(PHOTOGRAPHS)
-    for image, label in zip(images, labels, strict=True):
+    upper = count - count // 3
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         photo = photograph(PHOTOGRAPHS[label])
-        middle = photo.shape[1] // 2
+        middle, border = photo.shape[1] // 2, photo.shape[0] - photo.shape[0] // 3
         half = photo[:, middle:] if right else photo[:, :middle]
+        if not right:
+            half = half[:border] if number < upper else half[border:]
         top, left = (int(draw.integers(length - size + 1)) for length in half.shape)
         image[0] = half[top : top + size, left : left + size]
     return ArrayPart(images, labels)

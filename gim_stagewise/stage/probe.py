@@ -27,7 +27,7 @@ from gim_stagewise.sources import (
     Source,
     read_stacked,
 )
-from gim_stagewise.stage.classifier import test_accuracy
+from gim_stagewise.stage.classifier import Accuracy, classify
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
 from gim_stagewise.stage.shape import trained_part
 from gim_stagewise.stage.workspace import Workspace, patch_grid
@@ -86,8 +86,8 @@ def probe_accuracy(
     config: ProbeConfig,
     *,
     seed: int,
-) -> float:
-    """Test accuracy of a linear classifier, in [0, 1] (see `gim_stagewise.stage.classifier`).
+) -> Accuracy:
+    """Accuracy of a linear classifier (see `gim_stagewise.stage.classifier`).
 
     Parameters
     ----------
@@ -103,27 +103,27 @@ def probe_accuracy(
         If the training split has only one class, or too few samples.
     """
     fitted, unseen = features[: len(train.ids)], features[len(train.ids) :]
-    return test_accuracy(fitted, train.labels, unseen, test.labels, config, seed=seed)
+    return classify(fitted, train.labels, unseen, test.labels, config, seed=seed)
 
 
 @dataclass(frozen=True)
 class ProbeScores:
-    """Accuracies of the same probe on different features, in [0, 1].
+    """Accuracies of the same probe on different features.
 
     Parameters
     ----------
-    trained, random : list of float
+    trained, random : list of Accuracy
         On features of modules, after and before training.
-    statistics : float
+    statistics : Accuracy
         On `pixel_statistics` of patches, pooled like features.
-    raw : float or None
+    raw : Accuracy or None
         On pixels; None where there are more than `MOST_RAW`.
     """
 
-    trained: list[float]
-    random: list[float]
-    statistics: float
-    raw: float | None
+    trained: list[Accuracy]
+    random: list[Accuracy]
+    statistics: Accuracy
+    raw: Accuracy | None
 
 
 def probe_chain(
@@ -159,7 +159,7 @@ def probe_chain(
     rows = 2 * len(in_channels) + 1 + few
     with workspace.progress.task("probe", total=rows, unit="row") as task:
 
-        def score(features: NDArray[np.float32]) -> float:
+        def score(features: NDArray[np.float32]) -> Accuracy:
             accuracy = probe_accuracy(features, train, test, config.probe, seed=config.seed)
             task.advance()
             return accuracy
@@ -248,7 +248,7 @@ def probe_cache(path: str | Path, *, pooling: Pooling | None = None) -> tuple[in
     config = config.model_copy(update={"probe": probe})
     features = pool_features(cache.read_pooled([*train.ids, *test.ids]), config)
     accuracy = probe_accuracy(features, train, test, probe, seed=config.seed)
-    return cache.manifest.module, probe.pooling, accuracy
+    return cache.manifest.module, probe.pooling, accuracy.test
 
 
 def chain_embeddings(

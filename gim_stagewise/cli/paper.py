@@ -1,0 +1,105 @@
+"""The paper's tables and figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from gim_stagewise.cli import options
+
+WHAT = ("table1", "table2", "figure2", "figure3")
+
+
+@click.command()
+@click.argument("what", type=click.Choice(WHAT))
+@click.option(
+    "--pipeline",
+    "pipeline_file",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Pipeline file, such as pipelines/photos.toml.",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Runs of each mode (table1), with the file's seed and those that follow it.",
+)
+@click.option(
+    "--dir",
+    "base",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("cache"),
+    show_default=True,
+    help="Folder of the runs' folders.",
+)
+@click.option(
+    "--to",
+    "target",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the result.  [default: NAME-reproduced, beside the runs]",
+)
+@options.allowed_mem_option
+@options.allowed_host_mem_option
+@options.break_lock_option
+@options.device_option
+@options.quiet_option
+@options.json_option
+def reproduce(
+    what: str,
+    pipeline_file: Path,
+    seeds: int,
+    base: Path,
+    target: Path | None,
+    allowed_mem: str | None,
+    allowed_host_mem: str | None,
+    device: str,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Make a table or figure of the paper from a pipeline's runs.
+
+    Runs that are missing are made, unfinished ones go on; the paper's figures stand beside those
+    that are measured.
+
+    \b
+    table1   accuracies of all modes
+    table2   memory of training all modules, and one at a time
+    figure2  patches that excite a neuron most
+    figure3  training curves, simultaneous against iterative
+
+    \b
+    Examples:
+      gim-stage reproduce table1 --pipeline pipelines/photos.toml --seeds 5
+      gim-stage reproduce figure3 --pipeline pipelines/digits.toml
+    """
+    from gim_stagewise.pipeline import Pipeline
+    from gim_stagewise.plan import smallest_budget
+    from gim_stagewise.reproduce.figures import figure_2, figure_3
+    from gim_stagewise.reproduce.runs import Reproduction
+    from gim_stagewise.reproduce.tables import table_1, table_2
+
+    progress = options.progress_for(quiet=quiet, verbose=False)
+    first = Pipeline.from_file(pipeline_file, device=device, mode="iterative")
+    with options.naming(pipeline_file):
+        sizes = options.Sizes(allowed_mem, allowed_host_mem)
+        first = options.limited(first, sizes, lambda: smallest_budget(first))
+        work = Reproduction(
+            file=pipeline_file,
+            base=base,
+            target=target or base / f"{first.config.name}-reproduced",
+            seeds=seeds,
+            device=device,
+            progress=progress,
+            budget=first.workspace.budget,
+        )
+        makers = {"table1": table_1, "table2": table_2, "figure2": figure_2, "figure3": figure_3}
+        path = makers[what](work)
+    if as_json:
+        options.show({"what": what, "path": str(path)})
+        return
+    if path.suffix == ".md":
+        click.echo(path.read_text(encoding="utf-8"))
+    click.echo(str(path))

@@ -1,0 +1,146 @@
+"""Figures 2 and 3 of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gim_stagewise.cache import Cache
+from gim_stagewise.config import AugmentConfig
+from gim_stagewise.durable import write_atomic
+from gim_stagewise.errors import ConfigError
+from gim_stagewise.report.curves import matplotlib_figure
+from gim_stagewise.reproduce.exciting import Neuron, most_exciting
+from gim_stagewise.reproduce.runs import Reproduction
+from gim_stagewise.sources import PatchSource
+from gim_stagewise.stage.metrics import read_metrics
+from gim_stagewise.stage.workspace import patch_grid
+from gim_stagewise.windows import PatchGrid, Span
+
+PATCHES = 4
+NEURONS = 8
+_CROSS = (0.3, 0.6, 0.9)  # no colour of a gray patch
+_SAMPLES_AT_ONCE = 256
+
+
+def figure_2(work: Reproduction) -> Path:
+    """Groups of patches that excite a neuron most, at every level (figure 2).
+
+    Read from the caches of the iterative run; of each module the most selective neurons are shown.
+
+    Raises
+    ------
+    ConfigError
+        If there are no patches, or matplotlib is not installed.
+    """
+    pipeline = work.pipeline("iterative")
+    source, grid = pipeline.source, patch_grid(pipeline.config)
+    if not isinstance(source, PatchSource) or grid is None:
+        raise ConfigError(
+            "has no patches that could be shown: figure 2 takes samples that are read whole",
+            key="source.kind",
+        )
+    count = len(pipeline.config.module)
+    figure = matplotlib_figure(1.2 * NEURONS, 1.4 * count)
+    panels = figure.subplots(count, NEURONS, squeeze=False)
+    for row, stage in zip(panels, work.run("iterative").stages, strict=True):
+        assert stage.cache is not None
+        cache = Cache(stage.cache)
+        ids = list(cache.ids) if cache.views == 0 else _evaluated(cache)
+        with work.progress.task(
+            f"figure 2: module {stage.module}", total=len(ids), unit="sample"
+        ) as task:
+            batches = _embeddings(cache, ids, task.advance)
+            neurons = most_exciting(batches, patches=PATCHES, neurons=NEURONS)
+        for panel in row:
+            panel.set(xticks=[], yticks=[])
+        row[0].set_ylabel(f"module {stage.module}")
+        for panel, neuron in zip(row, neurons, strict=False):
+            panel.set_title(f"channel {neuron.channel}", fontsize=7)
+            panel.imshow(_group(neuron, source, pipeline.config.augment, grid))
+    return _save(work, figure, "figure2.png")
+
+
+def _evaluated(cache: Cache) -> list[str]:
+    """Samples whose evaluation view is stored, where training has views of its own."""
+    return list(dict.fromkeys([*cache.split("train"), *cache.split("test")]))
+
+
+def _embeddings(
+    cache: Cache, ids: list[str], advance: Any
+) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
+    for start in range(0, len(ids), _SAMPLES_AT_ONCE):
+        own = ids[start : start + _SAMPLES_AT_ONCE]
+        yield own, cache.read_pooled(own)
+        advance(len(own))
+
+
+def _group(
+    neuron: Neuron, source: PatchSource, augment: AugmentConfig, grid: PatchGrid
+) -> NDArray[np.float32]:
+    """Four patches in a square, [height, width, 3], with a coloured cross between them."""
+    gap = max(1, grid.size // 16)
+    side = 2 * grid.size + gap
+    square = np.full((side, side, 3), _CROSS, np.float32)
+    for number, (item_id, row, column) in enumerate(neuron.patches):
+        image = source.read_images([item_id])[0]
+        down, along = (grid.pixels(Span(at, at + 1)) for at in (row, column))
+        top, left = (place * (grid.size + gap) for place in divmod(number, 2))
+        square[top : top + grid.size, left : left + grid.size] = _visible(
+            image[:, down.slice, along.slice], augment
+        )
+    return square
+
+
+def _visible(pixels: NDArray[np.float32], augment: AugmentConfig) -> NDArray[np.float32]:
+    """Pixels in [0, 1], [height, width, 3] or 1, as they were before normalising."""
+    if augment.mean is not None and augment.std is not None:
+        mean, std = (np.array(v, np.float32)[:, None, None] for v in (augment.mean, augment.std))
+        pixels = pixels * std + mean
+    shown = np.clip(pixels, 0, 1).transpose(1, 2, 0)
+    return shown if shown.shape[2] == 3 else shown.mean(2, keepdims=True)
+
+
+def figure_3(work: Reproduction) -> Path:
+    """Training and validation curves of modules, simultaneous against iterative (figure 3).
+
+    Raises
+    ------
+    ConfigError
+        If matplotlib is not installed.
+    """
+    colours = {"simultaneous": "tab:blue", "iterative": "tab:red"}
+    count = len(work.pipeline("iterative").config.module)
+    figure = matplotlib_figure(4 * count, 3.8)
+    panels = figure.subplots(1, count, squeeze=False)[0]
+    for mode, colour in colours.items():
+        result = work.run(mode)
+        for panel, stage in zip(panels, result.stages, strict=True):
+            lines = read_metrics(result.folder / "logs" / f"m{stage.module}" / "metrics.jsonl")
+            epochs = [line for line in lines if "validation_loss" in line]
+            for name, style in (("train_loss", "-"), ("validation_loss", "--")):
+                panel.plot(
+                    [line["epoch"] for line in epochs],
+                    [line[name] for line in epochs],
+                    style,
+                    color=colour,
+                    label=f"{mode}, {name.removesuffix('_loss')}",
+                )
+    for number, panel in enumerate(panels, start=1):
+        panel.set_title(f"module {number}")
+        panel.set_xlabel("epoch")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("InfoNCE loss (nats)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return _save(work, figure, "figure3.png")
+
+
+def _save(work: Reproduction, figure: Any, name: str) -> Path:
+    path = work.target / name
+    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+    return path

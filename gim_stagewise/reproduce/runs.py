@@ -1,0 +1,108 @@
+"""The runs that tables and figures are made of: those that are missing are made."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from gim_stagewise.config import load_pipeline
+from gim_stagewise.durable import write_atomic
+from gim_stagewise.memory import Budget
+from gim_stagewise.pipeline import Pipeline, RunResult, run_name
+from gim_stagewise.processes import usable_cores
+from gim_stagewise.progress import Progress, Silent
+from gim_stagewise.report.record import save_record, versions
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A pipeline whose runs, in several modes and with several seeds, are compared.
+
+    Parameters
+    ----------
+    file : Path
+        The pipeline file.
+    base : Path
+        Folder of the runs' folders.
+    target : Path
+        Folder that tables and figures are written to.
+    seeds : int
+        Runs of each mode, with the file's seed and those that follow it.
+    device : str
+    progress : Progress
+    budget : Budget
+    """
+
+    file: Path
+    base: Path
+    target: Path
+    seeds: int = 1
+    device: str = "auto"
+    progress: Progress = field(default_factory=Silent)
+    budget: Budget = field(default_factory=Budget)
+
+    def pipeline(self, mode: str, number: int = 0) -> Pipeline:
+        """The pipeline in a mode, with the file's seed or one of those that follow it."""
+        config, _ = load_pipeline(self.file, mode=mode)
+        seed = config.seed + number
+        name = run_name(config) + (f"-seed{seed}" if number else "")
+        return Pipeline.from_file(
+            self.file,
+            folder=self.base / name,
+            device=self.device,
+            progress=self.progress,
+            budget=self.budget,
+            mode=mode,
+            seed=seed,
+        )
+
+    def run(self, mode: str, number: int = 0) -> RunResult:
+        """A run; what is there of it already is kept."""
+        pipeline = self.pipeline(mode, number)
+        self.progress.note(f"{mode}, seed {pipeline.config.seed}: {pipeline.workspace.folder}")
+        result = pipeline.run()
+        save_record(pipeline, result)
+        return result
+
+    def runs(self, mode: str) -> list[RunResult]:
+        """Runs of a mode with all seeds."""
+        return [self.run(mode, number) for number in range(self.seeds)]
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a text file below the target, atomically."""
+        path = self.target / name
+        write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        return path
+
+    def conditions(self) -> str:
+        """Under which a result was measured, for its last line."""
+        pipeline = self.pipeline("iterative")
+        device = pipeline.workspace.device
+        first = pipeline.config.seed
+        parts = {
+            "pipeline": str(self.file),
+            "seeds": f"{first} to {first + self.seeds - 1}" if self.seeds > 1 else f"{first}",
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "cores": str(usable_cores()),
+            **versions(),
+            "date": datetime.now(UTC).date().isoformat(),
+        }
+        return "Conditions: " + "; ".join(f"{name} {value}" for name, value in parts.items()) + "."
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over runs."""
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def markdown_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown."""
+    lines = [list(names), ["---"] * len(names), *map(list, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -1,0 +1,198 @@
+"""The paper's tables and figures as commands."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import edit, one_error
+from numpy.typing import NDArray
+from PIL import Image
+from warm import gim_stage
+
+from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.progress import Silent, Task
+from gim_stagewise.reproduce.exciting import most_exciting
+from gim_stagewise.reproduce.figures import figure_2, figure_3
+from gim_stagewise.reproduce.paper import TABLE_1
+from gim_stagewise.reproduce.runs import Reproduction, spread
+from gim_stagewise.reproduce.tables import table_1, table_2
+
+
+class Heard(Silent):
+    """Notes what was trained."""
+
+    def __init__(self) -> None:
+        self.tasks: list[str] = []
+
+    @contextmanager
+    def task(self, label: str, *, total: int, done: int = 0, unit: str) -> Iterator[Task]:
+        self.tasks.append(label)
+        with super().task(label, total=total, done=done, unit=unit) as task:
+            yield task
+
+
+@pytest.fixture(scope="module")
+def work(
+    tmp_path_factory: pytest.TempPathFactory, new_tiny: Callable[[Path], Path]
+) -> Reproduction:
+    place = tmp_path_factory.mktemp("reproduce")
+    file = new_tiny(place)
+    text = file.read_text().replace("max_epochs = 3", "max_epochs = 1")
+    context = "[context]\nchannels = 8\nlayers = 1\n\n[module.1]"
+    file.write_text(text.replace("[module.1]", context).partition("[module.3]")[0])
+    return Reproduction(file, place / "runs", place / "results", seeds=2, device="cpu")
+
+
+def columns(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_table_1_has_every_mode_beside_the_paper(work: Reproduction) -> None:
+    text = table_1(work).read_text()
+    lines = {columns(line)[0]: columns(line)[1:] for line in text.splitlines() if "|" in line}
+    for name, mode, paper in TABLE_1:
+        assert lines[name][0] == paper
+        if mode is None:
+            assert lines[name][1:] == ["", ""]
+            continue
+        folders = [work.pipeline(mode, number).workspace.folder for number in (0, 1)]
+        records = [json.loads((folder / "run.json").read_text()) for folder in folders]
+        assert [record["mode"] for record in records] == [mode, mode]
+        assert [record["seed"] for record in records] == [3, 4]
+        for module in (0, 1):
+            own = [100 * record["modules"][module]["probe_accuracy"] for record in records]
+            assert lines[name][1 + module] == spread(own)
+    assert "seeds 3 to 4" in text
+    assert "Conditions:" in text
+
+
+def test_what_is_there_is_not_made_again(work: Reproduction) -> None:
+    heard = Heard()
+    again = Reproduction(work.file, work.base, work.target, seeds=2, device="cpu", progress=heard)
+    first = table_1(work).read_text()
+    assert table_1(again).read_text() == first
+    assert heard.tasks == []
+    (work.base / "tiny-cpc" / "m2.safetensors").unlink()
+    assert table_1(again).read_text() == first
+    # The same weights come out, so that scores of their features are known.
+    assert heard.tasks == ["modules 1 to 2: train"]
+
+
+def test_table_2_counts_and_measures(work: Reproduction) -> None:
+    text = table_2(work).read_text()
+    rows = [columns(line) for line in text.splitlines() if "MB" in line or "kB" in line]
+    assert [row[0] for row in rows[:4]] == [
+        "Supervised",
+        "CPC",
+        "GIM, all modules",
+        "GIM, 1st module",
+    ]
+    assert [row[1] for row in rows[:4]] == ["6.3", "7.7", "7.0", "2.5"]
+    assert all(re.fullmatch(r"[\d.]+ [kM]B", row[2]) for row in rows)
+
+    def counted(row: list[str]) -> float:
+        number, unit = row[2].split()
+        return float(number) * {"kB": 1e3, "MB": 1e6}[unit]
+
+    every, first = counted(rows[2]), counted(rows[3])
+    assert first < every
+
+
+def test_figures_are_pictures(work: Reproduction) -> None:
+    for path, panels in ((figure_2(work), 2), (figure_3(work), 2)):
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        assert pixels.shape[0] > 300
+        assert pixels.shape[1] > 300 * panels
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
+
+
+def test_the_most_exciting_patches_are_those_of_a_search(work: Reproduction) -> None:
+    draw = np.random.default_rng(0)
+    values = draw.normal(size=(23, 3, 4, 6)).astype(np.float32)
+    values[7, 1, 2, 4] = 9.0  # the most selective channel
+    ids = [f"sample-{number}" for number in range(23)]
+
+    def batches() -> Iterator[tuple[list[str], NDArray[np.float32]]]:
+        for start in range(0, 23, 5):
+            yield ids[start : start + 5], values[start : start + 5]
+
+    found = most_exciting(batches(), patches=4, neurons=6)
+    assert found[0].channel == 4
+    assert found[0].patches[0] == ("sample-7", 1, 2)
+    assert sorted(neuron.channel for neuron in found) == list(range(6))
+    for neuron in found:
+        own = values[..., neuron.channel].astype(float)
+        by_sample = own.reshape(23, -1)
+        order = np.argsort(-by_sample.max(1), kind="stable")[:4]
+        places = [(ids[n], *map(int, divmod(int(by_sample[n].argmax()), 4))) for n in order]
+        assert neuron.patches == places
+        above = (by_sample.max(1)[order].mean() - own.mean()) / own.std()
+        assert neuron.selectivity == pytest.approx(above)
+
+
+def test_few_samples_and_silent_channels_are_taken_as_they_are() -> None:
+    values = np.zeros((2, 2, 2, 3), np.float32)
+    found = most_exciting([(["a", "b"], values)], patches=4, neurons=8)
+    assert [neuron.selectivity for neuron in found] == [0.0] * 3
+    assert [len(neuron.patches) for neuron in found] == [2, 2, 2]
+    assert most_exciting([], patches=4, neurons=8) == []
+
+
+def test_patches_are_shown_as_they_were(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With views of their own for training, and normalised pixels."""
+    edit(tiny, "[patches]", "[augment]\nflip = 0.5\nmean = [0.4]\nstd = [0.2]\n\n[patches]")
+    tiny.write_text(tiny.read_text().partition("[module.2]")[0])
+    shown: list[NDArray[np.float32]] = []
+    from gim_stagewise.reproduce import figures
+
+    visible = figures._visible
+
+    def noted(*arguments: Any) -> NDArray[np.float32]:
+        shown.append(visible(*arguments))
+        return shown[-1]
+
+    monkeypatch.setattr(figures, "_visible", noted)
+    figure_2(Reproduction(tiny, tmp_path / "runs", tmp_path / "results", device="cpu"))
+    raw = np.concatenate([np.load(tmp_path / f"{n}.npy") for n in ("train", "test")]) / 255
+    assert len(shown) == 4 * 6
+    for patch in shown:
+        windows = np.lib.stride_tricks.sliding_window_view(raw, (4, 4), (1, 2))
+        distance = np.abs(windows - patch[..., 0]).max((-2, -1))
+        assert distance.min() < 1e-6
+
+
+def test_the_command(work: Reproduction) -> None:
+    done = gim_stage(
+        "reproduce", "table1", "--pipeline", work.file, "--seeds", "2", "--dir", work.base, "-q"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| Greedy InfoMax (GIM), iterative | 79.8 |" in done.stdout
+    assert (work.base / "tiny-reproduced" / "table1.md").is_file()
+
+
+def test_without_labels_nothing_can_be_compared(tiny: Path, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        edit(tiny, f', labels = "{split}_labels.npy"', "")
+    done = gim_stage("reproduce", "table1", "--pipeline", tiny, "--dir", tmp_path / "runs")
+    assert "labelled" in one_error(done, 2)
+
+
+def test_seeds_have_folders_of_their_own(work: Reproduction) -> None:
+    places = {
+        work.pipeline(mode, number).workspace.folder.name
+        for mode in ("iterative", "cpc")
+        for number in (0, 1)
+    }
+    assert places == {"tiny", "tiny-seed4", "tiny-cpc", "tiny-cpc-seed4"}
+    own = Pipeline.from_file(work.file, device="cpu", mode="cpc")
+    assert own.workspace.folder == Path("cache/tiny-cpc")
