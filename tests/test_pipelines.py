@@ -15,7 +15,7 @@ from warm import gim_stage
 from gim_stagewise.cache import open_tiled_cache
 from gim_stagewise.config import SourceConfig
 from gim_stagewise.errors import ConfigError
-from gim_stagewise.sources import Request, Source, open_source
+from gim_stagewise.sources import SPLITS, Request, Source, open_source
 from gim_stagewise.sources.photographs import PHOTOGRAPHS, mosaic_region, photograph
 from gim_stagewise.windows import Span
 
@@ -96,17 +96,21 @@ def photos(**options: object) -> Source:
 
 
 def test_crops_of_photographs_are_labelled_and_share_no_pixel() -> None:
-    source = photos(train=60, test=30)
-    assert (len(source.split("train")), len(source.split("test"))) == (60, 30)
-    assert list(source.split("unlabeled")) == list(source.split("train"))
+    source = photos(unlabeled=30, train=90, test=30)
+    counts = [len(source.split(split)) for split in SPLITS]
+    assert counts == [30, 90, 30]
     labels = dict(zip(source.ids, source.labels("class").tolist(), strict=True))
-    for right in (False, True):
-        ids = source.split("test" if right else "train")
+    assert {labels[item_id] for item_id in source.split("unlabeled")} == {-1}
+    for split in ("train", "test"):
+        ids = source.split(split)
         assert {labels[item_id] for item_id in ids} == set(range(15))
         for item_id, crop in zip(ids, source.read([Request(i) for i in ids]), strict=True):
             photo = photograph(PHOTOGRAPHS[labels[item_id]])
-            middle = photo.shape[1] // 2
-            half = photo[:, middle:] if right else photo[:, :middle]
+            middle, border = photo.shape[1] // 2, photo.shape[0] - photo.shape[0] // 3
+            half = photo[:, middle:] if split == "test" else photo[:, :middle]
+            if split == "train":
+                upper = ids.index(item_id) < 60
+                half = half[:border] if upper else half[border:]
             windows = np.lib.stride_tricks.sliding_window_view(half, (64, 64))
             found = (windows[:, :, 0, 0] == crop[0, 0, 0]) & (
                 windows[:, :, -1, -1] == crop[0, -1, -1]

@@ -14,6 +14,7 @@ from gim_stagewise.config import SourceConfig
 from gim_stagewise.durable import flush_tree, fsync_directory, remove, rename, storage_errors
 from gim_stagewise.errors import ConfigError, DataError
 from gim_stagewise.seeds import derive_seed
+from gim_stagewise.sources.base import SPLITS, Split
 from gim_stagewise.sources.large import LargeSource
 from gim_stagewise.sources.parts import ArrayPart, PartsSource
 from gim_stagewise.windows import Region, even_ranges, tiles
@@ -77,12 +78,12 @@ def photograph(name: str) -> NDArray[np.uint8]:
 def open_photos(config: SourceConfig) -> PartsSource:
     """Crops of the photographs, labelled by which of them they show: ``kind = "photos"``.
 
-    Training crops lie in the left halves, test crops in the right ones, so that they share no
-    pixel. Of the training crops the last third lies in the lower third of those halves, and shares
-    no pixel with the others (see ``probe.validation_part``).
+    Unlabeled and training crops lie in the left halves, test crops in the right ones, so that these
+    share no pixel with those. Of the training crops the last third lies in the lower third of the
+    left halves, and shares no pixel with the other two (see ``probe.validation_part``).
 
-    Options: ``size`` of a crop (64), how many there are for ``train`` (1500) and ``test`` (750), as
-    many of each photograph, and ``seed`` (0). Images are uint8 [1, size, size].
+    Options: ``size`` of a crop (64), how many there are: ``unlabeled`` (6000), ``train`` (1500) and
+    ``test`` (750), as many of each photograph, and ``seed`` (0). Images are uint8 [1, size, size].
 
     Raises
     ------
@@ -96,7 +97,7 @@ def open_photos(config: SourceConfig) -> PartsSource:
             "leave it out",
             key=f"source.{min(given)}",
         )
-    known = {"size": 64, "train": 1500, "test": 750, "seed": 0}
+    known = {"size": 64, "unlabeled": 6000, "train": 1500, "test": 750, "seed": 0}
     if unknown := set(config.options) - set(known):
         raise ConfigError(
             f"unknown key; known: {', '.join(known)}", key=f"source.options.{sorted(unknown)[0]}"
@@ -111,33 +112,28 @@ def open_photos(config: SourceConfig) -> PartsSource:
                 key=f"source.options.{name}",
             )
     size, seed = numbers["size"], numbers["seed"]
-    train, test = (derive_seed(seed, "crops", split) for split in ("train", "test"))
-    return PartsSource(
-        {
-            "train": _crops(numbers["train"], size=size, seed=train, right=False),
-            "test": _crops(numbers["test"], size=size, seed=test, right=True),
-        }
-    )
+    parts = {split: _crops(split, numbers[split], size=size, seed=seed) for split in SPLITS}
+    return PartsSource(parts)
 
 
-def _crops(count: int, *, size: int, seed: int, right: bool) -> ArrayPart:
+def _crops(split: Split, count: int, *, size: int, seed: int) -> ArrayPart:
     """Crops of one half of the photographs in turn, at random places.
 
-    Of left halves the first two thirds of them come from the upper two thirds.
+    Of those for training the first two thirds come from the upper two thirds.
     """
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(derive_seed(seed, "crops", split))
     images = np.empty((count, 1, size, size), np.uint8)
     labels = np.arange(count) % len(PHOTOGRAPHS)
     upper = count - count // 3
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         photo = photograph(PHOTOGRAPHS[label])
         middle, border = photo.shape[1] // 2, photo.shape[0] - photo.shape[0] // 3
-        half = photo[:, middle:] if right else photo[:, :middle]
-        if not right:
+        half = photo[:, middle:] if split == "test" else photo[:, :middle]
+        if split == "train":
             half = half[:border] if number < upper else half[border:]
         top, left = (int(draw.integers(length - size + 1)) for length in half.shape)
         image[0] = half[top : top + size, left : left + size]
-    return ArrayPart(images, labels)
+    return ArrayPart(images, None if split == "unlabeled" else labels)
 
 
 def open_mosaic(config: SourceConfig) -> LargeSource:

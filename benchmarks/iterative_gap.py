@@ -1,0 +1,309 @@
+"""What makes modules that are trained one after another generalise as those trained together.
+
+    python benchmarks/iterative_gap.py                  # goes on with what is missing; hours
+    python benchmarks/iterative_gap.py --data digits    # one of the datasets
+    python benchmarks/iterative_gap.py --table          # writes the table from what is there
+    python benchmarks/iterative_gap.py --quick          # a little of digits; writes nothing
+    python benchmarks/iterative_gap.py --json
+
+The paper's iterative training overfits more than its simultaneous training (section 4.1, figure 3).
+Every condition changes modules 2 and 3 alone, or the views that all are trained on, and is paired
+by seed with simultaneous training on the same samples, for as many steps a module ("equal work"),
+or until its loss stalls ("convergence"). The gap is the loss of the frozen weights on held-out
+samples less that on as many samples that were trained on. Runs go to results/iterative_gap.jsonl as
+they end. Choices are made by validation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from conditions import conditions
+from numpy.typing import NDArray
+
+from gim_stagewise.cache import Cache
+from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.stage.checkpoint import TrainingRecord
+from gim_stagewise.stage.extraction_plan import Workers
+from gim_stagewise.stage.probe import chain_embeddings, pool_features, probe_accuracy, probe_splits
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+RUNS = RESULTS / "iterative_gap.jsonl"
+SEEDS = range(30, 35)
+# Student's t for a 95 % interval of a mean of five.
+T_95 = 2.776
+
+# Replacements in the shipped files, for each dataset.
+EPOCHS = {"equal work": {"digits": 30, "photos": 8}, "convergence": {"digits": 120, "photos": 24}}
+# Views that differ: shifts by a pixel, and mirrored crops.
+AUGMENT = {
+    "digits": (r"pad = 2 .*", "pad = 3\ncrop = 12"),
+    "photos": (r"(?m)^mean = ", "flip = 0.5\nmean = "),
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A way to train.
+
+    Parameters
+    ----------
+    name : str
+    upper : str
+        Lines of the ``train`` tables of modules 2 and 3.
+    mode : str
+    augmented : bool
+        Whether samples are trained on in views that differ.
+    views : int
+        How many of them are stored.
+    """
+
+    name: str
+    upper: str = ""
+    mode: str = "iterative"
+    augmented: bool = False
+    views: int = 1
+
+
+SIMULTANEOUS = Condition("simultaneous", mode="simultaneous")
+AUGMENTED = Condition("simultaneous, augmented", mode="simultaneous", augmented=True)
+CONDITIONS = [
+    SIMULTANEOUS,
+    Condition("iterative"),
+    Condition("dropout 0.1", "dropout = 0.1"),
+    Condition("dropout 0.3", "dropout = 0.3"),
+    Condition("noise 0.3", "noise = 0.3"),
+    Condition("noise 0.6", "noise = 0.6"),
+    Condition("average 0.99", "average = 0.99"),
+    Condition("dropout 0.1, average 0.99", "dropout = 0.1\naverage = 0.99"),
+    Condition("patience 2", "patience = 2"),
+    Condition("narrow shuffle window", 'shuffle_window = "SMALL"'),
+    AUGMENTED,
+    Condition("iterative, augmented, 1 view", augmented=True),
+    Condition("iterative, augmented, 4 views", augmented=True, views=4),
+]
+# Samples' bytes that a narrow window mixes: about a tenth of an epoch.
+SMALL = {"digits": "2MB", "photos": "15MB"}
+
+
+def text_of(data: str, regime: str, condition: Condition, epochs: int | None) -> str:
+    """The pipeline file of a condition."""
+    text = (ROOT / "pipelines" / f"{data}.toml").read_text()
+    count = epochs or EPOCHS[regime][data]
+    patience = count if regime == "equal work" else 8
+    changes = [
+        (r"(?m)^max_epochs = .*", f"max_epochs = {count}"),
+        (r"(?m)^patience = .*", f"patience = {patience}"),
+        (r"unlabeled = \d+", "unlabeled = 1500"),
+        (r"(?m)^(dropout|noise|average) = .*\n", ""),
+    ]
+    if condition.augmented:
+        changes.append(AUGMENT[data])
+        changes.append((r"(?m)^\[augment\]", f"[augment]\nviews = {condition.views}"))
+    for pattern, replacement in changes:
+        text = re.sub(pattern, replacement, text)
+    upper = condition.upper.replace("SMALL", SMALL[data])
+    if upper:
+        text += "".join(f"\n[module.{number}.train]\n{upper}\n" for number in (2, 3))
+    return text
+
+
+def measure(
+    data: str, regime: str, condition: Condition, seed: int, folder: Path, epochs: int | None
+) -> dict[str, Any]:
+    """Train all modules, and probe them on validation samples and on test samples."""
+    own = folder / f"{data}-{regime}-{condition.name}-{seed}".replace(" ", "_")
+    own.mkdir()
+    file = own / "pipeline.toml"
+    file.write_text(text_of(data, regime, condition, epochs))
+    run = own / "run"
+    pipeline = Pipeline.from_file(file, folder=run, device="cpu", mode=condition.mode, seed=seed)
+    splits = probe_splits(pipeline.source)
+    assert splits is not None
+    ids = [*splits[0].ids, *splits[1].ids]
+    records, features = zip(*trained(pipeline, ids), strict=True)
+    accuracies = [
+        probe_accuracy(
+            pool_features(part, pipeline.config), *splits, pipeline.config.probe, seed=seed
+        )
+        for part in features
+    ]
+    shutil.rmtree(own)
+    return {
+        "data": data,
+        "regime": regime,
+        "condition": condition.name,
+        "seed": seed,
+        "train_loss": [record.train_loss for record in records],
+        "validation_loss": [record.validation_loss for record in records],
+        "epochs": [record.epochs for record in records],
+        "seconds": [record.seconds for record in records],
+        "validation_accuracy": [100 * accuracy.validation for accuracy in accuracies],
+        "test_accuracy": [100 * accuracy.test for accuracy in accuracies],
+    }
+
+
+def trained(
+    pipeline: Pipeline, ids: list[str]
+) -> Iterator[tuple[TrainingRecord, NDArray[np.float32]]]:
+    """How training of each module went, and its embeddings."""
+    if not pipeline.config.iterative:
+        stage = pipeline.joint_stage()
+        weights, _ = stage.train()
+        parts = chain_embeddings(stage.frozen(), pipeline.source, ids, pipeline.config.extract)
+        yield from zip((own.record for own in weights), parts, strict=True)
+        return
+    for index in pipeline.config.module:
+        own, _ = pipeline.stage(index).train()
+        pipeline.stage(index).extract(own, workers=Workers(0))
+        yield own.record, Cache(pipeline.workspace.cache_path(index)).read_pooled(ids)
+
+
+def one_thread() -> None:
+    """Keep PyTorch to one thread: as many processes run as there are cores."""
+    torch.set_num_threads(1)
+
+
+def known() -> list[dict[str, Any]]:
+    """Runs that were made before."""
+    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+
+
+def key(run: dict[str, Any]) -> tuple[Any, ...]:
+    return run["data"], run["regime"], run["condition"], run["seed"]
+
+
+def make_missing(data: list[str]) -> None:
+    """Run what is missing, seed by seed, so that conditions are even at any time."""
+    there = {key(run) for run in known()}
+    wanted = [
+        (name, regime, condition, seed)
+        for regime in EPOCHS
+        for seed in SEEDS
+        for name in data
+        for condition in CONDITIONS
+        if (name, regime, condition.name, seed) not in there
+    ]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=one_thread) as pool,
+    ):
+        tasks = [pool.submit(measure, *one, Path(folder), None) for one in wanted]
+        for task in as_completed(tasks):
+            run = task.result()
+            with RUNS.open("a") as file:
+                file.write(json.dumps(run) + "\n")
+            print(key(run), file=sys.stderr)
+
+
+def gap(run: dict[str, Any], module: int) -> float:
+    difference: float = run["validation_loss"][module - 1] - run["train_loss"][module - 1]
+    return difference
+
+
+def table(runs: list[dict[str, Any]], data: str, regime: str) -> list[str]:
+    """Rows of one dataset and regime; differences are paired by seed with simultaneous training."""
+    by_key = {key(run): run for run in runs}
+    lines = [
+        f"## {data}, {regime}",
+        "",
+        "| condition | seeds | gap 2 | gap 3 | gap 2 − sim. | gap 3 − sim. | validation loss 3 | "
+        "accuracy 3 | accuracy 3 − sim. |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for condition in CONDITIONS:
+        reference = AUGMENTED if condition.augmented else SIMULTANEOUS
+        pairs = [
+            (by_key[data, regime, condition.name, seed], by_key[data, regime, reference.name, seed])
+            for seed in SEEDS
+            if (data, regime, condition.name, seed) in by_key
+            and (data, regime, reference.name, seed) in by_key
+        ]
+        if not pairs:
+            continue
+        gaps = [[gap(own, module) for own, _ in pairs] for module in (2, 3)]
+        lower = [[gap(own, m) - gap(sim, m) for own, sim in pairs] for m in (2, 3)]
+        accuracy = [own["validation_accuracy"][2] for own, _ in pairs]
+        better = [o["validation_accuracy"][2] - s["validation_accuracy"][2] for o, s in pairs]
+        cells = [
+            condition.name,
+            str(len(pairs)),
+            *(f"{statistics.mean(values):.3f}" for values in gaps),
+            *(interval(values, 3) for values in lower),
+            f"{statistics.mean(own['validation_loss'][2] for own, _ in pairs):.3f}",
+            f"{statistics.mean(accuracy):.1f}",
+            interval(better, 1),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def interval(differences: list[float], digits: int) -> str:
+    """Mean of paired differences, with a 95 % interval."""
+    mean = statistics.mean(differences)
+    if len(differences) < 2 or not any(differences):
+        return f"{mean:+.{digits}f}"
+    half = T_95 * statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
+
+
+def markdown(runs: list[dict[str, Any]]) -> str:
+    """All tables."""
+    lines = [
+        "# The gap between iterative and simultaneous training",
+        "",
+        "What modules 2 and 3 lose on held-out samples against samples that were trained on, with "
+        "frozen weights (nats), and accuracies of the probe on validation samples (%). "
+        "Differences are paired by seed with simultaneous training, mean ± half of a 95 % "
+        "interval (Student's t over 5 seeds). See the head of benchmarks/iterative_gap.py.",
+        "",
+    ]
+    for data in ("digits", "photos"):
+        for regime in EPOCHS:
+            if any(run["data"] == data and run["regime"] == regime for run in runs):
+                lines += table(runs, data, regime)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", choices=["digits", "photos"], help="one of the datasets")
+    parser.add_argument("--table", action="store_true", help="write the table, run nothing")
+    parser.add_argument("--quick", action="store_true", help="under a minute; writes nothing")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            runs = [
+                measure("digits", "equal work", condition, SEEDS[0], Path(folder), 1)
+                for condition in CONDITIONS[:2]
+            ]
+    else:
+        if not arguments.table:
+            make_missing([arguments.data] if arguments.data else ["digits", "photos"])
+        runs = known()
+    about = conditions()
+    text = markdown(runs)
+    text += "\nConditions: " + "; ".join(f"{name} {value}" for name, value in about.items()) + ".\n"
+    if not arguments.quick:
+        (RESULTS / "iterative_gap.md").write_text(text)
+    print(json.dumps({"runs": runs, "conditions": about}) if arguments.json else text)
+
+
+if __name__ == "__main__":
+    main()
