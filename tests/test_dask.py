@@ -191,6 +191,7 @@ def test_workers_of_a_running_cluster_may_die_and_join(
             worker.wait()
 
 
+@pytest.mark.slow
 def test_a_worker_that_served_old_code_computes_with_the_new(
     slow: Path, tmp_path: Path, scheduler: str
 ) -> None:

@@ -18,7 +18,7 @@ from gim_stagewise.cache import Block, read_manifest
 from gim_stagewise.windows import even_ranges
 
 RANDOM_MOMENTS = 5
-WITH_DASK = 3
+WITH_DASK = 1
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_a_run_is_the_same_twice(small: Path, undisturbed: Path) -> None:
     assert_same_files(small.parent / "twice", undisturbed)
 
 
-@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_every_kind_of_point(
     small: Path, undisturbed: Path, tmp_path: Path, half: int
 ) -> None:

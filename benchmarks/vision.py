@@ -1,0 +1,224 @@
+"""The paper's table 1 on data that needs no download: digits and photographs, all modes.
+
+    python benchmarks/vision.py                 # goes on with what is missing; about an hour
+    python benchmarks/vision.py --data digits
+    python benchmarks/vision.py --table         # writes the table from what is there
+    python benchmarks/vision.py --quick         # two modes on digits, an epoch; writes nothing
+    python benchmarks/vision.py --json
+
+Five seeds of each mode, as `gim-stage run --mode` gives them: every row has the same pooling,
+probe and splits. Supervised modes take as many steps as the others. Seeds are not those by which
+settings were chosen (benchmarks/iterative_gap.py). Runs go to results/vision.jsonl as they end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from conditions import conditions
+
+from gim_stagewise.pipeline import Pipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+RUNS = RESULTS / "vision.jsonl"
+SEEDS = range(40, 45)
+DATA = ("digits", "photos")
+# Name of a row, its mode, and what is changed in the file.
+ROWS = {
+    "randomly initialized, PyTorch's": ("random", ""),
+    "randomly initialized, He": ("random", 'init = "he"'),
+    "supervised": ("supervised", ""),
+    "greedy supervised": ("greedy_supervised", ""),
+    "CPC": ("cpc", ""),
+    "GIM, simultaneous": ("simultaneous", ""),
+    "GIM, iterative": ("iterative", ""),
+}
+ITERATIVE, TOGETHER = "GIM, iterative", "GIM, simultaneous"
+RANDOM = tuple(ROWS)[:2]
+# Photos: points of modules 2 and 3 above the random encoders, and above pixel statistics.
+ABOVE_RANDOM, ABOVE_STATISTICS = 5.0, 10.0
+# Unlabeled samples over labelled ones.
+MORE_EPOCHS = {"digits": 1, "photos": 4}
+
+
+def measure(data: str, row: str, seed: int, folder: Path, epochs: int | None) -> dict[str, Any]:
+    """One run; accuracies in percent."""
+    mode, options = ROWS[row]
+    text = (ROOT / "pipelines" / f"{data}.toml").read_text()
+    if options:
+        text = re.sub(r"(?m)^(options = \{ (?:stem|channels).*) \}", rf"\1, {options} }}", text)
+    factor = MORE_EPOCHS[data] if mode.endswith("supervised") else 1
+    text = re.sub(
+        r"(?m)^max_epochs = (\d+)",
+        lambda found: f"max_epochs = {epochs or factor * int(found[1])}",
+        text,
+    )
+    text = re.sub(r"(?m)^patience = (\d+)", lambda f: f"patience = {factor * int(f[1])}", text)
+    file = folder / f"{data}-{row}-{seed}.toml".replace(" ", "_")
+    file.write_text(text)
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        result = Pipeline.from_file(file, folder=own, device="cpu", mode=mode, seed=seed).run()
+    raw, simple = result.raw_probe_accuracy, result.statistics_probe_accuracy
+    return {
+        "data": data,
+        "row": row,
+        "seed": seed,
+        "accuracy": [100 * (stage.probe_accuracy or 0) for stage in result.stages],
+        "statistics": 100 * (simple or 0),
+        "raw": None if raw is None else 100 * raw,
+        "epochs": [stage.record.epochs for stage in result.stages],
+        "train_loss": [stage.record.train_loss for stage in result.stages],
+        "validation_loss": [stage.record.validation_loss for stage in result.stages],
+        "seconds": result.seconds,
+    }
+
+
+def one_thread() -> None:
+    """Keep PyTorch to one thread: as many processes run as there are cores."""
+    torch.set_num_threads(1)
+
+
+def known() -> list[dict[str, Any]]:
+    """Runs that were made before."""
+    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+
+
+def make_missing(data: list[str]) -> None:
+    """Run what is missing, seed by seed."""
+    there = {(run["data"], run["row"], run["seed"]) for run in known()}
+    wanted = [
+        (name, row, seed)
+        for seed in SEEDS
+        for name in data
+        for row in ROWS
+        if (name, row, seed) not in there
+    ]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=one_thread) as pool,
+    ):
+        tasks = [pool.submit(measure, *one, Path(folder), None) for one in wanted]
+        for task in as_completed(tasks):
+            with RUNS.open("a") as file:
+                file.write(json.dumps(task.result()) + "\n")
+            print({k: task.result()[k] for k in ("data", "row", "seed")}, file=sys.stderr)
+
+
+def accuracies(runs: list[dict[str, Any]], data: str, row: str) -> list[list[float]]:
+    """By module, over seeds."""
+    own = sorted((r for r in runs if (r["data"], r["row"]) == (data, row)), key=lambda r: r["seed"])
+    return [list(values) for values in zip(*(run["accuracy"] for run in own), strict=True)]
+
+
+def spread(values: list[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
+
+
+def table(runs: list[dict[str, Any]], data: str) -> list[str]:
+    """Rows of a dataset."""
+    lines = [
+        f"## {data.capitalize()}",
+        "",
+        "| method | module 1 | module 2 | module 3 | seeds | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        own = [run for run in runs if (run["data"], run["row"]) == (data, row)]
+        if own:
+            cells = [spread(values) for values in accuracies(runs, data, row)]
+            seconds = statistics.median(run["seconds"] for run in own)
+            lines.append(f"| {row} | {' | '.join(cells)} | {len(own)} | {seconds:.0f} |")
+    simple = [run["statistics"] for run in runs if run["data"] == data]
+    raw = [run["raw"] for run in runs if run["data"] == data and run["raw"] is not None]
+    lines.append(f"| pixel statistics | | | {spread(simple)} | | |")
+    if raw:
+        lines.append(f"| raw pixels | | | {spread(raw)} | | |")
+    return [*lines, "", *judged(runs, data), ""]
+
+
+def judged(runs: list[dict[str, Any]], data: str) -> list[str]:
+    """What was wanted, and what came out."""
+    trained = accuracies(runs, data, ITERATIVE)
+    if not trained:
+        return []
+    top = [t - b for t, b in zip(trained[2], trained[0], strict=True)]
+    lines = [f"- Module 3 less module 1, iterative: {spread(top)} (goal: not below 0)."]
+    together = accuracies(runs, data, TOGETHER)
+    if together and len(together[2]) == len(trained[2]):
+        top = [t - b for t, b in zip(trained[2], together[2], strict=True)]
+        lines.append(f"- Module 3, iterative less simultaneous: {spread(top)} (goal: not below 0).")
+    if data != "photos":
+        return lines
+    for row in RANDOM:
+        other = accuracies(runs, data, row)
+        for module in (1, 2):
+            if other and len(other[module]) == len(trained[module]):
+                gain = [a - b for a, b in zip(trained[module], other[module], strict=True)]
+                lines.append(
+                    f"- Module {module + 1} less {row}: {spread(gain)} (goal: {ABOVE_RANDOM:g})."
+                )
+    simple = statistics.mean(run["statistics"] for run in runs if run["data"] == data)
+    for module in (1, 2):
+        gain = [value - simple for value in trained[module]]
+        lines.append(
+            f"- Module {module + 1} less pixel statistics: {spread(gain)} "
+            f"(goal: {ABOVE_STATISTICS:g})."
+        )
+    return lines
+
+
+def markdown(runs: list[dict[str, Any]]) -> str:
+    """All tables."""
+    lines = [
+        "# Vision: all modes on data without a download",
+        "",
+        "Test accuracy in percent of the same linear probe on frozen, mean-pooled features; mean ± "
+        "standard deviation over seeds. Modes are those of `gim-stage run --mode`; what they train "
+        "on and for how long stands in pipelines/digits.toml and pipelines/photos.toml, supervised "
+        "modes taking as many steps. Pixel statistics are pooled over patches like features.",
+        "",
+    ]
+    for data in DATA:
+        if any(run["data"] == data for run in runs):
+            lines += table(runs, data)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", choices=DATA, help="one of the datasets")
+    parser.add_argument("--table", action="store_true", help="write the table, run nothing")
+    parser.add_argument("--quick", action="store_true", help="under a minute; writes nothing")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            runs = [
+                measure("digits", row, SEEDS[0], Path(folder), 1) for row in (RANDOM[1], ITERATIVE)
+            ]
+    else:
+        if not arguments.table:
+            make_missing([arguments.data] if arguments.data else list(DATA))
+        runs = known()
+    about = conditions()
+    text = markdown(runs)
+    text += "\nConditions: " + "; ".join(f"{name} {value}" for name, value in about.items()) + ".\n"
+    if not arguments.quick:
+        (RESULTS / "vision.md").write_text(text)
+    print(json.dumps({"runs": runs, "conditions": about}) if arguments.json else text)
+
+
+if __name__ == "__main__":
+    main()
