@@ -35,11 +35,15 @@ import torch
 from conditions import conditions
 from numpy.typing import NDArray
 
-from gim_stagewise.cache import Cache
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.stage.checkpoint import TrainingRecord
 from gim_stagewise.stage.extraction_plan import Workers
-from gim_stagewise.stage.probe import chain_embeddings, pool_features, probe_accuracy, probe_splits
+from gim_stagewise.stage.probe import (
+    cached_features,
+    chain_features,
+    probe_accuracy,
+    probe_splits,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -138,10 +142,7 @@ def measure(
     ids = [*splits[0].ids, *splits[1].ids]
     records, features = zip(*trained(pipeline, ids), strict=True)
     accuracies = [
-        probe_accuracy(
-            pool_features(part, pipeline.config), *splits, pipeline.config.probe, seed=seed
-        )
-        for part in features
+        probe_accuracy(part, *splits, pipeline.config.probe, seed=seed) for part in features
     ]
     shutil.rmtree(own)
     return {
@@ -161,17 +162,20 @@ def measure(
 def trained(
     pipeline: Pipeline, ids: list[str]
 ) -> Iterator[tuple[TrainingRecord, NDArray[np.float32]]]:
-    """How training of each module went, and its embeddings."""
+    """How training of each module went, and its features."""
     if not pipeline.config.iterative:
         stage = pipeline.joint_stage()
         weights, _ = stage.train()
-        parts = chain_embeddings(stage.frozen(), pipeline.source, ids, pipeline.config.extract)
+        parts = chain_features(stage.frozen(), pipeline.source, ids, pipeline.config)
         yield from zip((own.record for own in weights), parts, strict=True)
         return
     for index in pipeline.config.module:
         own, _ = pipeline.stage(index).train()
         pipeline.stage(index).extract(own, workers=Workers(0))
-        yield own.record, Cache(pipeline.workspace.cache_path(index)).read_pooled(ids)
+        yield (
+            own.record,
+            cached_features(pipeline.workspace.cache_path(index), ids, pipeline.config),
+        )
 
 
 def one_thread() -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from gim_stagewise.cache import Cache
+from gim_stagewise.cache.views import DecodedArray
 from gim_stagewise.config import PipelineConfig
 from gim_stagewise.errors import ConfigError
 from gim_stagewise.pipeline import Pipeline
@@ -134,7 +135,9 @@ def _train(
         stage.extract(weights)
         seconds = time.monotonic() - started
         cache = Cache(work.workspace.cache_path(index))
-        trained.append(_Trained(weights.digest, cache.read_pooled(cache.ids), seconds))
+        # Of all views; NaN, where one is not stored for a sample, equals nothing.
+        pooled = np.nan_to_num(np.asarray(DecodedArray(cache, "pooled")))
+        trained.append(_Trained(weights.digest, pooled, seconds))
     return trained
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from warm import gim_stage
 
+from gim_stagewise.errors import CacheNotFoundError, ConfigError, DataError
+from gim_stagewise.memory import Budget
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.progress import Silent, Task
 from gim_stagewise.reproduce.exciting import most_exciting
@@ -184,7 +187,38 @@ def test_without_labels_nothing_can_be_compared(tiny: Path, tmp_path: Path) -> N
     for split in ("train", "test"):
         edit(tiny, f', labels = "{split}_labels.npy"', "")
     done = gim_stage("reproduce", "table1", "--pipeline", tiny, "--dir", tmp_path / "runs")
-    assert "labelled" in one_error(done, 2)
+    assert "needs labels" in one_error(done, 2)
+
+
+def test_what_cannot_be_drawn_is_said(work: Reproduction, tiny: Path, tmp_path: Path) -> None:
+    logs = work.run("simultaneous").folder / "logs" / "m2"
+    figure_3(work)
+    aside = logs.rename(logs.with_name("aside"))
+    with pytest.raises(CacheNotFoundError, match="no log"):
+        figure_3(work)
+    aside.rename(logs)
+    edit(tiny, "splits.train", 'splits.unlabeled = { images = "train.npy" }\n#')
+    edit(tiny, "splits.test", "#")
+    edit(tiny, "[patches]", "[augment]\nflip = 0.5\n\n[patches]")
+    tiny.write_text(tiny.read_text().partition("[module.2]")[0])
+    with pytest.raises(DataError, match="there are none"):
+        figure_2(Reproduction(tiny, tmp_path / "runs", tmp_path / "results", device="cpu"))
+
+
+def test_what_one_mode_cannot_have_is_said_before_any_is_trained(
+    tiny: Path, tmp_path: Path
+) -> None:
+    edit(tiny, "[module.2]", "[module.2]\ntrain.max_epochs = 2")
+    heard = Heard()
+    own = Reproduction(tiny, tmp_path / "runs", tmp_path / "results", progress=heard)
+    with pytest.raises(ConfigError, match=r"module\.2\.train\.max_epochs"):
+        table_1(own)
+    assert heard.tasks == []
+
+
+def test_a_step_that_is_over_the_budget_is_not_measured(work: Reproduction) -> None:
+    small = replace(work, budget=Budget(device=1000), target=work.target / "small")
+    assert table_2(small).read_text().count("does not fit here") >= 4
 
 
 def test_seeds_have_folders_of_their_own(work: Reproduction) -> None:

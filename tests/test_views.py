@@ -18,6 +18,7 @@ from gim_stagewise import open_cache
 from gim_stagewise.cache import Cache
 from gim_stagewise.errors import CorruptCacheError, DataError
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.prove import prove
 from gim_stagewise.sources import Request
 
 
@@ -103,6 +104,14 @@ def test_chunks_that_a_view_ends_in_need_not_be_those_below(tiny: Path, tmp_path
     np.testing.assert_array_equal(np.asarray(stored.activations), np.asarray(computed.activations))
     assert np.isfinite(stored.activations[1, :40]).all()
     assert np.isnan(stored.activations[1, 40:]).all()
+
+
+def test_both_ways_are_proved_with_views(tiny: Path, tmp_path: Path) -> None:
+    edit(tiny, "[patches]\n", "[augment]\nflip = 0.5\n\n[patches]\n")
+    edit(tiny, "splits.train", 'splits.unlabeled = { images = "train.npy" }\nsplits.train')
+    tiny.write_text(tiny.read_text().partition("[module.3]")[0])
+    proofs = prove(Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu"))
+    assert [proof.equal for proof in proofs] == [True, True]
 
 
 @pytest.mark.parametrize(

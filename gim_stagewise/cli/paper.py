@@ -81,6 +81,8 @@ def reproduce(
     from gim_stagewise.reproduce.runs import Reproduction
     from gim_stagewise.reproduce.tables import table_1, table_2
 
+    if seeds > 1 and what != "table1":
+        raise click.UsageError(f"--seeds is for table1; {what} is made of one run of a mode")
     progress = options.progress_for(quiet=quiet, verbose=False)
     first = Pipeline.from_file(pipeline_file, device=device, mode="iterative")
     with options.naming(pipeline_file):

@@ -78,7 +78,7 @@ def with_top_level(text: str, **changes: str | int | None) -> str:
         line = f"{name} = {json.dumps(value)}\n"
         table = re.search(r"^[ \t]*\[", text, re.MULTILINE)
         end = table.start() if table else len(text)
-        stated = re.search(rf"^{name}[ \t]*=.*\n?", text[:end], re.MULTILINE)
+        stated = re.search(rf"^[ \t]*[\"']?{name}[\"']?[ \t]*=.*\n?", text[:end], re.MULTILINE)
         start, stop = stated.span() if stated else (0, 0)
         text = text[:start] + line + text[stop:]
     return text

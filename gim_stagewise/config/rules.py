@@ -28,17 +28,13 @@ _OWN = {"lr", "update_every", "window"}
 
 
 def _check_mode(config: PipelineConfig) -> None:
-    """What one step that trains all modules cannot have, and what only it has."""
-    if config.mode == "random":
-        return
-    if config.iterative:
-        for number, module in config.module.items():
-            if module.train.update_every > 1:
-                raise ConfigError(
-                    f"is {module.train.update_every}, but modules are trained one after another; "
-                    'leave it out, or set mode = "simultaneous"',
-                    key=f"module.{number}.train.update_every",
-                )
+    """What cannot be where all modules are trained in one step."""
+    if config.supervised and config.windowed:
+        raise ConfigError(
+            f"is {config.mode!r}, which needs labels, and items that are read in windows have none",
+            key="mode",
+        )
+    if config.iterative or config.mode == "random":
         return
     first = config.module[1].train
     for number, module in config.module.items():
@@ -54,12 +50,6 @@ def _check_mode(config: PipelineConfig) -> None:
             raise ConfigError(
                 'is "cpc", whose context network takes a grid of patches, and encoding is "dense"',
                 key="mode",
-            )
-        if not config.isolated and module.train.update_every > 1:
-            raise ConfigError(
-                f"is {module.train.update_every}, but mode = {config.mode!r} trains all modules "
-                "end to end; leave it out",
-                key=f"module.{number}.train.update_every",
             )
 
 

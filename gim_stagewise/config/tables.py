@@ -143,8 +143,8 @@ class TrainConfig(Table):
     (Srivastava et al. 2014, section 10), both in training alone; with ``average`` what is
     validated and frozen are the exponential moving averages of the weights, with this decay a step.
 
-    Where all modules are trained in one step, ``update_every`` says in which steps this one's
-    weights are changed.
+    In the modes "simultaneous" and "greedy_supervised" ``update_every`` says in which steps this
+    one's weights are changed; all others change all in every step.
     """
 
     batch: PositiveInt = 32

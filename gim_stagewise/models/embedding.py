@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,15 +40,22 @@ def pool(
     return z.flatten(2).mean(2) if z.ndim > 2 else z
 
 
-def embed(module: nn.Module, x: Float[Tensor, "row channel *space"]) -> Tensor:
+# What is done to a module's inputs in training; it gives a tensor of its own.
+Corrupt = Callable[[Tensor], Tensor]
+
+
+def embed(
+    module: nn.Module, x: Float[Tensor, "row channel *space"], corrupt: Corrupt | None = None
+) -> Tensor:
     """What the objective sees of a module: embeddings, and after their channels the targets'.
 
     Targets are there where they are not the embeddings themselves (``predicts = "input"``); no
-    gradient goes to them. Of a `Stack` it is what all its objectives see.
+    gradient goes to them. Of a `Stack` it is what all its objectives see. ``corrupt`` is applied to
+    the input of each module, but not to targets.
     """
     if isinstance(module, Stack):
-        return module.embed(x)
-    return _embeddings(module, x, module(x))
+        return module.embed(x, corrupt)
+    return _embeddings(module, x, module(x if corrupt is None else corrupt(x)))
 
 
 def _embeddings(module: nn.Module, x: Tensor, z: Tensor) -> Tensor:
@@ -91,13 +98,15 @@ class Stack(nn.Module):
             x = part(x)
         return x
 
-    def embed(self, x: Float[Tensor, "row channel *space"]) -> Float[Tensor, "row feature"]:
+    def embed(
+        self, x: Float[Tensor, "row channel *space"], corrupt: Corrupt | None = None
+    ) -> Float[Tensor, "row feature"]:
         """What the objectives of all observed modules see, each flattened, bottom first."""
         seen = []
         for number, part in enumerate(self.parts):
             if self.isolated:
                 x = x.detach()
-            z = part(x)
+            z = part(x if corrupt is None else corrupt(x))
             if number in self.observed:
                 seen.append(_embeddings(part, x, z).flatten(1))
             x = z

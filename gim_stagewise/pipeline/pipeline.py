@@ -262,10 +262,6 @@ class Pipeline:
             Of several stages, for the one that needs most.
         """
         budget = self.workspace.budget
-        if not self.config.iterative:
-            if self.config.mode != "random":
-                self.joint_stage(shapes).plan_training()
-            return
         errors = []
         stored = {index: self._is_materialized(index) for index in range(1, first)}
         for needs in chain_needs(self.workspace, self.source, shapes, stored)[first - 1 :]:
@@ -314,7 +310,8 @@ class Pipeline:
     ) -> RunResult:
         """Train, freeze and extract every module in order, then probe them all.
 
-        What is current is kept, what is unfinished goes on. One module is in memory at a time.
+        What is current is kept, what is unfinished goes on. One module is in memory at a time,
+        but for the row of random modules in the probe, and for modes that train all in one step.
 
         Parameters
         ----------

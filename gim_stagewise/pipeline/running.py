@@ -6,13 +6,17 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gim_stagewise.cache import Cache
 from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
 from gim_stagewise.lock import exclusive
 from gim_stagewise.pipeline.results import RunResult, StageResult
 from gim_stagewise.stage.disk import CacheSize, folder_bytes
 from gim_stagewise.stage.extraction_plan import Workers
-from gim_stagewise.stage.probe import ProbeScores, chain_embeddings, probe_chain
+from gim_stagewise.stage.probe import (
+    ProbeScores,
+    cached_features,
+    chain_features,
+    probe_chain,
+)
 from gim_stagewise.stage.probe_memory import remembered_scores
 from gim_stagewise.stage.removing import drop_outputs, forget
 
@@ -26,6 +30,7 @@ def run_pipeline(
     """See `Pipeline.run`."""
     started = time.monotonic()
     last = _last(pipeline, start, until)
+    _check_options(pipeline, workers)
     while True:
         try:
             if pipeline.config.iterative:
@@ -60,6 +65,24 @@ def _last(pipeline: Pipeline, start: int | None, until: int | None) -> int:
     return last
 
 
+def _check_options(pipeline: Pipeline, workers: Workers) -> None:
+    """Refuse what is about caches where none are made."""
+    if pipeline.config.iterative:
+        return
+    given = {
+        "--workers": workers.count,
+        "--scheduler": workers.scheduler,
+        "--allowed-disk": pipeline.workspace.budget.disk,
+    }
+    for option, value in given.items():
+        if value is not None:
+            raise ConfigError(
+                f"has no meaning where mode = {pipeline.config.mode!r}, which makes no caches; "
+                "leave it out",
+                key=option,
+            )
+
+
 def _run_stages(pipeline: Pipeline, start: int | None, last: int, workers: Workers) -> RunResult:
     """Stage by stage, through caches."""
     space = pipeline.workspace
@@ -91,7 +114,7 @@ def _run_stages(pipeline: Pipeline, start: int | None, last: int, workers: Worke
                 space,
                 pipeline.source,
                 [shape.cell_in[0] for shape in shapes[:last]],
-                lambda ids: (Cache(path).read_pooled(ids) for path in paths),
+                lambda ids: (cached_features(path, ids, pipeline.config) for path in paths),
             ),
         )
     return _result(pipeline, stages, scores)
@@ -126,18 +149,20 @@ def _run_joint(pipeline: Pipeline) -> RunResult:
     _say_what_is_left_out(pipeline)
     with exclusive(space.folder):
         weights, trained = stage.train()
+        features = [stage.input_content]
+        for own in weights:
+            # The same tensors can give other features once the code changed.
+            features += [own.digest, own.behaviour]
         if not trained:
             space.progress.note(f"{stage.label}: nothing to do, weights match")
         scores = remembered_scores(
             space,
-            [stage.input_content, *(own.digest for own in weights)],
+            features,
             lambda: probe_chain(
                 space,
                 pipeline.source,
                 [shape.cell_in[0] for shape in shapes],
-                lambda ids: chain_embeddings(
-                    stage.frozen(), pipeline.source, ids, pipeline.config.extract
-                ),
+                lambda ids: chain_features(stage.frozen(), pipeline.source, ids, pipeline.config),
             ),
         )
     stages = [

@@ -45,8 +45,8 @@ def most_exciting(
     """
     best: NDArray[np.float64] | None = None
     places: NDArray[np.int64] | None = None
-    names: list[str] = []
-    count, total, squares = 0, 0.0, 0.0
+    names: dict[int, str] = {}
+    seen, count, total, squares = 0, 0, 0.0, 0.0
     for ids, embeddings in batches:
         samples, rows, columns, channels = embeddings.shape
         flat = embeddings.reshape(samples, rows * columns, channels).astype(np.float64)
@@ -55,14 +55,16 @@ def most_exciting(
         squares = squares + (flat**2).sum((0, 1))
         at = flat.argmax(1)
         values = np.take_along_axis(flat, at[:, None], 1)[:, 0]
-        own = np.stack([np.broadcast_to(np.arange(samples)[:, None] + len(names), at.shape), at], 2)
-        names += ids
+        own = np.stack([np.broadcast_to(np.arange(samples)[:, None] + seen, at.shape), at], 2)
+        names |= dict(enumerate(ids, start=seen))
+        seen += samples
         if best is None or places is None:
             best, places = np.empty((0, channels)), np.empty((0, channels, 2), np.int64)
         best, places = np.concatenate([best, values]), np.concatenate([places, own])
         order = np.argsort(-best, axis=0, kind="stable")[:patches]
         best = np.take_along_axis(best, order, 0)
         places = np.take_along_axis(places, order[..., None], 0)
+        names = {number: names[number] for number in np.unique(places[..., 0]).tolist()}
     if best is None or places is None:
         return []
     mean = total / count
@@ -72,7 +74,7 @@ def most_exciting(
         Neuron(
             int(channel),
             float(above[channel]),
-            [(names[n], *map(int, divmod(int(at), columns))) for n, at in places[:, channel]],
+            [(names[n], at // columns, at % columns) for n, at in places[:, channel].tolist()],
         )
         for channel in np.argsort(-above, kind="stable")[:neurons]
     ]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gim_stagewise.cache import Cache
 from gim_stagewise.config import AugmentConfig
 from gim_stagewise.durable import write_atomic
-from gim_stagewise.errors import ConfigError
+from gim_stagewise.errors import CacheNotFoundError, ConfigError, DataError
 from gim_stagewise.report.curves import matplotlib_figure
 from gim_stagewise.reproduce.exciting import Neuron, most_exciting
 from gim_stagewise.reproduce.runs import Reproduction
@@ -36,6 +36,8 @@ def figure_2(work: Reproduction) -> Path:
     ------
     ConfigError
         If there are no patches, or matplotlib is not installed.
+    DataError
+        If no sample is stored without augmentation.
     """
     pipeline = work.pipeline("iterative")
     source, grid = pipeline.source, patch_grid(pipeline.config)
@@ -51,6 +53,11 @@ def figure_2(work: Reproduction) -> Path:
         assert stage.cache is not None
         cache = Cache(stage.cache)
         ids = list(cache.ids) if cache.views == 0 else _evaluated(cache)
+        if not ids:
+            raise DataError(
+                f"{work.file}: patches are shown of train and test samples, as they are without "
+                "augmentation, and there are none"
+            )
         with work.progress.task(
             f"figure 2: module {stage.module}", total=len(ids), unit="sample"
         ) as task:
@@ -112,6 +119,8 @@ def figure_3(work: Reproduction) -> Path:
     ------
     ConfigError
         If matplotlib is not installed.
+    CacheNotFoundError
+        If a run has no log.
     """
     colours = {"simultaneous": "tab:blue", "iterative": "tab:red"}
     count = len(work.pipeline("iterative").config.module)
@@ -122,6 +131,11 @@ def figure_3(work: Reproduction) -> Path:
         for panel, stage in zip(panels, result.stages, strict=True):
             lines = read_metrics(result.folder / "logs" / f"m{stage.module}" / "metrics.jsonl")
             epochs = [line for line in lines if "validation_loss" in line]
+            if not epochs:
+                raise CacheNotFoundError(
+                    f"{result.folder} has weights of module {stage.module}, but no log of its "
+                    "training; remove the folder, and it is trained again"
+                )
             for name, style in (("train_loss", "-"), ("validation_loss", "--")):
                 panel.plot(
                     [line["epoch"] for line in epochs],

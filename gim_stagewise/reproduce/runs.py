@@ -61,6 +61,19 @@ class Reproduction:
             seed=seed,
         )
 
+    def check(self, modes: Sequence[str]) -> None:
+        """Refuse modes that the pipeline cannot be trained in, before any of them is.
+
+        Raises
+        ------
+        GimStageError
+            For whatever does not fit.
+        """
+        for mode in modes:
+            pipeline = self.pipeline(mode)
+            if not pipeline.config.iterative:
+                pipeline.joint_stage().check()
+
     def run(self, mode: str, number: int = 0) -> RunResult:
         """A run; what is there of it already is kept."""
         pipeline = self.pipeline(mode, number)

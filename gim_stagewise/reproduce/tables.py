@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from gim_stagewise.errors import ConfigError, DataError
-from gim_stagewise.memory import available_host_bytes
+from gim_stagewise.memory import resident_bytes
 from gim_stagewise.processes import in_fresh_process
 from gim_stagewise.reproduce.paper import TABLE_1, TABLE_2
 from gim_stagewise.reproduce.runs import Reproduction, markdown_table, spread
@@ -27,6 +30,7 @@ def table_1(work: Reproduction) -> Path:
     DataError
         If the dataset has no labels.
     """
+    work.check([mode for _, mode, _ in TABLE_1 if mode is not None])
     count = len(work.pipeline("iterative").config.module)
     modules = [f"module {index}" for index in range(1, count + 1)]
     rows = []
@@ -115,6 +119,10 @@ def _memory(work: Reproduction, spec: StepSpec) -> list[str]:
     """What a step is counted to take, and what it takes."""
     counted = count_step(spec).count
     measured = "does not fit here"
-    if spec.device == "cuda" or counted * _MARGIN < available_host_bytes():
+    device = torch.device(spec.device)
+    room = work.budget.device_bytes(device)
+    if device.type == "cpu":
+        room = min(work.budget.host_bytes() - resident_bytes(), room or sys.maxsize)
+    if room is None or counted * _MARGIN < room:
         measured = format_bytes(in_fresh_process(measure_step, spec, steps=2))
     return [format_bytes(counted), measured]

@@ -134,10 +134,12 @@ def _train_linear(
     mean, std = x.mean(0), x.std(0)
     std[std == 0] = 1.0
     inputs, judged = (torch.from_numpy((part - mean) / std).float() for part in (x, unseen))
-    targets, wanted = torch.from_numpy(y), torch.from_numpy(truth)
+    # Labels may be any numbers; one that is not among those to fit is never given.
+    classes = np.unique(y)
+    targets = torch.from_numpy(np.searchsorted(classes, y))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "classifier"))
-        linear = nn.Linear(x.shape[1], 1 + int(max(y.max(), truth.max())))
+        linear = nn.Linear(x.shape[1], len(classes))
     optimizer = torch.optim.Adam(linear.parameters(), lr=config.lr)
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(derive_seed(seed, "classifier order", epoch))
@@ -147,4 +149,5 @@ def _train_linear(
             F.cross_entropy(linear(inputs[rows]), targets[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         with torch.no_grad():
-            note(float((linear(judged).argmax(1) == wanted).float().mean()))
+            given = classes[linear(judged).argmax(1).numpy()]
+            note(float((given == truth).mean()))

@@ -206,7 +206,8 @@ def _refuse(
     if recorded:
         remedy = (
             f"its training was begun with micro_batch = {spec.micro_batch}, which is not changed; "
-            f"allow {room.option} {round_up(total)}, or begin again with --from {spec.indexes[0]}"
+            f"allow {room.option} {round_up(total)}, or begin again: "
+            + (f"--from {spec.index}" if spec.config.iterative else "remove checkpoints/joint.pt")
         )
     else:
         remedy = (

@@ -60,6 +60,8 @@ def _module_table(config: PipelineConfig, number: int) -> dict[str, Any]:
     # How often state is saved changes nothing about the weights.
     unused = {"checkpoint_every"} if config.windowed else {"checkpoint_every", "window"}
     train = module.train.model_dump(mode="json", exclude=unused)
+    if config.mode not in ("simultaneous", "greedy_supervised"):
+        del train["update_every"]
     off = [("dropout", 0.0), ("noise", 0.0), ("average", 0.0), ("update_every", 1)]
     table["train"] = {key: value for key, value in train.items() if (key, value) not in off}
     return table

@@ -82,7 +82,7 @@ class JointStage:
 
     @cached_property
     def labels(self) -> dict[str, int] | None:
-        """Labels of training samples by id, for supervised modes.
+        """Classes of training samples by id, counted from 0, for supervised modes.
 
         Raises
         ------
@@ -106,7 +106,9 @@ class JointStage:
                 "give labels to source.splits.train, or choose another mode",
                 key="mode",
             )
-        return labels
+        # Labels may be any numbers.
+        numbers = {label: n for n, label in enumerate(sorted(set(labels.values())))}
+        return {item_id: numbers[label] for item_id, label in labels.items()}
 
     @property
     def classes(self) -> int:
@@ -267,6 +269,7 @@ class JointStage:
             run=self.run_digest,
             split=self.split,
             labels=self.labels,
+            paced=self._config.isolated,
             on_step=None if listener is None else lambda n: listener(1, n),
         )
 

@@ -16,8 +16,8 @@ import torch
 from einops import rearrange, reduce
 from numpy.typing import NDArray
 
-from gim_stagewise.cache import TiledCache, open_sealed
-from gim_stagewise.config import ExtractConfig, PipelineConfig, ProbeConfig, parse_pipeline
+from gim_stagewise.cache import Cache, TiledCache, open_sealed
+from gim_stagewise.config import PipelineConfig, ProbeConfig, parse_pipeline
 from gim_stagewise.errors import DataError
 from gim_stagewise.sources import (
     MISSING_LABEL,
@@ -142,7 +142,7 @@ def probe_chain(
     in_channels : sequence of int
         Channels of the input of each module to probe, from module 1 on.
     trained : callable
-        Embeddings of samples, [sample, grid_row, grid_col, channel], by module.
+        Features of samples, [sample, feature], by module.
 
     Returns
     -------
@@ -164,16 +164,15 @@ def probe_chain(
             task.advance()
             return accuracy
 
-        own = [score(pool_features(part, config)) for part in trained(ids)]
+        own = [score(part) for part in trained(ids)]
         chain = [
             FrozenModule(workspace.build(index, channels), workspace.device)
             for index, channels in enumerate(in_channels, start=1)
         ]
-        embeddings = chain_embeddings(chain, source, ids, config.extract)
-        random = [score(pool_features(part, config)) for part in embeddings]
+        random = [score(part) for part in chain_features(chain, source, ids, config)]
         batches = _read_in_batches(source, ids)
-        seen = np.concatenate([pixel_statistics(batch) for batch in batches])
-        statistics = score(pool_features(seen, config))
+        seen = [pool_features(pixel_statistics(batch), config) for batch in batches]
+        statistics = score(np.concatenate(seen))
         raw = score(_raw_pixels(source, ids, config)) if few else None
     return ProbeScores(own, random, statistics, raw)
 
@@ -251,25 +250,35 @@ def probe_cache(path: str | Path, *, pooling: Pooling | None = None) -> tuple[in
     return cache.manifest.module, probe.pooling, accuracy.test
 
 
-def chain_embeddings(
-    modules: Sequence[FrozenModule], source: Source, ids: list[str], config: ExtractConfig
+def chain_features(
+    modules: Sequence[FrozenModule], source: Source, ids: list[str], config: PipelineConfig
 ) -> list[NDArray[np.float32]]:
-    """Embeddings of every module of a frozen chain, without storing activations.
+    """Features of every module of a frozen chain, all of which are in memory.
 
     Returns
     -------
     list of arrays
-        One per module: [sample, grid_row, grid_col, channel].
+        One per module: [sample, feature].
     """
     collected: list[list[NDArray[np.float32]]] = [[] for _ in modules]
     for batch in _read_in_batches(source, ids):
         samples, rows, columns = batch.shape[:3]
         patches = torch.from_numpy(rearrange(batch, "s r c ch h w -> (s r c) ch h w"))
         for number, frozen in enumerate(modules):
-            patches, embeddings = frozen_forward(frozen, patches, config)
+            patches, embeddings = frozen_forward(frozen, patches, config.extract)
             grid = rearrange(embeddings, "(s r c) e -> s r c e", s=samples, r=rows, c=columns)
-            collected[number].append(grid.numpy())
+            collected[number].append(pool_features(grid.numpy(), config))
     return [np.concatenate(parts) for parts in collected]
+
+
+def cached_features(path: Path, ids: Sequence[str], config: PipelineConfig) -> NDArray[np.float32]:
+    """Features of samples in a module's cache, [sample, feature]."""
+    cache = Cache(path)
+    parts = [
+        pool_features(cache.read_pooled(ids[start : start + 256]), config)
+        for start in range(0, len(ids), 256)
+    ]
+    return np.concatenate(parts)
 
 
 def _read_in_batches(source: Source, ids: list[str]) -> Iterator[NDArray[np.float32]]:

@@ -66,11 +66,14 @@ class Corruption:
     def of(cls, config: TrainConfig) -> Corruption:
         return cls(config.dropout, config.noise)
 
+    def __bool__(self) -> bool:
+        return bool(self.dropout or self.noise)
+
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Corrupt in place; draws from PyTorch's global random state."""
+        """Corrupted inputs, with their gradient; draws from PyTorch's global random state."""
         if self.noise:
-            inputs.mul_(torch.randn_like(inputs).mul_(self.noise).add_(1))
-        return F.dropout(inputs, self.dropout, inplace=True) if self.dropout else inputs
+            inputs = inputs * torch.randn_like(inputs).mul_(self.noise).add_(1)
+        return F.dropout(inputs, self.dropout) if self.dropout else inputs
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,8 @@ class MicroBatches:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.seed(number))
-            inputs = batch.read(rows, self.device)
-            if module.training:
-                inputs = self.corruption(inputs)
-            return embed(module, inputs)
+            corrupt = self.corruption if module.training and self.corruption else None
+            return embed(module, batch.read(rows, self.device), corrupt)
 
     def of(self, batch: Batch) -> list[Span]:
         """The rows of each micro-batch of a batch."""

@@ -100,6 +100,8 @@ class TrainJob:
         Which samples of the source to train on.
     labels : mapping, optional
         Their labels by id, for supervised objectives; samples without one are left out.
+    paced : bool
+        Whether each module is changed in steps of its own (``update_every``).
     on_step : callable, optional
         Called with the number of steps done in all, after each step.
     """
@@ -119,6 +121,7 @@ class TrainJob:
     run: str
     split: Split = "unlabeled"
     labels: Mapping[str, int] | None = None
+    paced: bool = False
     on_step: Callable[[int], None] | None = field(default=None)
 
     @property
@@ -266,8 +269,9 @@ class _Trainer:
             labels=self._labels(batch),
         )
         values = self._finite(losses, "the loss", step)
-        for group, train in zip(self.optimizer.param_groups, self.job.trains, strict=True):
-            if step % train.update_every:
+        paces = [train.update_every for train in self.job.trains] if self.job.paced else []
+        for group, pace in zip(self.optimizer.param_groups, paces, strict=False):
+            if step % pace:
                 for parameter in group["params"]:
                     parameter.grad = None
         self.optimizer.step()
