@@ -36,6 +36,27 @@ def test_a_run_on_a_gpu_is_repeatable_and_resumes(tiny: Path, tmp_path: Path) ->
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("mode", ["simultaneous", "cpc", "supervised"])
+def test_one_step_for_all_on_a_gpu_is_repeatable_and_resumes(
+    tiny: Path, tmp_path: Path, mode: str
+) -> None:
+    class StopError(Exception):
+        pass
+
+    def stop(module: int, step: int) -> None:
+        if step == 6:
+            raise StopError
+
+    switches = "dropout = 0.2\nnoise = 0.3\naverage = 0.9\nmicro_batch = 30"
+    edit(tiny, "lr = 3e-3", f"lr = 3e-3\n{switches}")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    Pipeline.from_file(tiny, folder=whole, device="cuda", mode=mode).run()
+    with pytest.raises(StopError):
+        Pipeline.from_file(tiny, folder=parts, device="cuda", mode=mode, on_step=stop).run()
+    Pipeline.from_file(tiny, folder=parts, device="cuda", mode=mode).run()
+    assert_same_run(parts, whole)
+
+
 def test_gpu_and_cpu_extract_the_same_within_rounding(tiny: Path, tmp_path: Path) -> None:
     edit(tiny, "max_epochs = 3", "max_epochs = 1")
     on_gpu = Pipeline.from_file(tiny, folder=tmp_path / "gpu", device="cuda")
