@@ -62,7 +62,7 @@ def test_run_leaves_sealed_caches_weights_and_a_record(tiny: Path, tmp_path: Pat
         assert stage["cache_bytes"] == sum(f.stat().st_size for f in files)
     assert record["raw_probe_accuracy"] > 0.8
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
-    expected = [".lock", "checkpoints", "logs", "run.json"]
+    expected = [".lock", "checkpoints", "logs", "probe.json", "run.json"]
     for module in (1, 2, 3):
         expected += [f"m{module}.safetensors", f"m{module}.zarr"]
     assert left == sorted(expected)

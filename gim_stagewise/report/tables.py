@@ -59,7 +59,7 @@ def results_table(result: RunResult) -> Table:
     if labelled:
         table.add_section()
         pixels = {
-            "pixel statistics": result.statistics_probe_accuracy,
+            "pixel stats": result.statistics_probe_accuracy,
             "raw pixels": result.raw_probe_accuracy,
         }
         for name, accuracy in pixels.items():
