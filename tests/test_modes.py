@@ -81,7 +81,7 @@ def test_cross_entropy_by_hand() -> None:
         scores = weight @ mean + bias
         total += float(torch.logsumexp(scores, 0) - scores[label])
     loss = objective(z, generator=generator(), labels=labels)
-    assert float(loss) == pytest.approx(total / 4, rel=1e-12)
+    assert loss.item() == pytest.approx(total / 4, rel=1e-12)
     with pytest.raises(ValueError, match="labels"):
         objective(z, generator=generator())
 
