@@ -33,9 +33,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from conditions import conditions
-from digits import one_thread
 from photos import crops, write_crops
 from precision import RESNET
+from repeated import one_thread
 from stores import ALONE, BATCH, FP16, FP32, QUICK, STORES, WINDOW, count_of
 
 from gim_stagewise import Pipeline, Workers, load_encoder

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from conditions import conditions
+from repeated import one_thread
 from sklearn.datasets import load_digits
 
 from gim_stagewise.pipeline import Pipeline
@@ -201,11 +201,6 @@ def measure_all(text: str, seeds: range, folder: Path) -> list[dict[str, Any]]:
     for run in runs:
         print(run, file=sys.stderr)
     return runs
-
-
-def one_thread() -> None:
-    """Keep PyTorch to one thread: as many processes run as there are cores."""
-    torch.set_num_threads(1)
 
 
 def main() -> None:

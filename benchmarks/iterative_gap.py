@@ -16,24 +16,18 @@ they end. Choices are made by validation.
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import shutil
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from conditions import conditions
 from numpy.typing import NDArray
+from repeated import arguments, known, make, show
 
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.stage.checkpoint import TrainingRecord
@@ -49,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 RUNS = RESULTS / "iterative_gap.jsonl"
 SEEDS = range(30, 35)
+DATA = ("digits", "photos")
 # Student's t for a 95 % interval of a mean of five.
 T_95 = 2.776
 
@@ -138,15 +133,12 @@ def text_of(data: str, regime: str, condition: Condition, epochs: int | None) ->
 
 
 def measure(
-    data: str, regime: str, condition: Condition, seed: int, folder: Path, epochs: int | None
+    data: str, regime: str, condition: Condition, seed: int, folder: Path, epochs: int | None = None
 ) -> dict[str, Any]:
     """Train all modules, and probe them on validation samples and on test samples."""
-    own = folder / f"{data}-{regime}-{condition.name}-{seed}".replace(" ", "_")
-    own.mkdir()
-    file = own / "pipeline.toml"
+    file = folder / "pipeline.toml"
     file.write_text(text_of(data, regime, condition, epochs))
-    run = own / "run"
-    pipeline = Pipeline.from_file(file, folder=run, device="cpu", mode=condition.mode, seed=seed)
+    pipeline = Pipeline.from_file(file, folder=folder, device="cpu", mode=condition.mode, seed=seed)
     splits = probe_splits(pipeline.source)
     assert splits is not None
     ids = [*splits[0].ids, *splits[1].ids]
@@ -154,7 +146,7 @@ def measure(
     accuracies = [
         probe_accuracy(part, *splits, pipeline.config.probe, seed=seed) for part in features
     ]
-    shutil.rmtree(own)
+    shutil.rmtree(folder)
     return {
         "data": data,
         "regime": regime,
@@ -188,23 +180,13 @@ def trained(
         )
 
 
-def one_thread() -> None:
-    """Keep PyTorch to one thread: as many processes run as there are cores."""
-    torch.set_num_threads(1)
-
-
-def known() -> list[dict[str, Any]]:
-    """Runs that were made before."""
-    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
-
-
 def key(run: dict[str, Any]) -> tuple[Any, ...]:
     return run["data"], run["regime"], run["condition"], run["seed"]
 
 
 def make_missing(data: list[str]) -> None:
     """Run what is missing, seed by seed, so that conditions are even at any time."""
-    there = {key(run) for run in known()}
+    there = {key(run) for run in known(RUNS)}
     wanted = [
         (name, regime, condition, seed)
         for regime in EPOCHS
@@ -214,16 +196,7 @@ def make_missing(data: list[str]) -> None:
         if (name, regime, condition.name, seed) not in there
         and (regime == "equal work" or condition.name in CONVERGED)
     ]
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=one_thread) as pool,
-    ):
-        tasks = [pool.submit(measure, *one, Path(folder), None) for one in wanted]
-        for task in as_completed(tasks):
-            run = task.result()
-            with RUNS.open("a") as file:
-                file.write(json.dumps(run) + "\n")
-            print(key(run), file=sys.stderr)
+    make(RUNS, measure, wanted)
 
 
 def gap(run: dict[str, Any], module: int) -> float:
@@ -288,7 +261,7 @@ def markdown(runs: list[dict[str, Any]]) -> str:
         "interval (Student's t over 5 seeds). See the head of benchmarks/iterative_gap.py.",
         "",
     ]
-    for data in ("digits", "photos"):
+    for data in DATA:
         for regime in EPOCHS:
             if any(run["data"] == data and run["regime"] == regime for run in runs):
                 lines += table(runs, data, regime)
@@ -296,28 +269,17 @@ def markdown(runs: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", choices=["digits", "photos"], help="one of the datasets")
-    parser.add_argument("--table", action="store_true", help="write the table, run nothing")
-    parser.add_argument("--quick", action="store_true", help="under a minute; writes nothing")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        with tempfile.TemporaryDirectory() as folder:
-            runs = [
-                measure("digits", "equal work", condition, SEEDS[0], Path(folder), 1)
-                for condition in CONDITIONS[:2]
-            ]
+    given = arguments(__doc__, DATA)
+    if given.quick:
+        runs = [
+            measure("digits", "equal work", condition, SEEDS[0], Path(tempfile.mkdtemp()), 1)
+            for condition in CONDITIONS[:2]
+        ]
     else:
-        if not arguments.table:
-            make_missing([arguments.data] if arguments.data else ["digits", "photos"])
-        runs = known()
-    about = conditions()
-    text = markdown(runs)
-    text += "\nConditions: " + "; ".join(f"{name} {value}" for name, value in about.items()) + ".\n"
-    if not arguments.quick:
-        (RESULTS / "iterative_gap.md").write_text(text)
-    print(json.dumps({"runs": runs, "conditions": about}) if arguments.json else text)
+        if not given.table:
+            make_missing([given.data] if given.data else list(DATA))
+        runs = known(RUNS)
+    show(given, runs, markdown(runs), RESULTS / "iterative_gap.md")
 
 
 if __name__ == "__main__":

@@ -28,10 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 from conditions import conditions
-from digits import one_thread, without_test_images
+from digits import without_test_images
 from numcodecs import blosc
 from numpy.typing import NDArray
 from photos import write_crops
+from repeated import one_thread
 from torch import Tensor
 
 from gim_stagewise.cache import Cache, Precision

@@ -13,19 +13,14 @@ settings were chosen (benchmarks/iterative_gap.py). Runs go to results/vision.js
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
+import shutil
 import statistics
-import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-from conditions import conditions
+from repeated import arguments, known, make, show
 
 from gim_stagewise.pipeline import Pipeline
 
@@ -52,7 +47,9 @@ ABOVE_RANDOM, ABOVE_STATISTICS = 5.0, 10.0
 MORE_EPOCHS = {"digits": 1, "photos": 4}
 
 
-def measure(data: str, row: str, seed: int, folder: Path, epochs: int | None) -> dict[str, Any]:
+def measure(
+    data: str, row: str, seed: int, folder: Path, epochs: int | None = None
+) -> dict[str, Any]:
     """One run; accuracies in percent."""
     mode, options = ROWS[row]
     text = (ROOT / "pipelines" / f"{data}.toml").read_text()
@@ -65,10 +62,10 @@ def measure(data: str, row: str, seed: int, folder: Path, epochs: int | None) ->
         text,
     )
     text = re.sub(r"(?m)^patience = (\d+)", lambda f: f"patience = {factor * int(f[1])}", text)
-    file = folder / f"{data}-{row}-{seed}.toml".replace(" ", "_")
+    file = folder / "pipeline.toml"
     file.write_text(text)
-    with tempfile.TemporaryDirectory(dir=folder) as own:
-        result = Pipeline.from_file(file, folder=own, device="cpu", mode=mode, seed=seed).run()
+    result = Pipeline.from_file(file, folder=folder, device="cpu", mode=mode, seed=seed).run()
+    shutil.rmtree(folder)
     raw, simple = result.raw_probe_accuracy, result.statistics_probe_accuracy
     return {
         "data": data,
@@ -84,19 +81,9 @@ def measure(data: str, row: str, seed: int, folder: Path, epochs: int | None) ->
     }
 
 
-def one_thread() -> None:
-    """Keep PyTorch to one thread: as many processes run as there are cores."""
-    torch.set_num_threads(1)
-
-
-def known() -> list[dict[str, Any]]:
-    """Runs that were made before."""
-    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
-
-
 def make_missing(data: list[str]) -> None:
     """Run what is missing, seed by seed."""
-    there = {(run["data"], run["row"], run["seed"]) for run in known()}
+    there = {(run["data"], run["row"], run["seed"]) for run in known(RUNS)}
     wanted = [
         (name, row, seed)
         for seed in SEEDS
@@ -104,15 +91,7 @@ def make_missing(data: list[str]) -> None:
         for row in ROWS
         if (name, row, seed) not in there
     ]
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=one_thread) as pool,
-    ):
-        tasks = [pool.submit(measure, *one, Path(folder), None) for one in wanted]
-        for task in as_completed(tasks):
-            with RUNS.open("a") as file:
-                file.write(json.dumps(task.result()) + "\n")
-            print({k: task.result()[k] for k in ("data", "row", "seed")}, file=sys.stderr)
+    make(RUNS, measure, wanted)
 
 
 def accuracies(runs: list[dict[str, Any]], data: str, row: str) -> list[list[float]]:
@@ -197,27 +176,17 @@ def markdown(runs: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", choices=DATA, help="one of the datasets")
-    parser.add_argument("--table", action="store_true", help="write the table, run nothing")
-    parser.add_argument("--quick", action="store_true", help="under a minute; writes nothing")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        with tempfile.TemporaryDirectory() as folder:
-            runs = [
-                measure("digits", row, SEEDS[0], Path(folder), 1) for row in (RANDOM[1], ITERATIVE)
-            ]
+    given = arguments(__doc__, DATA)
+    if given.quick:
+        runs = [
+            measure("digits", row, SEEDS[0], Path(tempfile.mkdtemp()), 1)
+            for row in (RANDOM[1], ITERATIVE)
+        ]
     else:
-        if not arguments.table:
-            make_missing([arguments.data] if arguments.data else list(DATA))
-        runs = known()
-    about = conditions()
-    text = markdown(runs)
-    text += "\nConditions: " + "; ".join(f"{name} {value}" for name, value in about.items()) + ".\n"
-    if not arguments.quick:
-        (RESULTS / "vision.md").write_text(text)
-    print(json.dumps({"runs": runs, "conditions": about}) if arguments.json else text)
+        if not given.table:
+            make_missing([given.data] if given.data else list(DATA))
+        runs = known(RUNS)
+    show(given, runs, markdown(runs), RESULTS / "vision.md")
 
 
 if __name__ == "__main__":

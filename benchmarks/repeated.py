@@ -1,0 +1,68 @@
+"""Many runs, as many at once as there are cores, each kept in a file as it ends."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from conditions import conditions
+
+Run = dict[str, Any]
+
+
+def one_thread() -> None:
+    """Keep PyTorch to one thread: as many processes run as there are cores."""
+    torch.set_num_threads(1)
+
+
+def known(file: Path) -> list[Run]:
+    """Runs that were made before."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def make(file: Path, measure: Callable[..., Run], wanted: Sequence[tuple[Any, ...]]) -> None:
+    """Make runs, and add each to the file when it ends.
+
+    ``measure`` gets what is wanted, and a folder of its own; what it gives begins with that.
+    """
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=one_thread) as pool,
+    ):
+        tasks = []
+        for number, one in enumerate(wanted):
+            own = Path(folder) / str(number)
+            own.mkdir()
+            tasks.append(pool.submit(measure, *one, own))
+        for task in as_completed(tasks):
+            run = task.result()
+            with file.open("a") as target:
+                target.write(json.dumps(run) + "\n")
+            print(list(run.values())[:4], file=sys.stderr)
+
+
+def arguments(doc: str, data: Sequence[str]) -> argparse.Namespace:
+    """The command line of such a benchmark."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--data", choices=data, help="one of the datasets")
+    parser.add_argument("--table", action="store_true", help="write the table, run nothing")
+    parser.add_argument("--quick", action="store_true", help="under a minute; writes nothing")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return parser.parse_args()
+
+
+def show(given: argparse.Namespace, runs: list[Run], text: str, target: Path) -> None:
+    """Print the result, and write its table unless it is a quick one."""
+    about = conditions()
+    text += "\nConditions: " + "; ".join(f"{name} {value}" for name, value in about.items()) + ".\n"
+    if not given.quick:
+        target.write_text(text)
+    print(json.dumps({"runs": runs, "conditions": about}) if given.json else text)
