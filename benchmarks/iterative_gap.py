@@ -168,7 +168,7 @@ def trained(
     if not pipeline.config.iterative:
         stage = pipeline.joint_stage()
         weights, _ = stage.train()
-        parts = chain_features(stage.frozen(), pipeline.source, ids, pipeline.config)
+        parts = chain_features(stage.frozen(weights), pipeline.source, ids, pipeline.config)
         yield from zip((own.record for own in weights), parts, strict=True)
         return
     for index in pipeline.config.module:

@@ -162,7 +162,9 @@ def _run_joint(pipeline: Pipeline) -> RunResult:
                 space,
                 pipeline.source,
                 [shape.cell_in[0] for shape in shapes],
-                lambda ids: chain_features(stage.frozen(), pipeline.source, ids, pipeline.config),
+                lambda ids: chain_features(
+                    stage.frozen(weights), pipeline.source, ids, pipeline.config
+                ),
             ),
         )
     stages = [

@@ -13,6 +13,7 @@ from gim_stagewise.sources.base import (
     Source,
     Split,
     UniformItems,
+    labels_of,
     read_stacked,
 )
 from gim_stagewise.sources.patches import PatchSource
@@ -31,6 +32,7 @@ __all__ = [
     "Split",
     "Subset",
     "UniformItems",
+    "labels_of",
     "open_source",
     "read_stacked",
 ]

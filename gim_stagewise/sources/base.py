@@ -134,6 +134,15 @@ class UniformItems(Sequence[Item]):
         return Item(self._ids[index], *self._shared)
 
 
+def labels_of(source: Source, name: Split) -> dict[str, int]:
+    """Labels of a split's samples by id, of those that have one, in the split's order."""
+    if not source.label_names:
+        return {}
+    every = source.labels(source.label_names[0]).tolist()
+    known = dict(zip(source.ids, every, strict=True))
+    return {i: known[i] for i in source.split(name) if known[i] != MISSING_LABEL}
+
+
 def read_stacked(source: Source, requests: Sequence[Request]) -> NDArray[Any]:
     """Read samples of one size into one array with a leading sample axis."""
     return np.stack(source.read(requests))

@@ -19,11 +19,10 @@ from gim_stagewise.errors import (
     CacheNotFoundError,
     ConfigError,
     CorruptCacheError,
-    StaleCacheError,
 )
 from gim_stagewise.lock import exclusive
 from gim_stagewise.models import Stack
-from gim_stagewise.sources import MISSING_LABEL, PatchSource, RegionSource, Source, Split
+from gim_stagewise.sources import PatchSource, RegionSource, Source, Split, labels_of
 from gim_stagewise.stage import identity
 from gim_stagewise.stage.assemble import assemble, observed_modules
 from gim_stagewise.stage.check import check_joint
@@ -91,15 +90,7 @@ class JointStage:
         """
         if not self._config.supervised:
             return None
-        known: dict[str, int] = {}
-        if self.samples.label_names:
-            every = self.samples.labels(self.samples.label_names[0]).tolist()
-            known = dict(zip(self.samples.ids, every, strict=True))
-        labels = {
-            item_id: known[item_id]
-            for item_id in self.samples.split("train")
-            if known.get(item_id, MISSING_LABEL) != MISSING_LABEL
-        }
+        labels = labels_of(self.samples, "train")
         if not labels:
             raise ConfigError(
                 f"is {self._config.mode!r}, which needs labels, and no training sample has one; "
@@ -192,20 +183,8 @@ class JointStage:
             return "was trained with another module below"
         return code_staleness(self.workspace, weights)
 
-    def frozen(self) -> list[FrozenModule]:
-        """All frozen modules, bottom first, on the workspace's device.
-
-        Raises
-        ------
-        StaleCacheError
-            If there are no current weights.
-        """
-        chain, reason = self.current_weights()
-        if chain is None:
-            raise StaleCacheError(
-                f"{self.workspace.folder} has no current weights of this pipeline"
-                f"{f' ({reason})' if reason else ''}; give `gim-stage run` to train them"
-            )
+    def frozen(self, chain: Sequence[FrozenWeights]) -> list[FrozenModule]:
+        """Modules with these weights, bottom first, on the workspace's device."""
         modules = []
         for weights in chain:
             module = self.workspace.build(weights.module, weights.in_shape[0])
@@ -269,7 +248,6 @@ class JointStage:
             run=self.run_digest,
             split=self.split,
             labels=self.labels,
-            paced=self._config.isolated,
             on_step=None if listener is None else lambda n: listener(1, n),
         )
 

@@ -20,11 +20,11 @@ from gim_stagewise.cache import Cache, TiledCache, open_sealed
 from gim_stagewise.config import PipelineConfig, ProbeConfig, parse_pipeline
 from gim_stagewise.errors import DataError
 from gim_stagewise.sources import (
-    MISSING_LABEL,
     PatchSource,
     RegionSource,
     Request,
     Source,
+    labels_of,
     read_stacked,
 )
 from gim_stagewise.stage.classifier import Accuracy, classify
@@ -49,19 +49,10 @@ class ProbeSplit:
 
 def probe_splits(source: Source) -> tuple[ProbeSplit, ProbeSplit] | None:
     """Train and test samples with labels, or None where there are none."""
-    if not source.label_names:
-        return None
-    labels = dict(
-        zip(
-            source.ids,
-            source.labels(source.label_names[0]).tolist(),
-            strict=True,
-        )
-    )
     splits = []
     for name in ("train", "test"):
-        ids = [i for i in source.split(name) if labels[i] != MISSING_LABEL]
-        splits.append(ProbeSplit(ids, np.array([labels[i] for i in ids], dtype=np.int64)))
+        labels = labels_of(source, name)
+        splits.append(ProbeSplit(list(labels), np.array(list(labels.values()), dtype=np.int64)))
     train, test = splits
     return (train, test) if len(train.ids) > 1 and test.ids else None
 

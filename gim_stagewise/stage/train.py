@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from gim_stagewise.config import TrainConfig
 from gim_stagewise.errors import NonFiniteError
+from gim_stagewise.models import Stack
 from gim_stagewise.objectives import Objective
 from gim_stagewise.progress import Progress, Task
 from gim_stagewise.seeds import derive_seed
@@ -100,8 +101,6 @@ class TrainJob:
         Which samples of the source to train on.
     labels : mapping, optional
         Their labels by id, for supervised objectives; samples without one are left out.
-    paced : bool
-        Whether each module is changed in steps of its own (``update_every``).
     on_step : callable, optional
         Called with the number of steps done in all, after each step.
     """
@@ -121,7 +120,6 @@ class TrainJob:
     run: str
     split: Split = "unlabeled"
     labels: Mapping[str, int] | None = None
-    paced: bool = False
     on_step: Callable[[int], None] | None = field(default=None)
 
     @property
@@ -269,9 +267,9 @@ class _Trainer:
             labels=self._labels(batch),
         )
         values = self._finite(losses, "the loss", step)
-        paces = [train.update_every for train in self.job.trains] if self.job.paced else []
-        for group, pace in zip(self.optimizer.param_groups, paces, strict=False):
-            if step % pace:
+        own_pace = isinstance(self.module, Stack) and self.module.isolated
+        for group, train in zip(self.optimizer.param_groups, self.job.trains, strict=True):
+            if own_pace and step % train.update_every:
                 for parameter in group["params"]:
                     parameter.grad = None
         self.optimizer.step()
