@@ -139,7 +139,9 @@ def measure(
     """Train all modules, and probe them on validation samples and on test samples."""
     file = folder / "pipeline.toml"
     file.write_text(text_of(data, regime, condition, epochs))
-    pipeline = Pipeline.from_file(file, folder=folder, device="cpu", mode=condition.mode, seed=seed)
+    pipeline = Pipeline.from_file(
+        file, folder=folder / "run", device="cpu", mode=condition.mode, seed=seed
+    )
     splits = probe_splits(pipeline.source)
     assert splits is not None
     ids = [*splits[0].ids, *splits[1].ids]

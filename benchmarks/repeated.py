@@ -42,11 +42,15 @@ def make(file: Path, measure: Callable[..., Run], wanted: Sequence[tuple[Any, ..
             own = Path(folder) / str(number)
             own.mkdir()
             tasks.append(pool.submit(measure, *one, own))
-        for task in as_completed(tasks):
-            run = task.result()
-            with file.open("a") as target:
-                target.write(json.dumps(run) + "\n")
-            print(list(run.values())[:4], file=sys.stderr)
+        try:
+            for task in as_completed(tasks):
+                run = task.result()
+                with file.open("a") as target:
+                    target.write(json.dumps(run) + "\n")
+                print(list(run.values())[:4], file=sys.stderr)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def arguments(doc: str, data: Sequence[str]) -> argparse.Namespace:
