@@ -35,6 +35,7 @@ from sklearn.datasets import load_digits
 
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.sources.digits import TEST_IMAGES
+from gim_stagewise.stage.probe import RAW_PIXELS
 
 ROOT = Path(__file__).resolve().parent.parent
 # Points of test accuracy by which each module shall beat the random encoder of the same depth.
@@ -67,9 +68,9 @@ def measure(text: str, seed: int, folder: Path) -> dict[str, Any]:
     result = Pipeline.from_file(file, folder=folder / str(seed), device="cpu").run()
     return {
         "seed": seed,
-        "trained": [100 * (stage.probe_accuracy or 0) for stage in result.stages],
-        "random": [100 * (stage.random_probe_accuracy or 0) for stage in result.stages],
-        "raw": 100 * (result.raw_probe_accuracy or 0),
+        "trained": [100 * (result.accuracy(own.module) or 0) for own in result.stages],
+        "random": [100 * (result.accuracy(own.module, random=True) or 0) for own in result.stages],
+        "raw": 100 * (result.baseline(RAW_PIXELS) or 0),
         "epochs": [stage.record.epochs for stage in result.stages],
         "seconds": result.seconds,
     }

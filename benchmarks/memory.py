@@ -111,6 +111,7 @@ def spec_of(*modules: int, micro_batch: int, device: str, lean: bool = True) -> 
             Shape(GRID[1:], GRID[1:], cells[m - 1], cells[m], CHANNELS[m - 1]) for m in modules
         ),
         classes=0,
+        label_steps=0,
         forward_cell=CELLS[modules[0] - 1],
         shape=GRID,
         piece=256,

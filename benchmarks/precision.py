@@ -167,7 +167,7 @@ def learn(text: str, name: str, seed: int, folder: Path) -> dict[str, Any]:
         "precision": name,
         "seed": seed,
         "loss": [stage.record.validation_loss for stage in result.stages],
-        "accuracy": [100 * (stage.probe_accuracy or 0) for stage in result.stages],
+        "accuracy": [100 * (result.accuracy(own.module) or 0) for own in result.stages],
         "activation_bytes": [
             sum(f.stat().st_size for f in (path / "activations").glob("c.*")) for path in caches
         ],

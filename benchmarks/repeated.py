@@ -34,7 +34,7 @@ def make(file: Path, measure: Callable[..., Run], wanted: Sequence[tuple[Any, ..
     ``measure`` gets what is wanted, and a folder of its own; what it gives begins with that.
     """
     with (
-        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=one_thread) as pool,
     ):
         tasks = []

@@ -23,6 +23,7 @@ from typing import Any
 from repeated import arguments, known, make, show
 
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.stage.probe import PIXEL_STATISTICS, RAW_PIXELS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -66,12 +67,12 @@ def measure(
     file.write_text(text)
     result = Pipeline.from_file(file, folder=folder, device="cpu", mode=mode, seed=seed).run()
     shutil.rmtree(folder)
-    raw, simple = result.raw_probe_accuracy, result.statistics_probe_accuracy
+    raw, simple = result.baseline(RAW_PIXELS), result.baseline(PIXEL_STATISTICS)
     return {
         "data": data,
         "row": row,
         "seed": seed,
-        "accuracy": [100 * (stage.probe_accuracy or 0) for stage in result.stages],
+        "accuracy": [100 * (result.accuracy(own.module) or 0) for own in result.stages],
         "statistics": 100 * (simple or 0),
         "raw": None if raw is None else 100 * raw,
         "epochs": [stage.record.epochs for stage in result.stages],

@@ -84,7 +84,7 @@ def results_of(folder: Path) -> list[object]:
     record = json.loads((folder / "run.json").read_text())
     names = ("train_loss", "validation_loss", "probe_accuracy", "random_probe_accuracy")
     stages = [[stage[name] for name in names] for stage in record["modules"]]
-    return [*stages, record["raw_probe_accuracy"]]
+    return [*stages, record["probes"]]
 
 
 def run_and_record(file: Path, folder: Path) -> None:

@@ -18,7 +18,7 @@ def test_the_tour_step_by_step_equals_run(tiny: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert [stage["module"] for stage in record["modules"]] == [1, 2, 3]
-    assert {"pipeline", "raw_probe_accuracy", "seconds"} <= record.keys()
+    assert {"pipeline", "probes", "seconds"} <= record.keys()
 
     steps = tmp_path / "steps"
     for module in ("1", "2"):

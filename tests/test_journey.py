@@ -60,7 +60,7 @@ def test_run_leaves_sealed_caches_weights_and_a_record(tiny: Path, tmp_path: Pat
         assert 0 <= stage["random_probe_accuracy"] <= 1
         files = [f for f in Path(stage["cache"]).rglob("*") if f.is_file()]
         assert stage["cache_bytes"] == sum(f.stat().st_size for f in files)
-    assert record["raw_probe_accuracy"] > 0.8
+    assert record["probes"][0]["baselines"]["raw pixels"] > 0.8
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
     expected = [".lock", "checkpoints", "logs", "probe.json", "run.json"]
     for module in (1, 2, 3):

@@ -26,8 +26,16 @@ def embeddings(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -
     return torch.randn(*shape, generator=generator(seed), dtype=dtype)
 
 
-def infonce(channels: int, *, steps: int, negatives: int, skip: int = 1, seed: int = 0) -> InfoNCE:
-    config = ObjectiveConfig(prediction_steps=steps, negatives=negatives, skip=skip)
+def infonce(
+    channels: int,
+    *,
+    steps: int,
+    negatives: int,
+    skip: int = 1,
+    seed: int = 0,
+    window: int | None = None,
+) -> InfoNCE:
+    config = ObjectiveConfig(prediction_steps=steps, negatives=negatives, skip=skip, window=window)
     return build_objective(config, channels=channels, seed=seed, index=1)
 
 
@@ -284,9 +292,11 @@ def test_gradients_of_gathered_scores_are_right() -> None:
 
 def test_a_window_reads_its_steps_and_draws_from_all() -> None:
     z = embeddings(2, 12, 4, dtype=torch.float64).requires_grad_()
-    objective = infonce(4, steps=2, negatives=40, skip=0).double()
-    loss = objective(z, generator=generator(), window=Span(3, 7))
-    expected = loop_loss(z, objective, Span(3, 7), draws=generator())
+    objective = infonce(4, steps=2, negatives=40, skip=0, window=4).double()
+    loss = objective(z, generator=generator())
+    draws = generator()
+    start = int(torch.randint(12 - 4 + 1, (), generator=draws))
+    expected = loop_loss(z, objective, Span(start, start + 4), draws=draws)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     loss.backward()
     assert z.grad is not None

@@ -50,6 +50,7 @@ def spec(micro_batch: int, *, shape: tuple[int, ...] = (8, 4, 4), lean: bool = T
         indexes=(1,),
         shapes=(Shape((4, 4), (4, 4), (1, 16, 16), (128, 16, 16), 128),),
         classes=0,
+        label_steps=0,
         forward_cell=(1, 16, 16),
         shape=shape,
         piece=256,

@@ -17,6 +17,7 @@ from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.sources import Request, Source, open_source
 from gim_stagewise.sources.base import Split
 from gim_stagewise.sources.stl10 import COUNTS
+from gim_stagewise.stage.probe import RAW_PIXELS
 
 SMALL: dict[Split, int] = {"unlabeled": 24, "train": 12, "test": 7}
 FILE = Path(__file__).parent.parent / "pipelines" / "stl10.toml"
@@ -130,5 +131,5 @@ def test_the_shipped_pipeline_on_a_narrow_network(root: Path, tmp_path: Path, mo
         edit(file, f"blocks = {blocks} }}", f"blocks = {blocks}, width = 2 }}")
     result = Pipeline.from_file(file, folder=tmp_path / "out", device="cpu", mode=mode).run()
     assert [stage.module for stage in result.stages] == [1, 2, 3]
-    assert all(stage.probe_accuracy is not None for stage in result.stages)
-    assert result.raw_probe_accuracy is None
+    assert all(result.accuracy(stage.module) is not None for stage in result.stages)
+    assert result.baseline(RAW_PIXELS) is None

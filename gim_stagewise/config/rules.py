@@ -29,11 +29,6 @@ _OWN = {"lr", "update_every", "window"}
 
 def _check_mode(config: PipelineConfig) -> None:
     """What cannot be where all modules are trained in one step."""
-    if config.supervised and config.windowed:
-        raise ConfigError(
-            f"is {config.mode!r}, which needs labels, and items that are read in windows have none",
-            key="mode",
-        )
     if config.iterative or config.mode == "random":
         return
     first = config.module[1].train
@@ -46,11 +41,11 @@ def _check_mode(config: PipelineConfig) -> None:
                     "all modules in one step; give it once, as train." + name,
                     key=f"module.{number}.train.{name}",
                 )
-        if config.mode == "cpc" and config.dense:
-            raise ConfigError(
-                'is "cpc", whose context network takes a grid of patches, and encoding is "dense"',
-                key="mode",
-            )
+    if config.mode == "cpc" and config.dense and not config.sequences:
+        raise ConfigError(
+            'is "cpc", whose context network takes a grid of patches, and encoding is "dense"',
+            key="mode",
+        )
 
 
 def _check_groups(config: PipelineConfig) -> None:

@@ -119,8 +119,10 @@ class ObjectiveConfig(Table):
     """InfoNCE (paper, equations 3 and 4).
 
     Negatives are drawn from all of a batch; with ``negatives_group`` from so many samples of it, as
-    where a batch is spread over GPUs. With ``encoding = "dense"`` ``pool`` positions a side of a
-    module's output share an embedding, their mean.
+    where a batch is spread over GPUs. Where there are more rows (steps of a sequence) than
+    ``window``, contexts and targets are taken from so many of them, anew for each batch. With
+    ``encoding = "dense"`` ``pool`` positions a side of a module's output share an embedding, their
+    mean.
     """
 
     kind: Literal["infonce"] = "infonce"
@@ -128,6 +130,7 @@ class ObjectiveConfig(Table):
     skip: Annotated[int, Field(ge=0)] = 1
     negatives: PositiveInt = 16
     negatives_group: PositiveInt | None = None
+    window: PositiveInt | None = None
     pool: PositiveInt = 1
 
 
@@ -220,6 +223,9 @@ class ProbeConfig(Table):
     ``lr``, as the paper's is (appendix A.1); the number of epochs is chosen there. That part is
     drawn at random, or with ``validation_part = "last"`` the end of the training split, for data in
     which neighbours are alike.
+
+    Steps of recordings that have labels of their own are always classified by Adam, at a rate of
+    ``step_lr``, ``step_batch`` recordings at a time, for ``step_epochs`` at most.
     """
 
     pooling: Literal["mean", "all"] = "mean"
@@ -229,6 +235,9 @@ class ProbeConfig(Table):
     lr: PositiveFloat = 1e-3
     epochs: PositiveInt = 100
     batch: PositiveInt = 128
+    step_lr: PositiveFloat = 1e-3
+    step_epochs: PositiveInt = 30
+    step_batch: PositiveInt = 8
 
 
 class ModuleConfig(Table):
@@ -247,12 +256,14 @@ class PipelineConfig(Table):
     ``mode`` says how they are trained: *iterative*, one after another, through caches;
     *simultaneous*, all in one step, gradients blocked between them; *cpc*, end to end with a
     context network on top; *supervised*, end to end with a classifier; *greedy_supervised*, in one
-    step with a classifier each, gradients blocked; *random*, not at all.
+    step with a classifier each, gradients blocked; *random*, not at all. ``labels`` says which
+    labels of the dataset supervised modes are trained on; by default the first that it has.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: Annotated[int, Field(ge=0)] = 0
     mode: Mode = "iterative"
+    labels: str | None = None
     keep: Literal["all", "last-two", "last"] = "all"
     encoding: Literal["patch", "dense"] = "patch"
     source: SourceConfig

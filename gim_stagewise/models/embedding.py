@@ -49,20 +49,20 @@ def embed(
 ) -> Tensor:
     """What the objective sees of a module: embeddings, and after their channels the targets'.
 
-    Targets are there where they are not the embeddings themselves (``predicts = "input"``); no
-    gradient goes to them. Of a `Stack` it is what all its objectives see. ``corrupt`` is applied to
+    Targets are there where they are not the embeddings themselves (``predicts = "input"``), without
+    a gradient. Of a `Stack` it is what all its objectives see. ``corrupt`` is applied to
     the input of each module, but not to targets.
     """
     if isinstance(module, Stack):
         return module.embed(x, corrupt)
-    return _embeddings(module, x, module(x if corrupt is None else corrupt(x)))
+    return _embeddings(module, x.detach(), module(x if corrupt is None else corrupt(x)))
 
 
-def _embeddings(module: nn.Module, x: Tensor, z: Tensor) -> Tensor:
+def _embeddings(module: nn.Module, targets: Tensor, z: Tensor) -> Tensor:
     pooled = pool(module, z)
-    if target_channels(module, x.shape[1]) == 0:
+    if target_channels(module, targets.shape[1]) == 0:
         return pooled
-    return torch.cat([pooled, x.detach().movedim(1, -1)], dim=-1)
+    return torch.cat([pooled, targets.movedim(1, -1)], dim=-1)
 
 
 def target_channels(module: nn.Module, in_channels: int) -> int:
@@ -79,7 +79,7 @@ class Stack(nn.Module):
         Bottom first.
     isolated : bool
         Block gradients between them (paper, section 3: GradientBlock); otherwise the network is
-        trained end to end.
+        trained end to end, targets included (CPC: Oord et al. 2018).
     observed : collection of int
         Numbers, from 0, of the modules that an objective looks at.
     """

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from gim_stagewise.config import ObjectiveConfig
-from gim_stagewise.objectives.contract import Objective
+from gim_stagewise.objectives.contract import NO_LABEL, Objective
 from gim_stagewise.objectives.cpc import CPC
 from gim_stagewise.objectives.infonce import InfoNCE, check_rows
 from gim_stagewise.objectives.joint import Joint
@@ -17,6 +17,7 @@ from gim_stagewise.seeds import derive_seed
 
 __all__ = [
     "CPC",
+    "NO_LABEL",
     "CrossEntropy",
     "InfoNCE",
     "Joint",
@@ -50,4 +51,5 @@ def build_objective(
             negatives=config.negatives,
             skip=config.skip,
             group=config.negatives_group,
+            window=config.window,
         )

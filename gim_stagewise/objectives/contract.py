@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+# Of a step without a label, which no supervised objective looks at.
+NO_LABEL = -1
+
 
 class Objective(nn.Module):
     """A loss with its own projections, which are discarded once the module is frozen."""
@@ -29,7 +32,8 @@ class Objective(nn.Module):
         generator : torch.Generator
             For what is drawn; on the CPU, so that draws are the same on every device.
         labels : Tensor, optional
-            Classes of the samples, on ``z``'s device, for objectives that want them.
+            Classes of the samples, or [sample, step] of their steps, on ``z``'s device, for
+            objectives that want them.
 
         Returns
         -------

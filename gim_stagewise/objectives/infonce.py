@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from gim_stagewise.errors import ConfigError
 from gim_stagewise.objectives.contract import Objective
-from gim_stagewise.windows import Span
 
 
 class InfoNCE(Objective):
@@ -44,6 +43,10 @@ class InfoNCE(Objective):
     group : int, optional
         Samples that draw their negatives from one another, as those on one of several GPUs do; the
         loss is the mean over samples. By default all samples of a batch.
+    window : int, optional
+        Rows (steps) that contexts and targets are taken from, at a place drawn for each group of
+        samples; all by default, and where there are no more. Negatives always come from all rows.
+        Nothing is computed for pairs outside it (table 5, note a).
     """
 
     def __init__(
@@ -55,12 +58,14 @@ class InfoNCE(Objective):
         negatives: int,
         skip: int = 1,
         group: int | None = None,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         self.channels = channels
         self.negatives = negatives
         self.skip = skip
         self.group = group
+        self.window = window
         # One W_k per step; drawn like the weights of a bias-free linear layer.
         bound = channels**-0.5
         shape = (prediction_steps, targets or channels, channels)
@@ -73,7 +78,6 @@ class InfoNCE(Objective):
         *,
         generator: torch.Generator,
         labels: Int64[Tensor, " sample"] | None = None,
-        window: Span | None = None,
     ) -> Float[Tensor, ""]:
         """The loss of a batch.
 
@@ -87,9 +91,6 @@ class InfoNCE(Objective):
             On the CPU, whatever device ``z`` is on, so that draws are the same everywhere.
         labels : Tensor, optional
             Not looked at.
-        window : Span, optional
-            Rows (steps) that contexts and targets are taken from, all by default; negatives
-            always come from all rows. Nothing is computed for pairs outside it.
 
         Returns
         -------
@@ -98,13 +99,13 @@ class InfoNCE(Objective):
         """
         loss = z.new_zeros(())
         for group in torch.split(z, self.group or len(z)):
-            loss = loss + self._loss(group, generator, window) * (len(group) / len(z))
+            loss = loss + self._loss(group, generator) * (len(group) / len(z))
         return loss
 
-    def _loss(self, z: Tensor, generator: torch.Generator, window: Span | None) -> Tensor:
+    def _loss(self, z: Tensor, generator: torch.Generator) -> Tensor:
         """The loss of samples that draw negatives from one another."""
         candidates = self._targets(z).flatten(0, -2)
-        read = z if window is None else z[:, window.slice]
+        read = self._windowed(z, generator)
         loss = z.new_zeros(())
         for k, weight in enumerate(self.W, start=1):
             context, target = self.pairs(read, k)
@@ -126,6 +127,14 @@ class InfoNCE(Objective):
         context = z[:, :-distance, ..., : self.channels]
         target = self._targets(z)[:, distance:]
         return context.flatten(0, -2), target.flatten(0, -2)
+
+    def _windowed(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        """Rows that contexts and targets are taken from."""
+        if self.window is None or self.window >= z.shape[1]:
+            return z
+        # Never as a number, so that the memory of a step can be counted without its values.
+        start = torch.randint(z.shape[1] - self.window + 1, (1,), generator=generator)
+        return z.index_select(1, (start + torch.arange(self.window)).to(z.device))
 
     def _targets(self, z: Tensor) -> Tensor:
         return z if z.shape[-1] == self.channels else z[..., self.channels :]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
 from gim_stagewise.lock import exclusive
 from gim_stagewise.pipeline.results import RunResult, StageResult
+from gim_stagewise.sources import PatchSource
 from gim_stagewise.stage.disk import CacheSize, folder_bytes
 from gim_stagewise.stage.extraction_plan import Workers
 from gim_stagewise.stage.probe import (
@@ -18,7 +23,10 @@ from gim_stagewise.stage.probe import (
     probe_chain,
 )
 from gim_stagewise.stage.probe_memory import remembered_scores
+from gim_stagewise.stage.probe_sequences import cached_walk, chain_walk, probe_recordings
 from gim_stagewise.stage.removing import drop_outputs, forget
+from gim_stagewise.stage.shape import Shape
+from gim_stagewise.stage.step_classifier import Walk
 
 if TYPE_CHECKING:
     from gim_stagewise.pipeline.pipeline import Pipeline
@@ -110,11 +118,11 @@ def _run_stages(pipeline: Pipeline, start: int | None, last: int, workers: Worke
         scores = remembered_scores(
             space,
             features,
-            lambda: probe_chain(
-                space,
-                pipeline.source,
-                [shape.cell_in[0] for shape in shapes[:last]],
+            lambda: _probe(
+                pipeline,
+                shapes[:last],
                 lambda ids: (cached_features(path, ids, pipeline.config) for path in paths),
+                lambda: cached_walk(paths),
             ),
         )
     return _result(pipeline, stages, scores)
@@ -158,13 +166,13 @@ def _run_joint(pipeline: Pipeline) -> RunResult:
         scores = remembered_scores(
             space,
             features,
-            lambda: probe_chain(
-                space,
-                pipeline.source,
-                [shape.cell_in[0] for shape in shapes],
+            lambda: _probe(
+                pipeline,
+                shapes,
                 lambda ids: chain_features(
                     stage.frozen(weights), pipeline.source, ids, pipeline.config
                 ),
+                lambda: chain_walk(stage.frozen(weights), pipeline.source, space),
             ),
         )
     stages = [
@@ -174,29 +182,33 @@ def _run_joint(pipeline: Pipeline) -> RunResult:
     return _result(pipeline, stages, scores)
 
 
+def _probe(
+    pipeline: Pipeline,
+    shapes: Sequence[Shape],
+    features: Callable[[list[str]], Iterable[NDArray[np.float32]]],
+    embeddings: Callable[[], Walk],
+) -> list[ProbeScores]:
+    """Probe modules by features of samples, or of recordings by embeddings of their steps."""
+    space, source = pipeline.workspace, pipeline.source
+    if isinstance(source, PatchSource):
+        return probe_chain(space, source, [shape.cell_in[0] for shape in shapes], features)
+    if pipeline.config.sequences:
+        return probe_recordings(space, source, shapes, embeddings())
+    return []
+
+
 def _say_what_is_left_out(pipeline: Pipeline) -> None:
     for why in pipeline.skipped.values():
         pipeline.workspace.progress.note(f"left out: {why}")
 
 
-def _result(pipeline: Pipeline, stages: list[StageResult], scores: ProbeScores | None) -> RunResult:
-    if scores is not None:
-        stages = [
-            replace(
-                stage,
-                probe_accuracy=trained.test,
-                probe_validation_accuracy=trained.validation,
-                random_probe_accuracy=random.test,
-            )
-            for stage, trained, random in zip(stages, scores.trained, scores.random, strict=True)
-        ]
+def _result(pipeline: Pipeline, stages: list[StageResult], probes: list[ProbeScores]) -> RunResult:
     return RunResult(
         pipeline=pipeline.config.name,
         mode=pipeline.config.mode,
         folder=pipeline.workspace.folder,
         stages=stages,
-        raw_probe_accuracy=scores.raw.test if scores and scores.raw else None,
-        statistics_probe_accuracy=scores.statistics.test if scores else None,
+        probes=probes,
         seconds=0.0,
         skipped=pipeline.skipped,
     )

@@ -13,14 +13,17 @@ from gim_stagewise import __version__
 from gim_stagewise.durable import json_checksum, write_json
 from gim_stagewise.lock import exclusive
 from gim_stagewise.pipeline import Pipeline, RunResult
+from gim_stagewise.stage.probe import ProbeScores
 
 
 def run_record(result: RunResult) -> dict[str, Any]:
     """A run as plain JSON: losses in nats, sizes in bytes, accuracies in [0, 1], seconds.
 
-    Accuracies are null where the dataset has no labels, caches where all modules are trained in one
-    step, losses of modules without an objective.
+    Accuracies of a module are those for the first labels that the dataset has, and null if it has
+    none; ``probes`` has all. Caches are null where all modules are trained in one step, losses of
+    modules without an objective.
     """
+    first = result.scores()
     modules = [
         {
             "module": stage.module,
@@ -32,9 +35,9 @@ def run_record(result: RunResult) -> dict[str, Any]:
             "train_loss": stage.record.train_loss,
             "validation_loss": stage.record.validation_loss,
             "train_seconds": stage.record.seconds,
-            "probe_accuracy": stage.probe_accuracy,
-            "probe_validation_accuracy": stage.probe_validation_accuracy,
-            "random_probe_accuracy": stage.random_probe_accuracy,
+            "probe_accuracy": result.accuracy(stage.module),
+            "probe_validation_accuracy": _validation(first, stage.module),
+            "random_probe_accuracy": result.accuracy(stage.module, random=True),
             "cache": None if stage.cache is None else str(stage.cache),
             "cache_bytes": stage.cache_bytes,
             "micro_batch": stage.record.micro_batch,
@@ -49,11 +52,23 @@ def run_record(result: RunResult) -> dict[str, Any]:
         "mode": result.mode,
         "folder": str(result.folder),
         "modules": modules,
-        "raw_probe_accuracy": result.raw_probe_accuracy,
-        "statistics_probe_accuracy": result.statistics_probe_accuracy,
+        "probes": [
+            {
+                "labels": scores.labels,
+                "accuracies": [own and own.test for own in scores.trained],
+                "random_accuracies": [own and own.test for own in scores.random],
+                "baselines": {name: own.test for name, own in scores.baselines.items()},
+            }
+            for scores in result.probes
+        ],
         "skipped": result.skipped,
         "seconds": result.seconds,
     }
+
+
+def _validation(scores: ProbeScores | None, module: int) -> float | None:
+    found = None if scores is None else scores.trained[module - 1]
+    return None if found is None else found.validation
 
 
 def versions() -> dict[str, str]:

@@ -27,7 +27,6 @@ MODE_NAMES: dict[Mode, str] = {
 def results_table(result: RunResult) -> Table:
     """Losses, sizes and probe accuracies of a run, one row a module."""
     title = f"{result.pipeline}: {MODE_NAMES[result.mode]}"
-    labelled = result.statistics_probe_accuracy is not None
     table = Table(title=title, title_justify="left")
     for name in (
         "module",
@@ -39,10 +38,11 @@ def results_table(result: RunResult) -> Table:
         "cache",
     ):
         table.add_column(name, justify="right", no_wrap=name == "module")
-    if labelled:
+    for scores in result.probes:
         # The paper's words, tables 1 and 3.
-        table.add_column("accuracy", justify="right")
-        table.add_column("randomly initialized", justify="right")
+        kind = "" if len(result.probes) == 1 else f", {scores.labels}"
+        table.add_column(f"accuracy{kind}", justify="right")
+        table.add_column(f"randomly initialized{kind}", justify="right")
     for stage in result.stages:
         row = [
             str(stage.module),
@@ -53,18 +53,17 @@ def results_table(result: RunResult) -> Table:
             _size(stage.record.measured_mem),
             _size(stage.cache_bytes),
         ]
-        if labelled:
-            row += [percent(stage.probe_accuracy), percent(stage.random_probe_accuracy)]
+        for scores in result.probes:
+            row += [
+                percent(result.accuracy(stage.module, labels=scores.labels, random=random))
+                for random in (False, True)
+            ]
         table.add_row(*row)
-    if labelled:
+    if result.probes:
         table.add_section()
-        pixels = {
-            "pixel stats": result.statistics_probe_accuracy,
-            "raw pixels": result.raw_probe_accuracy,
-        }
-        for name, accuracy in pixels.items():
-            if accuracy is not None:
-                table.add_row(name, "", "", "", "", "", "", percent(accuracy), "")
+    for name in dict.fromkeys(name for scores in result.probes for name in scores.baselines):
+        cells = [percent(result.baseline(name, labels=own.labels)) for own in result.probes]
+        table.add_row(name, *[""] * 6, *(text for cell in cells for text in (cell, "")))
     return table
 
 

@@ -14,6 +14,7 @@ from gim_stagewise.processes import in_fresh_process
 from gim_stagewise.reproduce.paper import TABLE_1, TABLE_2
 from gim_stagewise.reproduce.runs import Reproduction, markdown_table, spread
 from gim_stagewise.stage.needs import chain_needs
+from gim_stagewise.stage.probe import PIXEL_STATISTICS
 from gim_stagewise.stage.project import count_step, measure_step
 from gim_stagewise.stage.spec import StepSpec
 from gim_stagewise.units import format_bytes
@@ -42,7 +43,7 @@ def table_1(work: Reproduction) -> Path:
         runs = work.runs(mode)
         cells = []
         for number in range(count):
-            own = [run.stages[number].probe_accuracy for run in runs]
+            own = [run.accuracy(number + 1) for run in runs]
             if None in own:
                 raise DataError(
                     f"{work.file}: its dataset has no labelled train and test samples, by which "
@@ -50,7 +51,7 @@ def table_1(work: Reproduction) -> Path:
                 )
             cells.append(spread([100 * accuracy for accuracy in own if accuracy is not None]))
         rows.append([name, paper, *cells])
-        statistics = [100 * (run.statistics_probe_accuracy or 0) for run in runs]
+        statistics = [100 * (run.baseline(PIXEL_STATISTICS) or 0) for run in runs]
     rows.append(["Pixel statistics", "", *[""] * (count - 1), spread(statistics)])
     name = work.pipeline("iterative").config.name
     text = (

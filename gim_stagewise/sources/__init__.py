@@ -12,9 +12,11 @@ from gim_stagewise.sources.base import (
     Request,
     Source,
     Split,
+    StepLabelled,
     UniformItems,
     labels_of,
     read_stacked,
+    step_labelled,
 )
 from gim_stagewise.sources.patches import PatchSource
 from gim_stagewise.sources.regions import RegionSource
@@ -30,11 +32,13 @@ __all__ = [
     "Request",
     "Source",
     "Split",
+    "StepLabelled",
     "Subset",
     "UniformItems",
     "labels_of",
     "open_source",
     "read_stacked",
+    "step_labelled",
 ]
 
 

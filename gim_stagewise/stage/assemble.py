@@ -63,7 +63,8 @@ def _objective(space: Workspace, index: int, shape: Shape, classes: int) -> Obje
     if space.config.supervised:
         with seeded(space.config.seed, index):
             return CrossEntropy(shape.embedding, classes=classes)
-    if space.config.mode != "cpc":
+    # On sequences the context network is the top module itself (equation 6).
+    if space.config.mode != "cpc" or space.config.dense:
         return _infonce(space, index, shape)
     infonce = _infonce(space, index, shape, targets=shape.embedding)
     context = space.config.context

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gim_stagewise.cache import PLAIN, Precision
 from gim_stagewise.errors import DataError
+from gim_stagewise.sources import Request
 from gim_stagewise.windows import Span
 
 CPU = torch.device("cpu")
@@ -32,8 +33,8 @@ class SampleBatch:
         Rows and columns of a sample's patches; none of a window.
     precision : Precision
         The form that samples are fetched in.
-    ids : sequence of str
-        Of the samples, where somebody asks.
+    requests : sequence of Request
+        What the samples are, where somebody asks.
     """
 
     def __init__(
@@ -42,10 +43,10 @@ class SampleBatch:
         fetch: Fetch,
         grid: tuple[int, ...],
         precision: Precision = PLAIN,
-        ids: Sequence[str] = (),
+        requests: Sequence[Request] = (),
     ) -> None:
         self._count = count
-        self.ids = ids
+        self.requests = requests
         self._fetch = fetch
         self._grid = grid
         self._precision = precision

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gim_stagewise.errors import ConfigError
 from gim_stagewise.sources import PatchSource, RegionSource
 from gim_stagewise.stage.chain import windowed_shapes
@@ -9,7 +11,7 @@ from gim_stagewise.stage.loader import check_loading
 from gim_stagewise.stage.needs import chain_needs
 from gim_stagewise.stage.order import held_out_count
 from gim_stagewise.stage.shape import Cell, Shape, check_shape, window_of, windowed_input
-from gim_stagewise.stage.windowed import training_zones, unlabeled_extents, window_count
+from gim_stagewise.stage.windowed import extents_of, training_zones, window_count
 from gim_stagewise.stage.workspace import Workspace
 
 
@@ -52,14 +54,21 @@ def check_chain(space: Workspace, source: PatchSource | RegionSource) -> list[Sh
     return shapes
 
 
-def check_joint(space: Workspace, samples: int) -> None:
-    """Check that so many samples can be delivered where all modules are trained in one step.
+def check_joint(space: Workspace, samples: int, shapes: Sequence[Shape]) -> None:
+    """Check modules, and that so many samples can be delivered, where all are trained in one step.
 
     Raises
     ------
     ConfigError
-        If there are fewer than a batch holds.
+        If there are fewer than a batch holds; or in mode "cpc" if sequences have no context
+        network on top.
     """
+    if space.config.mode == "cpc" and space.config.dense and not shapes[-1].targets:
+        raise ConfigError(
+            'is "cpc", which for sequences needs a context network as the last module, such as '
+            'build = "gru"; add one, or choose another mode',
+            key="mode",
+        )
     if space.config.mode != "random":
         _check_loading(space, 1, samples, 0)
 
@@ -68,7 +77,7 @@ def _check_windowed(space: Workspace, source: RegionSource) -> list[Shape]:
     shapes = windowed_shapes(space, source.channels)
     if space.config.iterative:
         chain_needs(space, source, shapes)  # windows.tile fits all of them
-    extents = unlabeled_extents(source)
+    extents = extents_of(source)
     if not extents:
         raise ConfigError(
             "has neither unlabeled nor training items: nothing to train on", key="source.splits"

@@ -37,8 +37,9 @@ def stage_recipe(config: PipelineConfig, index: int) -> Digest:
 
 def _joint_recipe(config: PipelineConfig) -> Digest:
     context = {"context": config.context.model_dump(mode="json")} if config.mode == "cpc" else {}
+    labels = {"labels": config.labels} if config.supervised and config.labels else {}
     modules = {str(number): _module_table(config, number) for number in config.module}
-    table = {"seed": config.seed, "mode": config.mode, **context, "module": modules}
+    table = {"seed": config.seed, "mode": config.mode, **context, **labels, "module": modules}
     return Digest.of({**table, **_source_table(config)})
 
 

@@ -15,14 +15,10 @@ from torch import Tensor
 
 from gim_stagewise.cache import Digest
 from gim_stagewise.durable import remove, sweep
-from gim_stagewise.errors import (
-    CacheNotFoundError,
-    ConfigError,
-    CorruptCacheError,
-)
+from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
 from gim_stagewise.lock import exclusive
 from gim_stagewise.models import Stack
-from gim_stagewise.sources import PatchSource, RegionSource, Source, Split, labels_of
+from gim_stagewise.sources import PatchSource, RegionSource, Source, Split
 from gim_stagewise.stage import identity
 from gim_stagewise.stage.assemble import assemble, observed_modules
 from gim_stagewise.stage.check import check_joint
@@ -35,6 +31,7 @@ from gim_stagewise.stage.checkpoint import (
 from gim_stagewise.stage.code import code_staleness, frozen_weights
 from gim_stagewise.stage.fit import TrainingPlan, plan_training
 from gim_stagewise.stage.freeze import FrozenModule, training_numerics
+from gim_stagewise.stage.labels import Labels, training_labels
 from gim_stagewise.stage.measured import train_within
 from gim_stagewise.stage.needs import TrainingNeeds, joint_needs
 from gim_stagewise.stage.shape import Shape
@@ -72,39 +69,29 @@ class JointStage:
     def samples(self) -> Source:
         """What modules are trained on: the dataset, or windows of it."""
         if isinstance(self.source, RegionSource):
-            return training_windows(self._config, 1, self.source)
+            return training_windows(self._config, 1, self.source, self._data_split)
         return self.source
 
     @property
-    def split(self) -> Split:
+    def _data_split(self) -> Split:
+        """Items of the dataset that modules are trained on."""
         return "train" if self._config.supervised else "unlabeled"
 
+    @property
+    def split(self) -> Split:
+        """Of `samples`; windows of whatever items are unlabeled ones."""
+        return "unlabeled" if self._config.windowed else self._data_split
+
     @cached_property
-    def labels(self) -> dict[str, int] | None:
-        """Classes of training samples by id, counted from 0, for supervised modes.
+    def labels(self) -> Labels | None:
+        """Labels of training samples, for supervised modes.
 
         Raises
         ------
         ConfigError
             If there are none.
         """
-        if not self._config.supervised:
-            return None
-        labels = labels_of(self.samples, "train")
-        if not labels:
-            raise ConfigError(
-                f"is {self._config.mode!r}, which needs labels, and no training sample has one; "
-                "give labels to source.splits.train, or choose another mode",
-                key="mode",
-            )
-        # Labels may be any numbers.
-        numbers = {label: n for n, label in enumerate(sorted(set(labels.values())))}
-        return {item_id: numbers[label] for item_id, label in labels.items()}
-
-    @property
-    def classes(self) -> int:
-        """Of the labels; 0 where none are wanted."""
-        return 0 if self.labels is None else 1 + max(self.labels.values())
+        return training_labels(self._config, self.samples) if self._config.supervised else None
 
     @cached_property
     def recipe(self) -> Digest:
@@ -130,8 +117,9 @@ class JointStage:
         ConfigError
             If there are no labels where they are wanted, or too few samples.
         """
-        count = len(self.samples.split(self.split)) if self.labels is None else len(self.labels)
-        check_joint(self.workspace, count)
+        labels = self.labels
+        count = len(self.samples.split(self.split) if labels is None else labels.ids)
+        check_joint(self.workspace, count, self.shapes)
 
     # Weights
 
@@ -187,7 +175,7 @@ class JointStage:
         """Modules with these weights, bottom first, on the workspace's device."""
         modules = []
         for weights in chain:
-            module = self.workspace.build(weights.module, weights.in_shape[0])
+            module = self.workspace.build(weights.module, weights.in_shape[0], storing=True)
             module.load_state_dict(weights.tensors)
             modules.append(FrozenModule(module, self.workspace.device))
         return modules
@@ -195,9 +183,7 @@ class JointStage:
     @property
     def needs(self) -> TrainingNeeds:
         """What decides the memory of training."""
-        return joint_needs(
-            self.workspace, self.shapes, self.samples, self.split, classes=self.classes
-        )
+        return joint_needs(self.workspace, self.shapes, self.samples, self.split, self.labels)
 
     def plan_training(self) -> TrainingPlan:
         """What training will take, within the budget (see `gim_stagewise.stage.fit`)."""
@@ -228,9 +214,8 @@ class JointStage:
 
     def _train_job(self, plan: TrainingPlan) -> TrainJob:
         space, listener = self.workspace, self.workspace.on_step
-        module, objective = assemble(
-            space, list(self._config.module), self.shapes, classes=self.classes
-        )
+        classes = 0 if self.labels is None else self.labels.classes
+        module, objective = assemble(space, list(self._config.module), self.shapes, classes=classes)
         assert isinstance(module, Stack)
         return TrainJob(
             label=self.label,

@@ -145,7 +145,6 @@ class Loader:
             self._reader,
             self.order(epoch),
             request_of,
-            ids=self._ids,
             grid=self._grid,
             batch=self._batch,
             window=self._window,
@@ -170,7 +169,6 @@ def _batches(
     order: Order,
     request_of: Callable[[int], Request],
     *,
-    ids: Sequence[str],
     grid: tuple[int, ...],
     batch: int,
     window: int,
@@ -178,20 +176,22 @@ def _batches(
     stop: int,
 ) -> Iterator[SampleBatch]:
     source = reader.source
-    indexes = order.indexes
+
+    def requests_of(number: int) -> list[Request]:
+        own = order.indexes[number * batch : (number + 1) * batch]
+        return [request_of(int(index)) for index in own]
+
     if batch * source.item_bytes > window and not reader.keeps_all:
         # Not even a batch may be held: its samples are read as its rows are asked for.
         for number in range(start, stop):
-            own = indexes[number * batch : (number + 1) * batch]
-            requests = [request_of(int(index)) for index in own]
+            requests = requests_of(number)
             fetch = partial(_read_some, reader, requests)
-            yield SampleBatch(len(own), fetch, grid, reader.precision, [r.id for r in requests])
+            yield SampleBatch(len(requests), fetch, grid, reader.precision, requests)
         return
     delivered = deliver(reader, order, request_of, batch=batch, start=start, stop=stop)
     for number, samples in enumerate(delivered, start=start):
-        own = indexes[number * batch : (number + 1) * batch]
         held = partial(_some, samples)
-        yield SampleBatch(len(own), held, grid, reader.precision, [ids[i] for i in own])
+        yield SampleBatch(len(samples), held, grid, reader.precision, requests_of(number))
 
 
 def _some(samples: list[Tensor], wanted: Span) -> list[Tensor]:
@@ -275,7 +275,6 @@ def validation_batches(
         reader or SampleReader(source, samples=len(ids), window=window),
         storage_order(positions_of(source, ids), chunk=source.chunk_items),
         lambda index: Request(ids[index], view, region),
-        ids=ids,
         grid=grid,
         batch=batch,
         window=window,

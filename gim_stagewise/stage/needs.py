@@ -15,6 +15,7 @@ from gim_stagewise.stage.extract import VirtualCache
 from gim_stagewise.stage.feed import MOST_THREADS
 from gim_stagewise.stage.forward import block_bytes, project_forward
 from gim_stagewise.stage.freeze import STEPS_AT_ONCE
+from gim_stagewise.stage.labels import Labels
 from gim_stagewise.stage.loader import loader_bytes
 from gim_stagewise.stage.shape import Shape, check_shape, window_of
 from gim_stagewise.stage.spec import StepSpec, joint_spec, step_spec
@@ -86,7 +87,11 @@ def stage_needs(workspace: Workspace, index: int, shape: Shape, source: Source) 
 
 
 def joint_needs(
-    workspace: Workspace, shapes: Sequence[Shape], samples: Source, split: Split, *, classes: int
+    workspace: Workspace,
+    shapes: Sequence[Shape],
+    samples: Source,
+    split: Split,
+    labels: Labels | None,
 ) -> TrainingNeeds:
     """What training all modules in one step will need.
 
@@ -99,8 +104,8 @@ def joint_needs(
         What they are trained on.
     split : str
         Which of them.
-    classes : int
-        Of their labels.
+    labels : Labels, optional
+        For supervised modes.
     """
     held = loader_bytes(
         workspace.module_config(1).train,
@@ -109,7 +114,8 @@ def joint_needs(
         chunk_items=samples.chunk_items,
         views=samples.views,
     )
-    return TrainingNeeds(joint_spec(workspace, shapes, classes=classes), held, 0)
+    known = {} if labels is None else {"classes": labels.classes, "label_steps": labels.steps}
+    return TrainingNeeds(joint_spec(workspace, shapes, **known), held, 0)
 
 
 def _block_bytes(item_bytes: int, layout: CacheLayout) -> int:

@@ -21,7 +21,6 @@ from gim_stagewise.config import PipelineConfig, ProbeConfig, parse_pipeline
 from gim_stagewise.errors import DataError
 from gim_stagewise.sources import (
     PatchSource,
-    RegionSource,
     Request,
     Source,
     labels_of,
@@ -37,6 +36,7 @@ Pooling = Literal["mean", "all"]
 
 # With more raw pixels than this, a classifier on them takes longer than training modules does.
 MOST_RAW = 1024
+PIXEL_STATISTICS, RAW_PIXELS = "pixel statistics", "raw pixels"
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,15 @@ def pool_features(embeddings: NDArray[np.float32], config: PipelineConfig) -> ND
     if config.probe.pooling == "mean":
         return reduce(embeddings, "s r c ch -> s ch", "mean")
     return rearrange(embeddings, "s r c ch -> s (r c ch)")
+
+
+def mean_feature(
+    embeddings: NDArray[np.float32], *, deviation: bool = False
+) -> NDArray[np.float32]:
+    """[*cell, channel] of an item of any size to [channel], or with deviations [2 · channel]."""
+    cells = embeddings.reshape(-1, embeddings.shape[-1]).astype(np.float64)
+    parts = [cells.mean(0), cells.std(0)] if deviation else [cells.mean(0)]
+    return np.concatenate(parts).astype(np.float32)
 
 
 def probe_accuracy(
@@ -103,32 +112,33 @@ class ProbeScores:
 
     Parameters
     ----------
-    trained, random : list of Accuracy
-        On features of modules, after and before training.
-    statistics : Accuracy
-        On `pixel_statistics` of patches, pooled like features.
-    raw : Accuracy or None
-        On pixels; None where there are more than `MOST_RAW`.
+    labels : str
+        Name of the labels.
+    trained, random : list of Accuracy or None
+        On features of modules, after and before training; None of a module that they do not fit.
+    baselines : dict
+        On what was made without learning, by name: `PIXEL_STATISTICS` of patches, pooled like
+        features; `RAW_PIXELS`, where there are no more than `MOST_RAW`.
     """
 
-    trained: list[Accuracy]
-    random: list[Accuracy]
-    statistics: Accuracy
-    raw: Accuracy | None
+    labels: str
+    trained: list[Accuracy | None]
+    random: list[Accuracy | None]
+    baselines: dict[str, Accuracy]
 
 
 def probe_chain(
     workspace: Workspace,
-    source: PatchSource | RegionSource,
+    source: PatchSource,
     in_channels: Sequence[int],
     trained: Callable[[list[str]], Iterable[NDArray[np.float32]]],
-) -> ProbeScores | None:
+) -> list[ProbeScores]:
     """Probe trained modules, the same modules before training, statistics of pixels, and pixels.
 
     Parameters
     ----------
     workspace : Workspace
-    source : PatchSource or RegionSource
+    source : PatchSource
         The dataset.
     in_channels : sequence of int
         Channels of the input of each module to probe, from module 1 on.
@@ -137,12 +147,12 @@ def probe_chain(
 
     Returns
     -------
-    ProbeScores or None
-        None where the dataset has no labels, or items are of any size.
+    list of ProbeScores
+        For the dataset's labels; empty where it has none.
     """
     splits = probe_splits(source)
-    if splits is None or isinstance(source, RegionSource):
-        return None
+    if splits is None:
+        return []
     train, test = splits
     ids = [*train.ids, *test.ids]
     config = workspace.config
@@ -163,9 +173,10 @@ def probe_chain(
         random = [score(part) for part in chain_features(chain, source, ids, config)]
         batches = _read_in_batches(source, ids)
         seen = [pool_features(pixel_statistics(batch), config) for batch in batches]
-        statistics = score(np.concatenate(seen))
-        raw = score(_raw_pixels(source, ids, config)) if few else None
-    return ProbeScores(own, random, statistics, raw)
+        baselines = {PIXEL_STATISTICS: score(np.concatenate(seen))}
+        if few:
+            baselines[RAW_PIXELS] = score(_raw_pixels(source, ids, config))
+    return [ProbeScores(source.label_names[0], [*own], [*random], baselines)]
 
 
 def pixel_statistics(
@@ -226,8 +237,6 @@ def probe_cache(path: str | Path, *, pooling: Pooling | None = None) -> tuple[in
         If its samples have no labels.
     """
     cache = open_sealed(path)
-    if isinstance(cache, TiledCache):
-        raise DataError(f"{path} holds items that are read in windows: there is no probe for those")
     text = cache.manifest.pipeline_text
     config = parse_pipeline(text, file=f"the pipeline recorded in {path}")
     probe = config.probe.model_copy(update={"pooling": pooling or config.probe.pooling})
@@ -236,7 +245,13 @@ def probe_cache(path: str | Path, *, pooling: Pooling | None = None) -> tuple[in
         raise DataError(f"{path} has no labelled train and test samples: nothing to probe")
     train, test = splits
     config = config.model_copy(update={"probe": probe})
-    features = pool_features(cache.read_pooled([*train.ids, *test.ids]), config)
+    ids = [*train.ids, *test.ids]
+    if isinstance(cache, TiledCache):
+        if probe.pooling != "mean":
+            raise DataError(f"{path} holds items of any size, of which features are means")
+        features = np.stack([mean_feature(cache.read_pooled(item_id)) for item_id in ids])
+    else:
+        features = pool_features(cache.read_pooled(ids), config)
     accuracy = probe_accuracy(features, train, test, probe, seed=config.seed)
     return cache.manifest.module, probe.pooling, accuracy.test
 

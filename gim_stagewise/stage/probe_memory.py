@@ -14,12 +14,12 @@ from gim_stagewise.stage.probe import ProbeScores
 from gim_stagewise.stage.workspace import Workspace
 
 # To be raised when probes are computed in another way.
-VERSION = 1
+VERSION = 2
 
 
 def remembered_scores(
-    space: Workspace, features: list[str], compute: Callable[[], ProbeScores | None]
-) -> ProbeScores | None:
+    space: Workspace, features: list[str], compute: Callable[[], list[ProbeScores]]
+) -> list[ProbeScores]:
     """Scores of an earlier run, if they are of the same features; else computed, and kept.
 
     Parameters
@@ -45,21 +45,19 @@ def remembered_scores(
     try:
         content = read_checked_json(path)
         if content["key"] == key:
-            return _from_json(content["scores"])
+            return [_from_json(own) for own in content["scores"]]
     except (FileNotFoundError, CorruptCacheError, KeyError, TypeError):
         pass  # computed again
     scores = compute()
-    content = {"key": key, "scores": None if scores is None else asdict(scores)}
+    content = {"key": key, "scores": [asdict(own) for own in scores]}
     write_json(path, content | {"checksum": json_checksum(content)})
     return scores
 
 
-def _from_json(content: dict[str, Any] | None) -> ProbeScores | None:
-    if content is None:
-        return None
-    return ProbeScores(
-        trained=[Accuracy(**own) for own in content["trained"]],
-        random=[Accuracy(**own) for own in content["random"]],
-        statistics=Accuracy(**content["statistics"]),
-        raw=None if content["raw"] is None else Accuracy(**content["raw"]),
+def _from_json(content: dict[str, Any]) -> ProbeScores:
+    trained, random = (
+        [None if own is None else Accuracy(**own) for own in content[name]]
+        for name in ("trained", "random")
     )
+    baselines = {name: Accuracy(**own) for name, own in content["baselines"].items()}
+    return ProbeScores(content["labels"], trained, random, baselines)

@@ -176,6 +176,8 @@ def check_shape(workspace: Workspace, index: int, grid: tuple[int, ...], cell: C
 def _check_rows(workspace: Workspace, index: int, rows: int, what: str) -> None:
     objective = workspace.module_config(index).objective
     smaller = "smaller patches" if what == "patches" else "a larger train.window"
+    if objective.window is not None and objective.window < rows:
+        rows, smaller = objective.window, "a larger objective.window"
     check_rows(
         rows,
         prediction_steps=objective.prediction_steps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ class StepSpec:
         Numbers of the modules that the step trains: one, or all.
     shapes : tuple of Shape
         Of those modules.
-    classes : int
-        Of the labels, for supervised modes.
+    classes, label_steps : int
+        Of the labels, and how many a sample has if not one, for supervised modes.
     forward_cell : tuple of int
         One row of the frozen forward's input: in dense encoding the largest window of a tile.
     shape : tuple of int
@@ -55,6 +55,7 @@ class StepSpec:
     indexes: tuple[int, ...]
     shapes: tuple[Shape, ...]
     classes: int
+    label_steps: int
     forward_cell: tuple[int, ...]
     shape: tuple[int, ...]
     piece: int
@@ -127,7 +128,8 @@ class StepSpec:
         """Labels of such a batch, where the objective wants any."""
         if not self.config.supervised:
             return None
-        return torch.zeros(self.shape[0], dtype=torch.int64, device=device)
+        shape = (self.shape[0], self.label_steps) if self.label_steps else self.shape[:1]
+        return torch.zeros(shape, dtype=torch.int64, device=device)
 
     def module(self) -> nn.Module:
         return self.parts()[0]
@@ -146,10 +148,13 @@ def step_spec(
     return _spec(workspace, (index,), (shape,), forward_cell or shape.cell_in, piece)
 
 
-def joint_spec(workspace: Workspace, shapes: Sequence[Shape], *, classes: int) -> StepSpec:
+def joint_spec(
+    workspace: Workspace, shapes: Sequence[Shape], *, classes: int = 0, label_steps: int = 0
+) -> StepSpec:
     """The training step of all modules, with a whole batch in one pass."""
     indexes, piece = tuple(workspace.config.module), workspace.config.extract.batch
-    return _spec(workspace, indexes, tuple(shapes), shapes[0].cell_in, piece, classes)
+    spec = _spec(workspace, indexes, tuple(shapes), shapes[0].cell_in, piece)
+    return replace(spec, classes=classes, label_steps=label_steps)
 
 
 def _spec(
@@ -158,7 +163,6 @@ def _spec(
     shapes: tuple[Shape, ...],
     forward_cell: tuple[int, ...],
     piece: int,
-    classes: int = 0,
 ) -> StepSpec:
     batch = (workspace.module_config(indexes[0]).train.batch, *shapes[0].trained_grid)
     return StepSpec(
@@ -166,7 +170,8 @@ def _spec(
         code_folder=workspace.code_folder,
         indexes=indexes,
         shapes=shapes,
-        classes=classes,
+        classes=0,
+        label_steps=0,
         forward_cell=forward_cell,
         shape=batch,
         piece=piece,

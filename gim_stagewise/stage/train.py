@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from gim_stagewise.stage.checkpoint import (
 )
 from gim_stagewise.stage.feed import SampleReader
 from gim_stagewise.stage.freeze import training_numerics
+from gim_stagewise.stage.labels import Labels
 from gim_stagewise.stage.loader import Loader, validation_batches
 from gim_stagewise.stage.metrics import MetricsLog
 from gim_stagewise.stage.order import held_out
@@ -99,8 +100,8 @@ class TrainJob:
         Digest of what is trained on what; only a checkpoint with the same is taken up.
     split : str
         Which samples of the source to train on.
-    labels : mapping, optional
-        Their labels by id, for supervised objectives; samples without one are left out.
+    labels : Labels, optional
+        For supervised objectives; samples without one are left out.
     on_step : callable, optional
         Called with the number of steps done in all, after each step.
     """
@@ -119,7 +120,7 @@ class TrainJob:
     logs: Sequence[Path]
     run: str
     split: Split = "unlabeled"
-    labels: Mapping[str, int] | None = None
+    labels: Labels | None = None
     on_step: Callable[[int], None] | None = field(default=None)
 
     @property
@@ -136,7 +137,7 @@ class TrainJob:
     def ids(self) -> list[str]:
         """Samples to train on and to hold out."""
         ids = self.source.split(self.split)
-        return [i for i in ids if self.labels is None or i in self.labels]
+        return [i for i in ids if self.labels is None or i in self.labels.ids]
 
 
 def train_module(
@@ -281,9 +282,7 @@ class _Trainer:
 
     def _labels(self, batch: SampleBatch) -> Tensor | None:
         labels = self.job.labels
-        if labels is None:
-            return None
-        return torch.tensor([labels[item_id] for item_id in batch.ids], device=self.job.device)
+        return None if labels is None else labels.of(batch.requests).to(self.job.device)
 
     def _micro_batches(self, purpose: str, number: int) -> MicroBatches:
         """Micro-batches in which what is drawn is a function of step and micro-batch."""

@@ -90,8 +90,13 @@ class WindowSource:
         self.held_out = frozenset(held_out(self.ids, seed=seed, fraction=validation)[1])
 
     def place(self, request: Request) -> Request:
-        """Where a sample's window is in the source's items; blank ones count as well."""
-        return self._places(request, 1)[0]
+        """Where a sample's window is in the source's items."""
+        places = self._places(request, _MOST_BLANK if self._least_variance else 1)
+        return next((place for place in places if not self._is_blank(place)), places[-1])
+
+    def _is_blank(self, place: Request) -> bool:
+        least = self._least_variance
+        return least > 0 and _variance(self._at(place), self.axes) < least
 
     def _places(self, request: Request, count: int) -> list[Request]:
         draw = np.random.default_rng(derive_seed(self._seed, "window", request.id, request.view))
@@ -141,6 +146,9 @@ class WindowSource:
                 break
         return values
 
+    def _at(self, place: Request) -> NDArray[np.float32]:
+        return self._decoded(self._read_place(place, np.empty))
+
     def _read_place(self, place: Request, empty: Callable[..., NDArray[Any]]) -> NDArray[Any]:
         if isinstance(self.source, TiledCache):
             return self.source.read_stored([place], empty=empty)[0]
@@ -155,14 +163,14 @@ class WindowSource:
         seen = []
         for _ in range(_TYPICAL):
             item_id, region = self.zones.drawn(draw, validation=False)
-            values = self._read_place(Request(item_id, region=region), np.empty)
-            seen.append(_variance(self._decoded(values), self.axes))
+            values = self._at(Request(item_id, region=region))
+            seen.append(_variance(values, self.axes))
         return self._min_variance * float(np.mean(seen))
 
     def announce(self, requests: Sequence[Request]) -> None:
         """Say what is going to be read soon, so that the disk is at work before it is."""
         if isinstance(self.source, TiledCache):
-            self.source.announce([self.place(request) for request in requests])
+            self.source.announce([self._places(request, 1)[0] for request in requests])
 
     def content_digest(self) -> str:
         return self.source.content_digest()
@@ -195,21 +203,23 @@ def training_zones(
     )
 
 
-def unlabeled_extents(source: Source) -> dict[str, tuple[int, ...]]:
-    """Extents of the items that modules are trained on, by id."""
-    chosen = set(source.split("unlabeled"))
+def extents_of(source: Source, split: Split = "unlabeled") -> dict[str, tuple[int, ...]]:
+    """Extents of the items of a split, by id."""
+    chosen = set(source.split(split))
     return {item.id: item.extent for item in source.items() if item.id in chosen}
 
 
-def training_windows(config: PipelineConfig, index: int, source: Windowable) -> WindowSource:
-    """The windows that module ``index`` is trained on.
+def training_windows(
+    config: PipelineConfig, index: int, source: Windowable, split: Split = "unlabeled"
+) -> WindowSource:
+    """The windows that module ``index`` is trained on, in items of a split.
 
     Raises
     ------
     ConfigError
         If there is no place for them.
     """
-    train, extents = config.stage(index).train, unlabeled_extents(source)
+    train, extents = config.stage(index).train, extents_of(source, split)
     count = window_count(
         config.windows, list(extents.values()), window_of(config, index), train.batch
     )

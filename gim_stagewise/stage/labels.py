@@ -1,0 +1,144 @@
+"""Labels of training samples, for supervised modes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gim_stagewise.config import PipelineConfig
+from gim_stagewise.errors import ConfigError
+from gim_stagewise.objectives import NO_LABEL
+from gim_stagewise.sources import (
+    Request,
+    Source,
+    labels_of,
+    step_labelled,
+)
+from gim_stagewise.stage.windowed import WindowSource
+
+
+class Labels(Protocol):
+    """Classes of samples, counted from 0.
+
+    Attributes
+    ----------
+    ids : collection of str
+        Samples that have a label.
+    classes : int
+    steps : int
+        Labels of a sample; 0 where it has one as a whole.
+    """
+
+    ids: Collection[str]
+    classes: int
+    steps: int
+
+    @abstractmethod
+    def of(self, requests: Sequence[Request]) -> Int64[Tensor, " sample *step"]:
+        """Of samples in a batch; `NO_LABEL` where a step has none."""
+
+
+class SampleLabels:
+    """One label for each sample (see `Labels`), whatever numbers the dataset has for them."""
+
+    steps = 0
+
+    def __init__(self, labels: dict[str, int]) -> None:
+        self._numbers = _numbered(labels)
+        self.ids: Collection[str] = self._numbers
+        self.classes = 1 + max(self._numbers.values())
+
+    def of(self, requests: Sequence[Request]) -> Int64[Tensor, " sample"]:
+        return torch.tensor([self._numbers[request.id] for request in requests])
+
+
+class WindowLabels:
+    """The label of the item that a window lies in (see `Labels`)."""
+
+    steps = 0
+
+    def __init__(self, windows: WindowSource, labels: dict[str, int]) -> None:
+        self._windows = windows
+        self._numbers = _numbered(labels)
+        self.ids: Collection[str] = windows.ids
+        self.classes = 1 + max(self._numbers.values())
+
+    def of(self, requests: Sequence[Request]) -> Int64[Tensor, " sample"]:
+        places = [self._windows.place(request) for request in requests]
+        return torch.tensor([self._numbers[place.id] for place in places])
+
+
+class WindowStepLabels:
+    """Labels of the steps of a window (see `Labels`): each that of the step at its middle.
+
+    Parameters
+    ----------
+    windows : WindowSource
+        Of recordings whose steps have labels.
+    items : sequence of str
+        Recordings that windows lie in.
+    """
+
+    def __init__(self, windows: WindowSource, items: Sequence[str]) -> None:
+        source = step_labelled(windows.source)
+        assert source is not None
+        self._source, self._windows = source, windows
+        self.ids: Collection[str] = windows.ids
+        self.steps = windows.zones.window[0] // source.step_label_hop
+        self.classes = 1 + max(int(source.step_labels(item_id).max()) for item_id in items)
+
+    def of(self, requests: Sequence[Request]) -> Int64[Tensor, "sample step"]:
+        return torch.from_numpy(np.stack([self._of(request) for request in requests]))
+
+    def _of(self, request: Request) -> NDArray[np.int64]:
+        place = self._windows.place(request)
+        assert place.region is not None
+        hop = self._source.step_label_hop
+        steps = (place.region[0].start + hop // 2) // hop + np.arange(self.steps)
+        labels = self._source.step_labels(place.id)
+        found = np.full(self.steps, NO_LABEL, np.int64)
+        inside = steps < len(labels)
+        found[inside] = labels[steps[inside]]
+        return found
+
+
+def training_labels(config: PipelineConfig, samples: Source) -> Labels:
+    """Labels of what supervised modes are trained on: ``labels`` in the file, or the first kind.
+
+    Raises
+    ------
+    ConfigError
+        If there are none.
+    """
+    source = samples.source if isinstance(samples, WindowSource) else samples
+    stepped = step_labelled(source)
+    known = [*source.label_names, *([stepped.step_label_name] if stepped else [])]
+    chosen = config.labels or (known[0] if known else None)
+    if chosen is not None and chosen not in known:
+        there = ", ".join(map(repr, known)) or "none"
+        raise ConfigError(f"is {chosen!r}, but the dataset's labels are: {there}", key="labels")
+    if isinstance(samples, WindowSource) and stepped and chosen == stepped.step_label_name:
+        return WindowStepLabels(samples, source.split("train"))
+    labels = labels_of(source, "train")
+    if not labels:
+        raise ConfigError(
+            f"is {config.mode!r}, which needs labels, and no training sample has one; "
+            "give labels to source.splits.train, or choose another mode",
+            key="mode",
+        )
+    if isinstance(samples, WindowSource):
+        return WindowLabels(samples, labels)
+    return SampleLabels(labels)
+
+
+def _numbered(labels: dict[str, int]) -> dict[str, int]:
+    """Labels as numbers from 0."""
+    numbers = {label: number for number, label in enumerate(sorted(set(labels.values())))}
+    return {item_id: numbers[label] for item_id, label in labels.items()}
