@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from gim_stagewise.config import PipelineConfig, load_pipeline, parse_pipeline
+from gim_stagewise.config import PipelineConfig, load_pipeline, parse_pipeline, with_values
 from gim_stagewise.errors import ConfigError, GimStageError
 from gim_stagewise.units import parse_bytes
 
@@ -398,3 +399,27 @@ def test_units_are_exact_multiples(number: int, space: str, lower: bool) -> None
 def test_validation_samples_are_the_same_for_all_modules(tmp_path: Path) -> None:
     path, error = refusal(tmp_path, BASE + "[module.1.train]\nvalidation = 0.2\n")
     assert str(error).startswith(f"{path}: module.1.train.validation: is set once for all modules")
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "expected"),
+    [
+        ("seed = 1 # one\n[a]\nseed = 2", {"seed": 7}, "seed = 7 # one\n[a]\nseed = 2"),
+        ("'seed' = 1\n", {"seed": 3}, "seed = 3"),
+        ("seed = 1", {"seed": None}, "seed = 1"),
+        ("[a]\nx = 1", {"mode": "cpc"}, 'mode = "cpc"\n[a]\nx = 1'),
+        ("[m.1]\no = { c = 1 }", {"m.1.o.b": False}, "[m.1]\no = { c = 1, b = false }"),
+        ("[m.1]\nt.w = 2\n[m.2]", {"m.1.t.w": 3}, "[m.1]\nt.w = 3\n[m.2]"),
+        ("[m.1]\nb = 1\n[m.2]", {"m.1.t.w": 3}, "[m.1]\nb = 1\nt.w = 3\n[m.2]"),
+    ],
+)
+def test_values_are_replaced_in_the_text(
+    text: str, changes: dict[str, object], expected: str
+) -> None:
+    assert tomllib.loads(with_values(text, changes)) == tomllib.loads(expected)
+
+
+def test_all_else_in_the_text_stays() -> None:
+    text = "# what\nseed = 1 # one\n\n[a] # two\nx  =  1.50\n"
+    assert with_values(text, {"seed": 2}) == text.replace("seed = 1", "seed = 2")
+    assert with_values("no toml", {"seed": 1}) == "no toml"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from warm import gim_stage
 
 from gim_stagewise.cli.options import mode_option
-from gim_stagewise.config import MODES, TrainConfig, parse_pipeline, with_top_level
+from gim_stagewise.config import MODES, TrainConfig, parse_pipeline
 from gim_stagewise.errors import ConfigError
 from gim_stagewise.models import PixelCNN, Stack, embed
 from gim_stagewise.models.residual import residual_module
@@ -635,11 +635,3 @@ def test_a_mode_has_a_folder_of_its_own_and_exports(
     assert done.returncode == 0, done.stderr
     recorded = FrozenWeights.load(Path("cache/tiny-random/m1.safetensors")).pipeline_text
     assert parse_pipeline(recorded, file="recorded").mode == "random"
-
-
-def test_top_level_values_are_replaced_in_the_text() -> None:
-    text = 'name = "x"  # seed = 4\nseed = 1\n\n[train]\nseed = 2\n[[a]]\n'
-    assert with_top_level(text, seed=7) == text.replace("seed = 1", "seed = 7")
-    assert with_top_level(text, seed=None) == text
-    assert with_top_level("  'seed' = 1\n[a]\n", seed=2) == "seed = 2\n[a]\n"
-    assert with_top_level("[a]\n", mode="cpc") == 'mode = "cpc"\n[a]\n'

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gim_stagewise.config.load import load_pipeline, parse_pipeline, with_top_level
+from gim_stagewise.config.load import load_pipeline, parse_pipeline, with_values
 from gim_stagewise.config.tables import (
     BITROUND,
     LARGE_KINDS,
@@ -43,5 +43,5 @@ __all__ = [
     "WindowsConfig",
     "load_pipeline",
     "parse_pipeline",
-    "with_top_level",
+    "with_values",
 ]

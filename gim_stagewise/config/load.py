@@ -8,13 +8,15 @@ a module's own table of that name wins key by key. Whatever is wrong with a file
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tomlkit
 from pydantic import BaseModel, ValidationError
+from tomlkit.exceptions import TOMLKitError
 
 from gim_stagewise.config.rules import check_together
 from gim_stagewise.config.tables import (
@@ -37,14 +39,16 @@ _SHARED: dict[str, type[Table]] = {
 }
 
 
-def load_pipeline(path: str | Path, **changes: str | int | None) -> tuple[PipelineConfig, str]:
+def load_pipeline(
+    path: str | Path, changes: Mapping[str, Any] | None = None
+) -> tuple[PipelineConfig, str]:
     """Read and validate a pipeline file.
 
     Parameters
     ----------
     path : str or Path
-    **changes
-        Top-level values that replace the file's, in the text as well (see `with_top_level`).
+    changes : mapping, optional
+        Values that replace the file's, in the text as well (see `with_values`).
 
     Returns
     -------
@@ -63,25 +67,36 @@ def load_pipeline(path: str | Path, **changes: str | int | None) -> tuple[Pipeli
         raise ConfigError("no such pipeline file", file=str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot be read as a text file ({error})", file=str(path)) from None
-    text = with_top_level(text, **changes)
+    text = with_values(text, changes or {})
     return parse_pipeline(text, file=str(path)), text
 
 
-def with_top_level(text: str, **changes: str | int | None) -> str:
-    """A pipeline file's text with other top-level values; those that are None stay as they are.
+def with_values(text: str, changes: Mapping[str, Any]) -> str:
+    """A pipeline file's text with other values; comments and all else stay as they are.
 
     What is recorded of a run is then a file that says the same.
+
+    Parameters
+    ----------
+    text : str
+    changes : mapping
+        Values by their keys, such as ``"seed"`` or ``"module.6.options.bptt"``; those that are None
+        stay as they are.
     """
-    for name, value in changes.items():
-        if value is None:
-            continue
-        line = f"{name} = {json.dumps(value)}\n"
-        table = re.search(r"^[ \t]*\[", text, re.MULTILINE)
-        end = table.start() if table else len(text)
-        stated = re.search(rf"^[ \t]*[\"']?{name}[\"']?[ \t]*=.*\n?", text[:end], re.MULTILINE)
-        start, stop = stated.span() if stated else (0, 0)
-        text = text[:start] + line + text[stop:]
-    return text
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if not changes:
+        return text
+    try:
+        document = tomlkit.parse(text)
+    except (TOMLKitError, RecursionError):
+        return text  # whoever reads it says what is wrong
+    for key, value in changes.items():
+        *tables, name = key.split(".")
+        table: Any = document
+        for own in tables:
+            table = table.setdefault(own, tomlkit.table())
+        table[name] = value
+    return tomlkit.dumps(document)
 
 
 def parse_pipeline(text: str, *, file: str) -> PipelineConfig:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from gim_stagewise.cache import (
     SealedCache,
@@ -81,6 +82,7 @@ class Pipeline:
         budget: Budget | None = None,
         mode: str | None = None,
         seed: int | None = None,
+        changes: Mapping[str, Any] | None = None,
     ) -> Pipeline:
         """Read a pipeline file.
 
@@ -100,13 +102,16 @@ class Pipeline:
             Memory and disk that may be used; by default what is free.
         mode, seed : optional
             Instead of the file's.
+        changes : mapping, optional
+            Other values to replace, by their keys (see `gim_stagewise.config.with_values`).
 
         Raises
         ------
         ConfigError
             If the file is missing or wrong.
         """
-        config, text = load_pipeline(path, mode=mode, seed=seed)
+        stated = {"mode": mode, "seed": seed, **(changes or {})}
+        config, text = load_pipeline(path, stated)
         return cls(
             Workspace(
                 config,

@@ -48,7 +48,7 @@ class Reproduction:
 
     def pipeline(self, mode: str, number: int = 0) -> Pipeline:
         """The pipeline in a mode, with the file's seed or one of those that follow it."""
-        config, _ = load_pipeline(self.file, mode=mode)
+        config, _ = load_pipeline(self.file, {"mode": mode})
         seed = config.seed + number
         name = run_name(config) + (f"-seed{seed}" if number else "")
         return Pipeline.from_file(
