@@ -69,7 +69,7 @@ def figure_2(work: Reproduction) -> Path:
         for panel, neuron in zip(row, neurons, strict=False):
             panel.set_title(f"channel {neuron.channel}", fontsize=7)
             panel.imshow(_group(neuron, source, pipeline.config.augment, grid))
-    return _save(work, figure, "figure2.png")
+    return save_figure(work, figure, "figure2.png")
 
 
 def _evaluated(cache: Cache) -> list[str]:
@@ -151,10 +151,11 @@ def figure_3(work: Reproduction) -> Path:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("InfoNCE loss (nats)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return _save(work, figure, "figure3.png")
+    return save_figure(work, figure, "figure3.png")
 
 
-def _save(work: Reproduction, figure: Any, name: str) -> Path:
+def save_figure(work: Reproduction, figure: Any, name: str) -> Path:
+    """Write a figure as PNG below the target, atomically."""
     path = work.target / name
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
     return path

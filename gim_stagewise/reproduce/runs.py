@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,11 +47,22 @@ class Reproduction:
     progress: Progress = field(default_factory=Silent)
     budget: Budget = field(default_factory=Budget)
 
-    def pipeline(self, mode: str, number: int = 0) -> Pipeline:
-        """The pipeline in a mode, with the file's seed or one of those that follow it."""
+    def pipeline(
+        self,
+        mode: str,
+        number: int = 0,
+        *,
+        changes: Mapping[str, Any] | None = None,
+        suffix: str = "",
+    ) -> Pipeline:
+        """The pipeline in a mode, with the file's seed or one of those that follow it.
+
+        ``changes`` are other values of the file (see `gim_stagewise.config.with_values`), and
+        ``suffix`` what such a run's folder is called after.
+        """
         config, _ = load_pipeline(self.file, {"mode": mode})
         seed = config.seed + number
-        name = run_name(config) + (f"-seed{seed}" if number else "")
+        name = run_name(config) + suffix + (f"-seed{seed}" if number else "")
         return Pipeline.from_file(
             self.file,
             folder=self.base / name,
@@ -59,6 +71,7 @@ class Reproduction:
             budget=self.budget,
             mode=mode,
             seed=seed,
+            changes=changes,
         )
 
     def check(self, modes: Sequence[str]) -> None:
@@ -74,17 +87,22 @@ class Reproduction:
             if not pipeline.config.iterative:
                 pipeline.joint_stage().check()
 
-    def run(self, mode: str, number: int = 0) -> RunResult:
-        """A run; what is there of it already is kept."""
-        pipeline = self.pipeline(mode, number)
+    def run(self, mode: str, number: int = 0, *, labels: str | None = None) -> RunResult:
+        """A run; what is there of it already is kept.
+
+        ``labels`` are those that supervised modes are trained on, if not the first.
+        """
+        pipeline = self.pipeline(
+            mode, number, changes={"labels": labels}, suffix=f"-{labels}" if labels else ""
+        )
         self.progress.note(f"{mode}, seed {pipeline.config.seed}: {pipeline.workspace.folder}")
         result = pipeline.run()
         save_record(pipeline, result)
         return result
 
-    def runs(self, mode: str) -> list[RunResult]:
+    def runs(self, mode: str, *, labels: str | None = None) -> list[RunResult]:
         """Runs of a mode with all seeds."""
-        return [self.run(mode, number) for number in range(self.seeds)]
+        return [self.run(mode, number, labels=labels) for number in range(self.seeds)]
 
     def write(self, name: str, text: str) -> Path:
         """Write a text file below the target, atomically."""
@@ -113,6 +131,11 @@ def spread(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.1f}"
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def over_seeds(seeds: int) -> str:
+    """What a caption says of them."""
+    return f" Mean ± standard deviation over {seeds} seeds." if seeds > 1 else ""
 
 
 def markdown_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,7 +12,7 @@ from gim_stagewise.errors import ConfigError, DataError
 from gim_stagewise.memory import resident_bytes
 from gim_stagewise.processes import in_fresh_process
 from gim_stagewise.reproduce.paper import TABLE_1, TABLE_2
-from gim_stagewise.reproduce.runs import Reproduction, markdown_table, spread
+from gim_stagewise.reproduce.runs import Reproduction, markdown_table, over_seeds, spread
 from gim_stagewise.stage.needs import chain_needs
 from gim_stagewise.stage.probe import PIXEL_STATISTICS
 from gim_stagewise.stage.project import count_step, measure_step
@@ -58,15 +58,11 @@ def table_1(work: Reproduction) -> Path:
         f"# Table 1: {name}\n\n"
         "Test accuracy in percent of a linear classifier on frozen features; the paper's column is "
         "STL-10, top module. Every row has the same pooling, probe and splits."
-        f"{_over(work.seeds)}\n\n"
+        f"{over_seeds(work.seeds)}\n\n"
         + markdown_table(["method", "paper", *modules], rows)
         + f"\n{work.conditions()}\n"
     )
     return work.write("table1.md", text)
-
-
-def _over(seeds: int) -> str:
-    return f" Mean ± standard deviation over {seeds} seeds." if seeds > 1 else ""
 
 
 def table_2(work: Reproduction) -> Path:

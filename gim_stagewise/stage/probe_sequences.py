@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,72 @@ def mfcc_walk(source: Source, rate: int) -> Walk:
     return walk
 
 
+@dataclass(frozen=True)
+class RecordingProbe:
+    """Classifiers of recordings by an encoder's features, and of steps where these have labels.
+
+    Parameters
+    ----------
+    config : PipelineConfig
+    splits : (ProbeSplit, ProbeSplit)
+        Recordings to fit and to test, with their labels.
+    stepped : StepLabelled or None
+        Knows the labels of steps.
+    """
+
+    config: PipelineConfig
+    splits: tuple[ProbeSplit, ProbeSplit]
+    stepped: StepLabelled | None
+
+    @classmethod
+    def of(cls, config: PipelineConfig, source: Source) -> RecordingProbe | None:
+        """The probe of a dataset; None if it has no labelled recordings."""
+        splits = probe_splits(source)
+        return None if splits is None else cls(config, splits, step_labelled(source))
+
+    def __call__(self, walk: Walk, steps_of: Sequence[int]) -> list[list[Accuracy | None]]:
+        """Accuracies of each module's features: for labels of recordings, then of steps.
+
+        ``steps_of`` are the modules, counted from 0, that have a feature for each label of a step.
+        """
+        kept = _kept(walk, self._ids)
+        whole: list[Accuracy | None] = [*self.of_recordings(kept)]
+        if self.stepped is None:
+            return [whole]
+        found = self._of_steps(kept, steps_of, self.stepped)
+        return [whole, [found.get(number) for number in range(len(whole))]]
+
+    def of_recordings(self, walk: Walk, *, deviation: bool = False) -> Iterator[Accuracy]:
+        """By the mean over time of each module's features, or their standard deviation too."""
+        pooled = [
+            [mean_feature(own, deviation=deviation) for own in features]
+            for features in walk(self._ids)
+        ]
+        for own in zip(*pooled, strict=True):
+            config = self.config
+            yield probe_accuracy(np.stack(own), *self.splits, config.probe, seed=config.seed)
+
+    def _of_steps(
+        self, walk: Walk, modules: Sequence[int], source: StepLabelled
+    ) -> dict[int, Accuracy]:
+        if not modules:
+            return {}
+        train, test = ({i: source.step_labels(i) for i in split.ids} for split in self.splits)
+        found = step_accuracies(
+            lambda ids: ([own[number] for number in modules] for own in walk(ids)),
+            train,
+            test,
+            self.config.probe,
+            seed=self.config.seed,
+        )
+        return dict(zip(modules, found, strict=True))
+
+    @property
+    def _ids(self) -> list[str]:
+        train, test = self.splits
+        return [*train.ids, *test.ids]
+
+
 def probe_recordings(
     space: Workspace, source: RegionSource, shapes: Sequence[Shape], trained: Walk
 ) -> list[ProbeScores]:
@@ -105,41 +172,49 @@ def probe_recordings(
         whose embeddings lie closer together than labels of steps, or further apart, have no
         accuracy for those.
     """
-    splits, stepped = probe_splits(source), step_labelled(source)
-    if splits is None:
+    probe = RecordingProbe.of(space.config, source)
+    if probe is None:
         return []
     chain = [
         FrozenModule(space.build(index, shape.cell_in[0], storing=True), space.device)
         for index, shape in enumerate(shapes, start=1)
     ]
-    ids = [*splits[0].ids, *splits[1].ids]
-    walks = {"trained": trained, "random": chain_walk(chain, source, space)}
-    if stepped is not None:
-        walks[MFCC] = mfcc_walk(source, LABELS_PER_SECOND * stepped.step_label_hop)
-        fitting = _fitting(space, shapes, stepped.step_label_hop)
-    whole: dict[str, list[Accuracy | None]] = {}
-    steps: dict[str, list[Accuracy | None]] = {}
-    with space.progress.task("probe", total=len(walks), unit="encoder") as task:
-        for name, walk in walks.items():
-            kept = _kept(walk, ids)
-            whole[name] = [*_of_recordings(kept, splits, space.config, deviation=False)]
-            if name == MFCC:
-                whole[MFCC_STATISTICS] = [
-                    *_of_recordings(kept, splits, space.config, deviation=True)
-                ]
-            if stepped is not None:
-                modules = [0] if name == MFCC else fitting
-                found = _of_steps(kept, modules, splits, stepped, space.config)
-                steps[name] = [found.get(number) for number in range(len(whole[name]))]
+    stepped = probe.stepped
+    names = [source.label_names[0], *([str(stepped.step_label_name)] if stepped else [])]
+    fitting = [] if stepped is None else modules_with_steps(space, shapes, stepped)
+    with space.progress.task("probe", total=2 + (stepped is not None), unit="encoder") as task:
+        found = probe(trained, fitting)
+        task.advance()
+        random = probe(chain_walk(chain, source, space), fitting)
+        task.advance()
+        baselines: list[dict[str, Accuracy]] = [{} for _ in names]
+        if stepped is not None:
+            walk = mfcc_walk(source, LABELS_PER_SECOND * stepped.step_label_hop)
+            for own, (accuracy,) in zip(baselines, probe(walk, [0]), strict=True):
+                assert accuracy is not None
+                own[MFCC] = accuracy
+            (baselines[0][MFCC_STATISTICS],) = probe.of_recordings(walk, deviation=True)
             task.advance()
-    scores = [_scores(source.label_names[0], whole)]
-    return [*scores, _scores(str(stepped.step_label_name), steps)] if stepped else scores
+    return [ProbeScores(*own) for own in zip(names, found, random, baselines, strict=True)]
 
 
-def _scores(labels: str, found: dict[str, list[Accuracy | None]]) -> ProbeScores:
-    trained, random = found.pop("trained"), found.pop("random")
-    baselines = {name: own for name, (own,) in found.items() if own is not None}
-    return ProbeScores(labels, trained, random, baselines)
+def modules_with_steps(
+    space: Workspace, shapes: Sequence[Shape], source: StepLabelled
+) -> list[int]:
+    """Modules, counted from 0, of which there is a stored embedding for each label of a step."""
+    found, spacing = [], 1
+    for number, shape in enumerate(shapes):
+        spacing *= math.prod(own.stride for own in shape.geometry)
+        stored = spacing * space.config.stored_pool(number + 1)
+        if stored == source.step_label_hop:
+            found.append(number)
+        else:
+            space.progress.note(
+                f"module {number + 1}: its steps are not probed; it has an embedding every "
+                f"{stored} samples, and labels come every {source.step_label_hop}: set "
+                f"module.{number + 1}.cache.pool"
+            )
+    return found
 
 
 def _kept(walk: Walk, ids: Sequence[str]) -> Walk:
@@ -152,53 +227,3 @@ def _kept(walk: Walk, ids: Sequence[str]) -> Walk:
             return walk
         kept[item_id] = features
     return lambda chosen: [kept[item_id] for item_id in chosen]
-
-
-def _of_recordings(
-    walk: Walk, splits: tuple[ProbeSplit, ProbeSplit], config: PipelineConfig, *, deviation: bool
-) -> Iterator[Accuracy]:
-    """Accuracies by the mean over time of each module's features, and by their deviation too."""
-    train, test = splits
-    pooled = [
-        [mean_feature(own, deviation=deviation) for own in features]
-        for features in walk([*train.ids, *test.ids])
-    ]
-    for own in zip(*pooled, strict=True):
-        yield probe_accuracy(np.stack(own), train, test, config.probe, seed=config.seed)
-
-
-def _fitting(space: Workspace, shapes: Sequence[Shape], hop: int) -> list[int]:
-    """Modules, counted from 0, of which there is a stored embedding for each label of a step."""
-    found, spacing = [], 1
-    for number, shape in enumerate(shapes):
-        spacing *= math.prod(own.stride for own in shape.geometry)
-        if spacing * space.config.stored_pool(number + 1) == hop:
-            found.append(number)
-        else:
-            space.progress.note(
-                f"module {number + 1}: its steps are not probed; it has an embedding every "
-                f"{spacing * space.config.stored_pool(number + 1)} samples, and labels come every "
-                f"{hop}: set module.{number + 1}.cache.pool"
-            )
-    return found
-
-
-def _of_steps(
-    walk: Walk,
-    modules: Sequence[int],
-    splits: tuple[ProbeSplit, ProbeSplit],
-    source: StepLabelled,
-    config: PipelineConfig,
-) -> dict[int, Accuracy]:
-    """Accuracies of chosen modules' features of steps."""
-    if not modules:
-        return {}
-    train, test = ({i: source.step_labels(i) for i in split.ids} for split in splits)
-    found = step_accuracies(
-        lambda ids: ([own[number] for number in modules] for own in walk(ids)),
-        train,
-        test,
-        config.probe,
-        seed=config.seed,
-    )
-    return dict(zip(modules, found, strict=True))

@@ -1,0 +1,194 @@
+"""Tables 3 and 4 and figure 4 of the paper: who speaks, and what (section 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gim_stagewise.config import Mode
+from gim_stagewise.errors import ConfigError, DataError
+from gim_stagewise.pipeline import RunResult
+from gim_stagewise.report.curves import matplotlib_figure
+from gim_stagewise.reproduce.figures import save_figure
+from gim_stagewise.reproduce.paper import TABLE_3, TABLE_4
+from gim_stagewise.reproduce.runs import Reproduction, markdown_table, over_seeds, spread
+from gim_stagewise.sources import labels_of, step_labelled
+from gim_stagewise.stage.extraction_plan import Workers
+from gim_stagewise.stage.probe_sequences import (
+    MFCC,
+    MFCC_STATISTICS,
+    RecordingProbe,
+    cached_walk,
+)
+
+# Lines of figure 4.
+_SHOWN: tuple[tuple[str, Mode, str], ...] = (
+    ("Greedy InfoMax", "iterative", "o-"),
+    ("CPC", "cpc", "s--"),
+    ("Supervised", "supervised", "^:"),
+    ("Greedy Supervised", "greedy_supervised", "v-."),
+)
+
+
+def table_3(work: Reproduction) -> Path:
+    """Test accuracies of phones and of speakers, by the same probes (table 3; section 4.2).
+
+    Supervised modes are trained for each of the two by itself. A second table has all modules.
+
+    Raises
+    ------
+    ConfigError
+        If the dataset has no labels of recordings, or none of their steps.
+    """
+    speaker, phone = _labels(work)
+    work.check([mode for _, mode, *_ in TABLE_3 if mode is not None])
+    count = len(work.pipeline("iterative").config.module)
+    rows, by_module = [], []
+    runs: list[RunResult] = work.runs("iterative")
+    for name, mode, *paper in TABLE_3:
+        if mode is None:
+            cells = [_baseline(runs, MFCC, labels) for labels in (phone, speaker)]
+            rows.append([name, *paper, *cells])
+            continue
+        supervised = mode.endswith("supervised")
+        for labels, place in ((phone, 0), (speaker, 1)):
+            own = work.runs(mode, labels=labels if supervised else None)
+            if place == 0:
+                rows.append([name, *paper])
+            rows[-1].append(_accuracy(own, count, labels))
+            by_module.append(
+                [name, labels, *(_accuracy(own, n, labels) for n in range(1, count + 1))]
+            )
+    statistics = ["MFCC, mean and deviation", "", "", "", _baseline(runs, MFCC_STATISTICS, speaker)]
+    text = (
+        f"# Table 3: {work.pipeline('iterative').config.name}\n\n"
+        "Test accuracy in percent of linear classifiers on frozen features, of the top module; the "
+        "paper's columns are LibriSpeech. Recordings are classified by the mean of their features "
+        f"over time, steps by their own.{over_seeds(work.seeds)}\n\n"
+        + markdown_table(
+            ["method", f"paper, {phone}", f"paper, {speaker}", phone, speaker],
+            [*rows, statistics],
+        )
+        + "\n## By module\n\n"
+        + markdown_table(
+            ["method", "labels", *(f"module {n}" for n in range(1, count + 1))], by_module
+        )
+        + f"\n{work.conditions()}\n"
+    )
+    return work.write("table3.md", text)
+
+
+def table_4(work: Reproduction) -> Path:
+    """The context network with blocked gradients in time, and left out (table 4; section 4.2).
+
+    All of them stand on the same modules: those of the iterative run.
+
+    Raises
+    ------
+    ConfigError
+        If labels are missing, or the last module is not built by "gru".
+    """
+    speaker, phone = _labels(work)
+    config = work.pipeline("iterative").config
+    top = len(config.module)
+    if config.stage(top).build != "gru" or top == 1:
+        raise ConfigError(
+            f'is {config.stage(top).build!r}; table 4 takes a context network, build = "gru", as '
+            "the last of several modules",
+            key=f"module.{top}.build",
+        )
+    runs = work.runs("iterative")
+    blocked = [_without_bptt(work, number, run) for number, run in enumerate(runs)]
+    measured = [
+        [_accuracy(runs, top, labels) for labels in (phone, speaker)],
+        [_spread([own[labels] for own in blocked]) for labels in (phone, speaker)],
+        [_accuracy(runs, top - 1, labels) for labels in (phone, speaker)],
+    ]
+    rows = [[*row, *cells] for row, cells in zip(TABLE_4, measured, strict=True)]
+    text = (
+        f"# Table 4: {config.name}\n\n"
+        "Test accuracy in percent, trained iteratively; the paper's columns are LibriSpeech. "
+        "Without BPTT no gradient goes through the context network's state from step to step; "
+        f"without g_ar features are those of module {top - 1}.{over_seeds(work.seeds)}\n\n"
+        + markdown_table(["method", f"paper, {phone}", f"paper, {speaker}", phone, speaker], rows)
+        + f"\n{work.conditions()}\n"
+    )
+    return work.write("table4.md", text)
+
+
+def figure_4(work: Reproduction) -> Path:
+    """Error rates of speakers by module, on a log scale (figure 4).
+
+    Raises
+    ------
+    ConfigError
+        If labels are missing, or matplotlib is not installed.
+    """
+    speaker, _ = _labels(work)
+    work.check([mode for _, mode, _ in _SHOWN])
+    source = work.pipeline("iterative").source
+    # No error at all is drawn as half of one, since there is no zero on a log scale.
+    least = 0.5 / len(labels_of(source, "test"))
+    figure = matplotlib_figure(6, 4)
+    panel = figure.subplots()
+    for name, mode, style in _SHOWN:
+        supervised = mode.endswith("supervised")
+        run = work.run(mode, labels=speaker if supervised else None)
+        accuracies = [run.accuracy(stage.module, labels=speaker) or 0.0 for stage in run.stages]
+        errors = [100 * max(1 - own, least) for own in accuracies]
+        panel.plot(range(1, len(errors) + 1), errors, style, label=name)
+    panel.set(xlabel="module", ylabel=f"{speaker} error (%)", yscale="log")
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.grid(alpha=0.3, which="both")
+    panel.legend()
+    return save_figure(work, figure, "figure4.png")
+
+
+def _labels(work: Reproduction) -> tuple[str, str]:
+    """Names of the labels of recordings, and of their steps."""
+    source = work.pipeline("iterative").source
+    stepped = step_labelled(source)
+    if not source.label_names or stepped is None:
+        raise ConfigError(
+            "has no labels of recordings and of their steps; tables 3 and 4 and figure 4 take "
+            'speech with phones: kind = "synthetic_speech", or "speech" with options.phones',
+            key="source.kind",
+        )
+    return source.label_names[0], str(stepped.step_label_name)
+
+
+def _accuracy(runs: Sequence[RunResult], module: int, labels: str) -> str:
+    return _spread([run.accuracy(module, labels=labels) for run in runs])
+
+
+def _baseline(runs: Sequence[RunResult], name: str, labels: str) -> str:
+    return _spread([run.baseline(name, labels=labels) for run in runs])
+
+
+def _spread(accuracies: Sequence[float | None]) -> str:
+    known = [100 * own for own in accuracies if own is not None]
+    return spread(known) if len(known) == len(accuracies) else ""
+
+
+def _without_bptt(work: Reproduction, number: int, run: RunResult) -> dict[str, float | None]:
+    """Accuracies by labels of a context network that was trained without BPTT."""
+    top = run.stages[-1].module
+    below = run.stages[-2].cache
+    assert below is not None
+    pipeline = work.pipeline(
+        "iterative",
+        number,
+        changes={f"module.{top}.options.bptt": False},
+        suffix="-without-bptt",
+    )
+    stage = pipeline.stage(top, below)
+    weights, _ = stage.train()
+    stage.extract(weights, workers=Workers(0))
+    probe = RecordingProbe.of(pipeline.config, pipeline.source)
+    if probe is None or probe.stepped is None:
+        raise DataError(f"{work.file}: its dataset has no labels any more")
+    found = probe(cached_walk([pipeline.workspace.cache_path(top)]), [0])
+    names = [pipeline.source.label_names[0], str(probe.stepped.step_label_name)]
+    return {
+        name: None if own is None else own.test for name, (own,) in zip(names, found, strict=True)
+    }
