@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gim_stagewise.errors import DataError
 from gim_stagewise.windows import Region
 
 Split = Literal["unlabeled", "train", "test"]
@@ -103,6 +104,55 @@ class Source(Protocol):
 
     def content_digest(self) -> str:
         """Hash of the data itself, not of paths or times."""
+
+
+@runtime_checkable
+class StepLabelled(Protocol):
+    """A source of sequences whose steps have labels, such as the phones of speech."""
+
+    @property
+    def step_label_name(self) -> str | None:
+        """What the labels are of, such as "phone"; None if there are none."""
+
+    @property
+    def step_label_hop(self) -> int:
+        """Samples of a recording that share a label; 0 if there are none."""
+
+    def step_labels(self, item_id: str) -> NDArray[np.int64]:
+        """Labels of a recording, [step]: the one at ``step`` is that of the samples from
+        ``step * step_label_hop`` on. The last samples may have none.
+        """
+
+
+class PassedOn:
+    """What a source over another passes on, where the other one has it.
+
+    Parameters
+    ----------
+    inner : Source
+
+    Attributes
+    ----------
+    notices : tuple of str
+        What is to be said of how the data is read.
+    """
+
+    def __init__(self, inner: Source) -> None:
+        self.notices: tuple[str, ...] = tuple(getattr(inner, "notices", ()))
+        self._labelled = inner if isinstance(inner, StepLabelled) else None
+
+    @property
+    def step_label_name(self) -> str | None:
+        return self._labelled.step_label_name if self._labelled else None
+
+    @property
+    def step_label_hop(self) -> int:
+        return self._labelled.step_label_hop if self._labelled else 0
+
+    def step_labels(self, item_id: str) -> NDArray[np.int64]:
+        if self._labelled is None or self._labelled.step_label_name is None:
+            raise DataError(f"the steps of sample {item_id} have no labels", item=item_id)
+        return self._labelled.step_labels(item_id)
 
 
 class UniformItems(Sequence[Item]):
