@@ -31,7 +31,8 @@ def _check_mode(config: PipelineConfig) -> None:
     """What cannot be where all modules are trained in one step."""
     if config.supervised and config.windowed:
         raise ConfigError(
-            f"is {config.mode!r}, which needs labels, and items that are read in windows have none",
+            f"is {config.mode!r}, which classifies samples that are read whole, and those of kind "
+            f"{config.source.kind!r} are read in windows",
             key="mode",
         )
     if config.iterative or config.mode == "random":

@@ -12,6 +12,7 @@ from gim_stagewise.sources.base import (
     Request,
     Source,
     Split,
+    StepLabelled,
     UniformItems,
     labels_of,
     read_stacked,
@@ -30,6 +31,7 @@ __all__ = [
     "Request",
     "Source",
     "Split",
+    "StepLabelled",
     "Subset",
     "UniformItems",
     "labels_of",
@@ -42,7 +44,7 @@ def open_source(config: SourceConfig) -> Source:
     """Open the dataset of a pipeline file.
 
     Kinds: ``"digits"``, ``"photos"``, ``"stl10"``, ``"torchvision:<Class>"``, ``"npy"``,
-    ``"zarr"``; read in windows: ``"large"``, ``"mosaic"``, ``"audio"``.
+    ``"zarr"``; read in windows: ``"large"``, ``"mosaic"``, ``"audio"``, ``"speech"``.
 
     Raises
     ------
@@ -91,8 +93,12 @@ def open_source(config: SourceConfig) -> Source:
         from gim_stagewise.sources.audio import open_audio
 
         return open_audio(config)
+    if kind == "speech" and not name:
+        from gim_stagewise.sources.speech import open_speech
+
+        return open_speech(config)
     raise ConfigError(
         f'is {config.kind!r}, expected "digits", "photos", "stl10", "torchvision:<Class>", '
-        '"npy", "zarr", "large", "mosaic" or "audio"',
+        '"npy", "zarr", "large", "mosaic", "audio" or "speech"',
         key="source.kind",
     )

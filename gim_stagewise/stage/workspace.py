@@ -28,6 +28,7 @@ def with_absolute_places(config: PipelineConfig) -> PipelineConfig:
             "zarr": ".",
             "large": ".",
             "audio": ".",
+            "speech": ".",
             "mosaic": "data",
             "stl10": "data",
         }.get(source.kind)
