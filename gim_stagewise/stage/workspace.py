@@ -30,6 +30,7 @@ def with_absolute_places(config: PipelineConfig) -> PipelineConfig:
             "audio": ".",
             "speech": ".",
             "mosaic": "data",
+            "synthetic_speech": "data",
             "stl10": "data",
         }.get(source.kind)
     splits = {
