@@ -41,7 +41,7 @@ bench-env:
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[audio,fast,large,plot]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[audio,fast,large,plot,synth]"
 	touch $@
 
 clean: ## Remove what was made here; caches under cache/ stay

@@ -24,7 +24,9 @@ ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
 PRECISIONS = ("float32", "float16", "bfloat16", "float8_e4m3", "uint8")
 BITROUND = r"bitround-([1-9]|1\d|2[0-2])"
 # Sources whose items are read in windows.
-LARGE_KINDS = frozenset({"large", "mosaic", "audio"})
+LARGE_KINDS = frozenset({"large", "mosaic", "audio", "speech", "synthetic_speech"})
+# Those of them that have recordings.
+SEQUENCE_KINDS = frozenset({"audio", "speech", "synthetic_speech"})
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Mode = Literal["iterative", "simultaneous", "cpc", "supervised", "greedy_supervised", "random"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -303,7 +305,7 @@ class PipelineConfig(Table):
     @property
     def sequences(self) -> bool:
         """Whether items have one axis, of time, and not two."""
-        return self.source.kind == "audio"
+        return self.source.kind in SEQUENCE_KINDS
 
     def stored_pool(self, index: int) -> int:
         """Positions a side of module ``index``'s outputs that share a stored embedding."""

@@ -178,6 +178,11 @@ class Pipeline:
         """Why items of the dataset were left out, by id."""
         return dict(self.source.skipped)
 
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What is to be said of how the dataset is read, such as recordings that are resampled."""
+        return tuple(getattr(self.source, "notices", ()))
+
     def stage(self, index: int, input_path: str | Path | None = None) -> Stage:
         """Stage ``index`` on the dataset, or on the cache of the module below.
 

@@ -95,7 +95,7 @@ def _run_stages(pipeline: Pipeline, start: int | None, last: int, workers: Worke
     """Stage by stage, through caches."""
     space = pipeline.workspace
     shapes = pipeline.check()
-    _say_what_is_left_out(pipeline)
+    _say_what_was_done_with_data(pipeline)
     first = min(start or last + 1, pipeline.first_to_make(last))
     caches: list[CacheSize] = []
     if first <= last:
@@ -154,7 +154,7 @@ def _run_joint(pipeline: Pipeline) -> RunResult:
     shapes = pipeline.check()
     stage = pipeline.joint_stage(shapes)
     stage.check()
-    _say_what_is_left_out(pipeline)
+    _say_what_was_done_with_data(pipeline)
     with exclusive(space.folder):
         weights, trained = stage.train()
         features = [stage.input_content]
@@ -197,7 +197,9 @@ def _probe(
     return []
 
 
-def _say_what_is_left_out(pipeline: Pipeline) -> None:
+def _say_what_was_done_with_data(pipeline: Pipeline) -> None:
+    for notice in pipeline.notices:
+        pipeline.workspace.progress.note(notice)
     for why in pipeline.skipped.values():
         pipeline.workspace.progress.note(f"left out: {why}")
 

@@ -46,7 +46,8 @@ def open_source(config: SourceConfig) -> Source:
     """Open the dataset of a pipeline file.
 
     Kinds: ``"digits"``, ``"photos"``, ``"stl10"``, ``"torchvision:<Class>"``, ``"npy"``,
-    ``"zarr"``; read in windows: ``"large"``, ``"mosaic"``, ``"audio"``.
+    ``"zarr"``; read in windows: ``"large"``, ``"mosaic"``, ``"audio"``, ``"speech"``,
+    ``"synthetic_speech"``.
 
     Raises
     ------
@@ -95,8 +96,16 @@ def open_source(config: SourceConfig) -> Source:
         from gim_stagewise.sources.audio import open_audio
 
         return open_audio(config)
+    if kind == "speech" and not name:
+        from gim_stagewise.sources.speech import open_speech
+
+        return open_speech(config)
+    if kind == "synthetic_speech" and not name:
+        from gim_stagewise.sources.synthetic_speech import open_synthetic_speech
+
+        return open_synthetic_speech(config)
     raise ConfigError(
         f'is {config.kind!r}, expected "digits", "photos", "stl10", "torchvision:<Class>", '
-        '"npy", "zarr", "large", "mosaic" or "audio"',
+        '"npy", "zarr", "large", "mosaic", "audio", "speech" or "synthetic_speech"',
         key="source.kind",
     )

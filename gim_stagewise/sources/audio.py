@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 from gim_stagewise.config import SourceConfig
 from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
 from gim_stagewise.sources.base import SEQUENCE_AXES
+from gim_stagewise.sources.files import RegionFile
 from gim_stagewise.sources.large import LargeSource, find_files
+from gim_stagewise.sources.resampled import Mono, Resampled
 from gim_stagewise.windows import Region
 
 _LOSSY = re.compile("VORBIS|OPUS|MPEG")
@@ -49,7 +52,7 @@ def open_audio(config: SourceConfig) -> LargeSource:
         raise ConfigError(f"is {rate!r}, expected samples per second", key="source.options.rate")
     return LargeSource(
         find_files(config, 'unlabeled = {files = "**/*.flac"}'),
-        opener=_Recording,
+        opener=Recording,
         axes=SEQUENCE_AXES,
         digest=config.digest,
         on_error=config.on_error,
@@ -57,8 +60,23 @@ def open_audio(config: SourceConfig) -> LargeSource:
     )
 
 
-class _Recording:
-    """A recording whose parts can be read."""
+class Recording:
+    """A recording whose parts can be read.
+
+    Attributes
+    ----------
+    rate : int
+        Samples a second.
+
+    Raises
+    ------
+    ConfigError
+        If soundfile is not installed.
+    DataNotFoundError
+        If the file is not there.
+    DataError
+        If it cannot be read as a recording, is compressed with loss or cut off.
+    """
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
@@ -106,3 +124,50 @@ class _Recording:
                 f"{span.start + len(values)}: it is cut off"
             )
         return np.ascontiguousarray(values.T)
+
+
+@dataclass(frozen=True)
+class RecordingForm:
+    """What recordings are made into when they are read.
+
+    Parameters
+    ----------
+    rate : int
+        Samples a second.
+    resample : bool
+        Whether recordings of another rate are resampled, and not refused.
+    mono : bool
+        Whether the channels of a recording are averaged, and more than one not refused.
+    """
+
+    rate: int = 16_000
+    resample: bool = True
+    mono: bool = False
+
+    def open(self, path: Path) -> RegionFile:
+        """Open a recording in this form.
+
+        Raises
+        ------
+        DataNotFoundError
+            If it is not there.
+        DataError
+            If it cannot be read, or is of another form and not to be converted.
+        """
+        recording = Recording(path)
+        file: RegionFile = recording
+        if recording.channels > 1:
+            if not self.mono:
+                raise DataError(
+                    f"{path} has {recording.channels} channels; set source.options.mono = true to "
+                    "have them averaged"
+                )
+            file = Mono(recording)
+        if recording.rate != self.rate:
+            if not self.resample:
+                raise DataError(
+                    f"{path} has {recording.rate} Hz, and source.options.rate is {self.rate} Hz; "
+                    "set source.options.resample = true, or resample it"
+                )
+            file = Resampled(file, old=recording.rate, new=self.rate)
+        return file

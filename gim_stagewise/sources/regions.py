@@ -16,6 +16,7 @@ from gim_stagewise.errors import DataError
 from gim_stagewise.sources.base import (
     PATCH_AXES,
     Item,
+    PassedOn,
     Request,
     Source,
     Split,
@@ -24,7 +25,7 @@ from gim_stagewise.sources.pixels import PixelForm, cut_patches
 from gim_stagewise.windows import PatchGrid, Span, full_region, mirrored
 
 
-class RegionSource:
+class RegionSource(PassedOn):
     """A `Source` of normalised regions of items that may be of any size.
 
     With a grid, an item's extent is its rows and columns of patches, and a region of it is read as
@@ -60,6 +61,7 @@ class RegionSource:
         *,
         skipped: Mapping[str, str] | None = None,
     ) -> None:
+        super().__init__(images)
         self.skipped = dict(skipped or {})
         self._images = images
         self._augment = augment

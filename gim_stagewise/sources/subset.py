@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gim_stagewise.sources.base import Item, Request, Source, Split
+from gim_stagewise.sources.base import Item, PassedOn, Request, Source, Split
 
 
-class Subset:
+class Subset(PassedOn):
     """A `Source` of chosen samples of another, in its order.
 
     Parameters
@@ -24,6 +24,7 @@ class Subset:
     """
 
     def __init__(self, source: Source, ids: Collection[str]) -> None:
+        super().__init__(source)
         self._source = source
         chosen = set(ids)
         self._mask = [item_id in chosen for item_id in source.ids]

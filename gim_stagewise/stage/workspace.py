@@ -28,7 +28,9 @@ def with_absolute_places(config: PipelineConfig) -> PipelineConfig:
             "zarr": ".",
             "large": ".",
             "audio": ".",
+            "speech": ".",
             "mosaic": "data",
+            "synthetic_speech": "data",
             "stl10": "data",
         }.get(source.kind)
     splits = {
