@@ -20,7 +20,8 @@ from unittest.mock import patch
 import torch
 from conditions import conditions
 
-from gim_stagewise.objectives import infonce
+from gim_stagewise.objectives import scores
+from gim_stagewise.windows import Span
 
 RESULT = Path(__file__).resolve().parent / "results" / "infonce.md"
 # What it stands for; pairs, candidates, negatives a pair, and channels.
@@ -40,16 +41,18 @@ def seconds(case: tuple[str, int, int, int, int], *, matrix: bool) -> float:
     """Median time of forward and backward, one way."""
     _, pairs, rows, negatives, channels = case
     generator = torch.Generator().manual_seed(0)
-    prediction = torch.randn(pairs, channels, generator=generator, requires_grad=True)
-    candidates = torch.randn(rows, channels, generator=generator, requires_grad=True)
-    drawn = torch.randint(rows, (pairs, negatives), generator=generator)
+    z = torch.randn(rows, channels, generator=generator, requires_grad=True)
+    weights = torch.randn(1, channels, channels, generator=generator, requires_grad=True)
+    contexts = torch.randint(rows, (pairs,), generator=generator)
+    bag = torch.randint(rows, (pairs, 1 + negatives), generator=generator)
+    draws = [scores.Draw(1, Span(0, rows), contexts, bag)]
     times = []
-    with patch.object(infonce, "MATRIX_CANDIDATES_PER_NEGATIVE", 10**9 if matrix else 0):
+    with patch.object(scores, "MATRIX_CANDIDATES_PER_NEGATIVE", 10**9 if matrix else 0):
         for _ in range(6):
             started = time.perf_counter()
-            infonce.drawn_scores(prediction, candidates, drawn).sum().backward()  # type: ignore[no-untyped-call]
+            scores.Scores.apply(z, weights, draws)[0].sum().backward()  # type: ignore[no-untyped-call]
             times.append(time.perf_counter() - started)
-            prediction.grad = candidates.grad = None
+            z.grad = weights.grad = None
     return statistics.median(times[1:])
 
 
@@ -68,10 +71,10 @@ def main() -> None:
                 "case": name,
                 "candidates_per_negative": candidates / negatives,
                 "matrix_bytes": 4 * pairs * candidates,
-                "gathered_bytes": min(4 * pairs * negatives * channels, infonce.GATHERED_BYTES),
+                "gathered_bytes": min(4 * pairs * negatives * channels, scores.GATHERED_BYTES),
                 "gathered_time_over_matrix": ratio,
                 "chosen": "matrix"
-                if candidates <= infonce.MATRIX_CANDIDATES_PER_NEGATIVE * negatives
+                if candidates <= scores.MATRIX_CANDIDATES_PER_NEGATIVE * negatives
                 else "gathered",
             }
         )

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from gim_stagewise.config import ObjectiveConfig
 from gim_stagewise.errors import ConfigError
 from gim_stagewise.objectives import InfoNCE, build_objective, check_rows
-from gim_stagewise.objectives.infonce import _GatheredScores
+from gim_stagewise.objectives.scores import Draw, Scores
 from gim_stagewise.windows import Span
 
 
@@ -129,17 +129,17 @@ def test_two_channels_by_hand() -> None:
 def test_pairs_are_rows_k_and_skip_apart_in_one_column(k: int, skip: int) -> None:
     samples, rows, columns = 2, 6, 3
     places = [(s, r, c) for s in range(samples) for r in range(rows) for c in range(columns)]
-    z = torch.tensor(places, dtype=torch.float32).reshape(samples, rows, columns, 3)
-    context, target = infonce(3, steps=2, negatives=1, skip=skip).pairs(z, k)
+    objective = infonce(3, steps=2, negatives=1, skip=skip)
+    draw = objective.draws((samples, rows, columns), generator())[k - 1]
     expected = [(s, r, c) for s, r, c in places if r + k + skip < rows]
-    assert list(map(tuple, context.tolist())) == expected
-    assert list(map(tuple, target.tolist())) == [(s, r + k + skip, c) for s, r, c in expected]
+    assert [places[number] for number in draw.contexts.tolist()] == expected
+    positives = [places[number] for number in draw.bag[:, 0].tolist()]
+    assert positives == [(s, r + k + skip, c) for s, r, c in expected]
 
 
 def test_the_skipped_row_is_in_no_pair() -> None:
-    z = torch.arange(3.0).reshape(1, 3, 1, 1)
-    context, target = infonce(1, steps=1, negatives=1, skip=1).pairs(z, 1)
-    assert (context.tolist(), target.tolist()) == ([[0.0]], [[2.0]])
+    (draw,) = infonce(1, steps=1, negatives=1, skip=1).draws((1, 3, 1), generator())
+    assert (draw.contexts.tolist(), draw.bag[:, 0].tolist()) == ([0], [2])
 
 
 def test_negatives_come_from_every_embedding_of_the_batch() -> None:
@@ -273,20 +273,34 @@ def test_many_candidates_are_scored_like_few(
         return [loss.detach(), z.grad, objective.W.grad]
 
     expected = loss_and_gradients()
-    monkeypatch.setattr("gim_stagewise.objectives.infonce.MATRIX_CANDIDATES_PER_NEGATIVE", 0)
+    monkeypatch.setattr("gim_stagewise.objectives.scores.MATRIX_CANDIDATES_PER_NEGATIVE", 0)
     for piece in (1, 400, 10**6):
-        monkeypatch.setattr("gim_stagewise.objectives.infonce.GATHERED_BYTES", piece)
+        monkeypatch.setattr("gim_stagewise.objectives.scores.GATHERED_BYTES", piece)
         for own, reference in zip(loss_and_gradients(), expected, strict=True):
             torch.testing.assert_close(own, reference, rtol=1e-12, atol=1e-15)
 
 
-def test_gradients_of_gathered_scores_are_right() -> None:
-    prediction = embeddings(6, 3, dtype=torch.float64).requires_grad_()
-    candidates = embeddings(9, 3, dtype=torch.float64).requires_grad_()
-    drawn = torch.randint(9, (6, 4), generator=generator())
+@pytest.mark.parametrize("matrix", [0, 1000])
+@pytest.mark.parametrize("own_targets", [False, True])
+def test_gradients_of_scores_are_right(
+    matrix: int, own_targets: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gim_stagewise.objectives.scores.MATRIX_CANDIDATES_PER_NEGATIVE", matrix)
+    z = embeddings(12, 5 if own_targets else 3, dtype=torch.float64).requires_grad_()
+    weights = embeddings(2, 2 if own_targets else 3, 3, dtype=torch.float64).requires_grad_()
+    draws = [
+        Draw(
+            step,
+            Span(start, start + 6),
+            start + torch.randint(6, (4,), generator=generator(step)),
+            start + torch.randint(6, (4, 3), generator=generator(step)),
+        )
+        for start in (0, 6)
+        for step in (1, 2)
+    ]
     assert torch.autograd.gradcheck(
-        lambda p, c: _GatheredScores.apply(p, c, drawn),  # type: ignore[no-untyped-call]
-        (prediction, candidates),
+        lambda z, w: Scores.apply(z, w, draws),  # type: ignore[no-untyped-call]
+        (z, weights),
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int64
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from gim_stagewise.errors import ConfigError
 from gim_stagewise.objectives.contract import Objective
+from gim_stagewise.objectives.scores import Draw, Scores
+from gim_stagewise.windows import Span
 
 
 class InfoNCE(Objective):
@@ -97,104 +100,60 @@ class InfoNCE(Objective):
         Tensor
             A scalar of ``z``'s dtype.
         """
-        loss = z.new_zeros(())
-        for group in torch.split(z, self.group or len(z)):
-            loss = loss + self._loss(group, generator) * (len(group) / len(z))
+        draws = self.draws(z.shape[:-1], generator)
+        flat = z.flatten(0, -2)
+        scores = Scores.apply(flat, self.W, draws)  # type: ignore[no-untyped-call]
+        return self.loss(scores, draws)
+
+    def draws(self, shape: Sequence[int], generator: torch.Generator) -> list[Draw]:
+        """Which rows of flattened embeddings are compared, for each group and prediction step.
+
+        Parameters
+        ----------
+        shape : sequence of int
+            Of the embeddings, without channels: samples, rows, and columns if there are any.
+        generator : torch.Generator
+        """
+        samples, rows, columns = shape[0], shape[1], math.prod(shape[2:])
+        each = rows * columns
+        found = []
+        for first in range(0, samples, self.group or samples):
+            count = min(self.group or samples, samples - first)
+            own = Span(first * each, (first + count) * each)
+            # Numbers of rows by sample, row and column, of those in the window.
+            numbers = torch.arange(own.start, own.stop).reshape(count, rows, columns)
+            numbers = self._windowed(numbers, generator)
+            for k in range(1, len(self.W) + 1):
+                distance = k + self.skip
+                context = numbers[:, :-distance].flatten()
+                positive = numbers[:, distance:].flatten()
+                size = (len(context), self.negatives)
+                drawn = torch.randint(len(own), size, generator=generator)
+                bag = torch.cat([positive[:, None], drawn + own.start], dim=1)
+                found.append(Draw(k, own, context, bag))
+        return found
+
+    def loss(
+        self, scores: Sequence[Float[Tensor, "pair bag"]], draws: Sequence[Draw]
+    ) -> Float[Tensor, ""]:
+        """The loss of a batch by the scores of all draws: equation 4, the mean over groups."""
+        samples = sum(len(draw.group) for draw in draws if draw.step == 1)
+        loss = scores[0].new_zeros(())
+        for own, draw in zip(scores, draws, strict=True):
+            share = len(draw.group) / samples
+            loss = loss - own.log_softmax(dim=1)[:, 0].mean() * share
         return loss
 
-    def _loss(self, z: Tensor, generator: torch.Generator) -> Tensor:
-        """The loss of samples that draw negatives from one another."""
-        candidates = self._targets(z).flatten(0, -2)
-        read = self._windowed(z, generator)
-        loss = z.new_zeros(())
-        for k, weight in enumerate(self.W, start=1):
-            context, target = self.pairs(read, k)
-            prediction = context @ weight.T  # W_k c
-            drawn = torch.randint(
-                len(candidates), (len(context), self.negatives), generator=generator
-            )
-            positive = (target * prediction).sum(1, keepdim=True)
-            negative = drawn_scores(prediction, candidates, drawn.to(z.device))
-            bag = torch.cat([positive, negative], dim=1)
-            loss = loss - bag.log_softmax(dim=1)[:, 0].mean()
-        return loss
-
-    def pairs(
-        self, z: Float[Tensor, "sample row *column channel"], k: int
-    ) -> tuple[Float[Tensor, "pair channel"], Float[Tensor, "pair channel"]]:
-        """Contexts and their targets for prediction step ``k``, by sample, row and column."""
-        distance = k + self.skip
-        context = z[:, :-distance, ..., : self.channels]
-        target = self._targets(z)[:, distance:]
-        return context.flatten(0, -2), target.flatten(0, -2)
-
-    def _windowed(self, z: Tensor, generator: torch.Generator) -> Tensor:
+    def _windowed(
+        self, numbers: Int64[Tensor, "sample row column"], generator: torch.Generator
+    ) -> Tensor:
         """Rows that contexts and targets are taken from."""
-        if self.window is None or self.window >= z.shape[1]:
-            return z
+        rows = numbers.shape[1]
+        if self.window is None or self.window >= rows:
+            return numbers
         # Never as a number, so that the memory of a step can be counted without its values.
-        start = torch.randint(z.shape[1] - self.window + 1, (1,), generator=generator)
-        return z.index_select(1, (start + torch.arange(self.window)).to(z.device))
-
-    def _targets(self, z: Tensor) -> Tensor:
-        return z if z.shape[-1] == self.channels else z[..., self.channels :]
-
-
-# With more candidates per negative than this, scores of all pairs cost more time than gathering
-# those drawn (benchmarks/infonce.py; on two cores the two meet between 50 and 200).
-MATRIX_CANDIDATES_PER_NEGATIVE = 100
-# Negatives that are gathered at once.
-GATHERED_BYTES = 16_000_000
-
-
-def drawn_scores(
-    prediction: Float[Tensor, "pair channel"],
-    candidates: Float[Tensor, "candidate channel"],
-    drawn: Int64[Tensor, "pair negative"],
-) -> Float[Tensor, "pair negative"]:
-    """Scores of the drawn candidates, without all of them ever gathered in memory.
-
-    Few candidates: the matrix of all scores (its values are not kept for backward), from which
-    the drawn ones are picked. Many: the drawn ones are gathered some pairs at a time, and again
-    in backward.
-    """
-    if len(candidates) <= MATRIX_CANDIDATES_PER_NEGATIVE * drawn.shape[1]:
-        return (prediction @ candidates.T).gather(1, drawn)
-    scores: Tensor = _GatheredScores.apply(prediction, candidates, drawn)  # type: ignore[no-untyped-call]
-    return scores
-
-
-class _GatheredScores(torch.autograd.Function):
-    """Dot products of each prediction with its drawn candidates; see `drawn_scores`."""
-
-    @staticmethod
-    def forward(ctx: Any, prediction: Tensor, candidates: Tensor, drawn: Tensor) -> Tensor:
-        ctx.save_for_backward(prediction, candidates, drawn)
-        parts = [
-            torch.bmm(candidates[drawn[pairs]], prediction[pairs].unsqueeze(2)).squeeze(2)
-            for pairs in _pieces(candidates, drawn)
-        ]
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        (gradient,) = gradients
-        prediction, candidates, drawn = ctx.saved_tensors
-        to_prediction = torch.empty_like(prediction)
-        to_candidates = torch.zeros_like(candidates)
-        for pairs in _pieces(candidates, drawn):
-            gathered = candidates[drawn[pairs]]
-            to_prediction[pairs] = torch.bmm(gradient[pairs].unsqueeze(1), gathered).squeeze(1)
-            torch.mul(gradient[pairs].unsqueeze(2), prediction[pairs].unsqueeze(1), out=gathered)
-            to_candidates.index_add_(0, drawn[pairs].flatten(), gathered.flatten(0, 1))
-        return to_prediction, to_candidates, None
-
-
-def _pieces(candidates: Tensor, drawn: Tensor) -> list[slice]:
-    """Pairs whose negatives are gathered together."""
-    pair_bytes = drawn.shape[1] * candidates.shape[1] * candidates.element_size()
-    step = max(1, GATHERED_BYTES // pair_bytes)
-    return [slice(start, start + step) for start in range(0, len(drawn), step)]
+        start = torch.randint(rows - self.window + 1, (1,), generator=generator)
+        return numbers.index_select(1, start + torch.arange(self.window))
 
 
 def check_rows(
