@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gim_stagewise.models import pool
+from gim_stagewise.models import CellMean, embed, pool, target_channels
 from gim_stagewise.models.residual import residual_module
 from gim_stagewise.models.resnet import resnet34_module, resnet50_module
+from gim_stagewise.models.sequence import conv1d_module, gru_module
 from gim_stagewise.objectives import InfoNCE
-from gim_stagewise.stage.step import MicroBatches, accumulate_gradients, embed_batch
+from gim_stagewise.stage.step import (
+    MicroBatches,
+    accumulate_gradients,
+    embed_batch,
+    evaluate_batch,
+    is_streamed,
+)
 from gim_stagewise.windows import Span
 
 CPU = torch.device("cpu")
@@ -93,7 +101,7 @@ def recorded_pass(module: nn.Module, objective: InfoNCE, batch: Rows, how: Micro
     parts = []
     for number, rows in enumerate(how.of(batch)):
         torch.manual_seed(how.seed(number))
-        parts.append(pool(module, module(batch.values[rows.slice])))
+        parts.append(embed(module, batch.values[rows.slice]))
     embeddings = torch.cat(parts)
     generator = torch.Generator().manual_seed(5)
     loss: Tensor = objective(
@@ -136,8 +144,62 @@ def test_context_networks_are_split_by_sample(size: int) -> None:
     assert_equal_gradients(Recurrent(), objective, batch, size)
 
 
+def dense(module: nn.Module) -> nn.Module:
+    """Every output of it is an embedding."""
+    module.pool = CellMean(1)  # type: ignore[assignment]
+    return module
+
+
+DENSE: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
+    "sequences": lambda: (dense(conv1d_module(2, channels=3, kernel=4, stride=2)), (6, 2, 41)),
+    "context network": lambda: (dense(gru_module(4, channels=3)), (6, 4, 20)),
+    "without BPTT": lambda: (dense(gru_module(4, channels=3, bptt=False)), (6, 4, 20)),
+    "images": lambda: (dense(residual_module(2, channels=3, stem=4)), (6, 2, 9, 5)),
+}
+
+
+@pytest.mark.parametrize("piece", [1, 10**6])
+@pytest.mark.parametrize("size", [1, 2, 4, 5])
+@pytest.mark.parametrize(("window", "group"), [(None, None), (8, None), (8, 2), (None, 4)])
+@pytest.mark.parametrize("kind", DENSE)
+def test_embeddings_that_are_streamed_have_the_same_gradients(
+    kind: str,
+    window: int | None,
+    group: int | None,
+    size: int,
+    piece: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gim_stagewise.objectives.streamed.GATHERED_BYTES", piece)
+    torch.manual_seed(0)
+    module, shape = DENSE[kind]()
+    batch = Rows(torch.randn(shape, dtype=torch.float64), shape=shape[:1])
+    objective = InfoNCE(
+        3,
+        targets=target_channels(module, shape[1]),
+        prediction_steps=2,
+        negatives=4,
+        skip=0,
+        window=window,
+        group=group,
+    )
+    assert is_streamed(module, objective)
+    assert_equal_gradients(module, objective, batch, size)
+    losses = [
+        evaluate_batch(
+            module.eval(),
+            objective,
+            batch,
+            MicroBatches(own, lambda number: number, CPU),
+            generator=torch.Generator().manual_seed(3),
+        )
+        for own in (size, len(batch.values))
+    ]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-13, atol=0)
+
+
 def test_many_candidates_have_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gim_stagewise.objectives.infonce.MATRIX_CANDIDATES_PER_NEGATIVE", 0)
+    monkeypatch.setattr("gim_stagewise.objectives.scores.MATRIX_CANDIDATES_PER_NEGATIVE", 0)
     torch.manual_seed(0)
     assert_equal_gradients(Own(), InfoNCE(6, prediction_steps=2, negatives=7), images(), 5)
 

@@ -12,6 +12,7 @@ from gim_stagewise.objectives.contract import NO_LABEL, Objective
 from gim_stagewise.objectives.cpc import CPC
 from gim_stagewise.objectives.infonce import InfoNCE, check_rows
 from gim_stagewise.objectives.joint import Joint
+from gim_stagewise.objectives.streamed import Parts, streamed_gradients, streamed_loss
 from gim_stagewise.objectives.supervised import CrossEntropy
 from gim_stagewise.seeds import derive_seed
 
@@ -22,9 +23,12 @@ __all__ = [
     "InfoNCE",
     "Joint",
     "Objective",
+    "Parts",
     "build_objective",
     "check_rows",
     "seeded",
+    "streamed_gradients",
+    "streamed_loss",
 ]
 
 

@@ -5,12 +5,14 @@ with respect to them see the whole batch, so that negatives come from all of it.
 micro-batch again, with a graph, and back-propagates its rows of that gradient. What is in memory is
 one micro-batch's graph and a batch of embeddings; the price is a second forward. (Known from
 contrastive learning as gradient caching: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch
-Size under Memory Limited Setup", section 3.)
+Size under Memory Limited Setup", section 3.) Where embeddings themselves are many, they are not
+kept either (see `gim_stagewise.objectives.streamed`).
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,8 +25,15 @@ from torch import Tensor, nn
 from gim_stagewise.config import TrainConfig
 from gim_stagewise.errors import ConfigError
 from gim_stagewise.memory import release_freed
-from gim_stagewise.models import Stack, embed
-from gim_stagewise.objectives import Joint, Objective
+from gim_stagewise.models import CellMean, Stack, embed
+from gim_stagewise.objectives import (
+    InfoNCE,
+    Joint,
+    Objective,
+    Parts,
+    streamed_gradients,
+    streamed_loss,
+)
 from gim_stagewise.windows import Span, even_ranges
 
 
@@ -153,6 +162,15 @@ def accumulate_gradients(
         loss.sum().backward()
         return loss.detach()  # type: ignore[no-any-return]
     numbers = range(count) if only is None else only
+    if is_streamed(module, objective):
+        assert isinstance(objective, InfoNCE)
+        parts, shape = _parts(module, batch, micro_batches, numbers)
+
+        def backward(number: int, gradient_of: Callable[[Tensor], Tensor]) -> None:
+            own = micro_batches.embed(module, batch, number)
+            own.backward(gradient_of(own.flatten(0, -2)).reshape(own.shape))  # type: ignore[no-untyped-call]
+
+        return streamed_gradients(objective, parts, shape, generator, backward=backward)
     embeddings = embed_batch(module, batch, micro_batches, numbers=numbers).requires_grad_()
     loss = objective(in_place(embeddings, batch), generator=generator, labels=labels)
     loss.sum().backward()
@@ -162,6 +180,52 @@ def accumulate_gradients(
         rows = micro_batches.of(batch)[number]
         micro_batches.embed(module, batch, number).backward(gradient[rows.slice])  # type: ignore[no-untyped-call]
     return loss.detach()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def evaluate_batch(
+    module: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    micro_batches: MicroBatches,
+    *,
+    generator: torch.Generator,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """The loss of a batch, or losses; parameters are those of `accumulate_gradients`."""
+    count = len(micro_batches.of(batch))
+    if count > 1 and is_streamed(module, objective):
+        assert isinstance(objective, InfoNCE)
+        parts, shape = _parts(module, batch, micro_batches, range(count))
+        return streamed_loss(objective, parts, shape, generator)
+    embeddings = embed_batch(module, batch, micro_batches)
+    loss: Tensor = objective(in_place(embeddings, batch), generator=generator, labels=labels)
+    return loss
+
+
+def is_streamed(module: nn.Module, objective: Objective) -> bool:
+    """Whether micro-batches come one by one to the objective too.
+
+    So it is where every output is an embedding: all of them could be larger than anything else.
+    Patches have one each, and means of many positions are few.
+    """
+    own = getattr(module, "pool", None)
+    return isinstance(objective, InfoNCE) and isinstance(own, CellMean) and own.positions == 1
+
+
+def _parts(
+    module: nn.Module, batch: Batch, micro_batches: MicroBatches, numbers: Sequence[int]
+) -> tuple[Parts, tuple[int, ...]]:
+    """Embeddings of a batch by micro-batch, and the shape of all of them without channels."""
+    with torch.no_grad():
+        cells = micro_batches.embed(module, batch, numbers[0]).shape[1:-1]
+    each = math.prod(cells)
+    spans = [Span(own.start * each, own.stop * each) for own in micro_batches.of(batch)]
+
+    def embed(number: int) -> Tensor:
+        return micro_batches.embed(module, batch, number).flatten(0, -2)
+
+    return Parts(embed, spans, numbers), (*batch.shape, *cells)
 
 
 def in_place(rows: Tensor, batch: Batch) -> Float[Tensor, "sample row *column channel"]:

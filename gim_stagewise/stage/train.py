@@ -47,8 +47,7 @@ from gim_stagewise.stage.step import (
     MicroBatches,
     WeightAverage,
     accumulate_gradients,
-    embed_batch,
-    in_place,
+    evaluate_batch,
     make_optimizer,
 )
 
@@ -346,15 +345,18 @@ class _Trainer:
             grid=self.job.grid,
         )
         for number, batch in enumerate(batches):
-            pooled = embed_batch(module, batch, self._micro_batches("validation forward", number))
             generator = self._generator("validation negatives", number)
-            losses = self._finite(
-                objective(in_place(pooled, batch), generator=generator, labels=self._labels(batch)),
-                "the validation loss",
-                self.steps_done,
+            losses = evaluate_batch(
+                module,
+                objective,
+                batch,
+                self._micro_batches("validation forward", number),
+                generator=generator,
+                labels=self._labels(batch),
             )
-            totals = totals or [0.0] * len(losses)
-            totals = [t + loss * batch.shape[0] for t, loss in zip(totals, losses, strict=True)]
+            values = self._finite(losses, "the validation loss", self.steps_done)
+            totals = totals or [0.0] * len(values)
+            totals = [t + loss * batch.shape[0] for t, loss in zip(totals, values, strict=True)]
         return [total / len(ids) for total in totals]
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
