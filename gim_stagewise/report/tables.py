@@ -39,10 +39,12 @@ def results_table(result: RunResult) -> Table:
     ):
         table.add_column(name, justify="right", no_wrap=name == "module")
     for scores in result.probes:
-        # The paper's words, tables 1 and 3.
-        kind = "" if len(result.probes) == 1 else f", {scores.labels}"
-        table.add_column(f"accuracy{kind}", justify="right")
-        table.add_column(f"randomly initialized{kind}", justify="right")
+        # The paper's words, tables 1 and 3; shorter ones where there are several labels.
+        own = ("accuracy", "randomly initialized")
+        if len(result.probes) > 1:
+            own = (f"{scores.labels} accuracy", f"{scores.labels}, random")
+        for name in own:
+            table.add_column(name, justify="right")
     for stage in result.stages:
         row = [
             str(stage.module),

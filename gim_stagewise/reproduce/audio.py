@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gim_stagewise.config import Mode
 from gim_stagewise.errors import ConfigError, DataError
-from gim_stagewise.pipeline import RunResult
+from gim_stagewise.pipeline import Pipeline, RunResult
 from gim_stagewise.report.curves import matplotlib_figure
 from gim_stagewise.reproduce.figures import save_figure
 from gim_stagewise.reproduce.paper import TABLE_3, TABLE_4
@@ -173,20 +173,43 @@ def _spread(accuracies: Sequence[float | None]) -> str:
 def _without_bptt(work: Reproduction, number: int, run: RunResult) -> dict[str, float | None]:
     """Accuracies by labels of a context network that was trained without BPTT."""
     top = run.stages[-1].module
-    below = run.stages[-2].cache
-    assert below is not None
     pipeline = work.pipeline(
         "iterative",
         number,
         changes={f"module.{top}.options.bptt": False},
         suffix="-without-bptt",
     )
+    return accuracies_without_bptt(pipeline, run)
+
+
+def accuracies_without_bptt(pipeline: Pipeline, run: RunResult) -> dict[str, float | None]:
+    """Train another top module on the cache below a run's, and probe it.
+
+    Parameters
+    ----------
+    pipeline : Pipeline
+        The same, but for its last module.
+    run : RunResult
+        Of the iterative mode.
+
+    Returns
+    -------
+    dict
+        Test accuracies in [0, 1] by name of the labels.
+
+    Raises
+    ------
+    DataError
+        If the dataset has no labels of recordings and of their steps.
+    """
+    top, below = run.stages[-1].module, run.stages[-2].cache
+    assert below is not None
     stage = pipeline.stage(top, below)
     weights, _ = stage.train()
     stage.extract(weights, workers=Workers(0))
     probe = RecordingProbe.of(pipeline.config, pipeline.source)
     if probe is None or probe.stepped is None:
-        raise DataError(f"{work.file}: its dataset has no labels any more")
+        raise DataError("the dataset has no labels of recordings and of their steps")
     found = probe(cached_walk([pipeline.workspace.cache_path(top)]), [0])
     names = [pipeline.source.label_names[0], str(probe.stepped.step_label_name)]
     return {
