@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same_run, caches_of, edit
+from test_audio import write_speech
 from test_windowed import write_large
 
 from gim_stagewise.cache import open_tiled_cache
@@ -89,3 +90,18 @@ def test_windows_on_a_gpu_are_those_of_the_cpu_within_rounding(tmp_path: Path) -
     for item_id in one.ids:
         (left,), (right,) = one.read([Request(item_id)]), other.read([Request(item_id)])
         np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["iterative", "cpc", "greedy_supervised"])
+def test_speech_on_a_gpu_is_trained_and_probed(tmp_path: Path, mode: str) -> None:
+    file = write_speech(tmp_path)
+    changes = {"train.micro_batch": 1, "labels": "phone"}  # streamed where modules train alone
+    results = [
+        Pipeline.from_file(
+            file, folder=tmp_path / device, device=device, mode=mode, changes=changes
+        ).run()
+        for device in ("cuda", "cpu")
+    ]
+    for own, other in zip(*(result.stages for result in results), strict=True):
+        assert own.record.validation_loss == pytest.approx(other.record.validation_loss, rel=1e-2)
+    assert [scores.labels for scores in results[0].probes] == ["speaker", "phone"]

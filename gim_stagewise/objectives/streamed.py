@@ -146,11 +146,14 @@ class _Streamed:
         """Contexts of a part, and their rows in it."""
         start, stop = np.searchsorted(self._rows, [part.start, part.stop])
         own = slice(int(start), int(stop))
-        return own, torch.from_numpy(self._rows[own] - part.start)
+        return own, self._on_device(self._rows[own] - part.start)
 
     def _places(self, plan: _Plan) -> Tensor:
         """Of the contexts of each pair, among all contexts."""
-        return torch.from_numpy(np.searchsorted(self._rows, plan.contexts))
+        return self._on_device(np.searchsorted(self._rows, plan.contexts))
+
+    def _on_device(self, numbers: Numbers) -> Tensor:
+        return torch.from_numpy(numbers).to(self._weights.device)
 
     def _prediction(self, plan: _Plan) -> Float[Tensor, "pair channel"]:
         return self._contexts[self._places(plan)] @ self._weights[plan.step - 1].T
