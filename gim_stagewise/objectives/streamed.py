@@ -140,7 +140,7 @@ class _Streamed:
         self._contexts = self._weights.new_empty(len(self._rows), self._weights.shape[2])
         for span, z in parts:
             own, rows = self._context_rows(span)
-            self._contexts[own] = contexts_of(z, self._weights)[rows]
+            self._contexts[own] = contexts_of(z, self._weights).index_select(0, rows)
 
     def _context_rows(self, part: Span) -> tuple[slice, Tensor]:
         """Contexts of a part, and their rows in it."""
@@ -156,7 +156,7 @@ class _Streamed:
         return torch.from_numpy(numbers).to(self._weights.device)
 
     def _prediction(self, plan: _Plan) -> Float[Tensor, "pair channel"]:
-        return self._contexts[self._places(plan)] @ self._weights[plan.step - 1].T
+        return self._contexts.index_select(0, self._places(plan)) @ self._weights[plan.step - 1].T
 
     @torch.no_grad()
     def _scores(self) -> list[Tensor]:
@@ -167,7 +167,9 @@ class _Streamed:
             for plan, prediction, own in zip(self._plans, predictions, scores, strict=True):
                 for entries, rows in _pieces(plan, span, candidates):
                     pairs = entries // plan.shape[1]
-                    own.view(-1)[entries] = (prediction[pairs] * candidates[rows]).sum(1)
+                    own.view(-1)[entries] = (
+                        prediction.index_select(0, pairs) * candidates.index_select(0, rows)
+                    ).sum(1)
         return scores
 
     def loss(self) -> tuple[Tensor, list[Tensor]]:
@@ -189,13 +191,15 @@ class _Streamed:
             candidates = targets(z, self._weights)
             for plan, gradient, own in zip(self._plans, gradients, to_predictions, strict=True):
                 for entries, rows in _pieces(plan, span, candidates):
-                    weighted = candidates[rows].mul_(gradient.view(-1)[entries, None])
+                    weighted = candidates.index_select(0, rows).mul_(
+                        gradient.view(-1)[entries, None]
+                    )
                     own.index_add_(0, entries // plan.shape[1], weighted)
         to_contexts = torch.zeros_like(self._contexts)
         to_weights = torch.zeros_like(self._weights)
         for plan, own in zip(self._plans, to_predictions, strict=True):
             places = self._places(plan)
-            to_weights[plan.step - 1] += own.T @ self._contexts[places]
+            to_weights[plan.step - 1] += own.T @ self._contexts.index_select(0, places)
             to_contexts.index_add_(0, places, own @ self._weights[plan.step - 1])
         _accumulate(self._objective.W, to_weights)
         return to_contexts
@@ -213,7 +217,7 @@ class _Streamed:
             prediction = self._prediction(plan)
             for entries, candidates in _pieces(plan, span, to_candidates):
                 pairs = entries // plan.shape[1]
-                weighted = prediction[pairs].mul_(gradient.view(-1)[entries, None])
+                weighted = prediction.index_select(0, pairs).mul_(gradient.view(-1)[entries, None])
                 to_candidates.index_add_(0, candidates, weighted)
         return to_z
 
