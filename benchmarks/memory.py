@@ -37,10 +37,11 @@ from gim_stagewise.memory import (
     warm_up,
 )
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.stage.optimize import make_optimizer
 from gim_stagewise.stage.project import count_step, project_step
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.spec import StepSpec
-from gim_stagewise.stage.step import MicroBatches, accumulate_gradients, make_optimizer
+from gim_stagewise.stage.step import MicroBatches, accumulate_gradients
 from gim_stagewise.windows import Span
 
 T = TypeVar("T")

@@ -26,13 +26,12 @@ from gim_stagewise.seeds import derive_seed
 from gim_stagewise.sources import Request, read_stacked
 from gim_stagewise.stage.checkpoint import FrozenWeights
 from gim_stagewise.stage.metrics import read_metrics
+from gim_stagewise.stage.optimize import WeightAverage, make_optimizer
 from gim_stagewise.stage.order import held_out
 from gim_stagewise.stage.step import (
     Corruption,
     MicroBatches,
-    WeightAverage,
     accumulate_gradients,
-    make_optimizer,
 )
 from gim_stagewise.status import pipeline_status, removable
 from gim_stagewise.windows import Span

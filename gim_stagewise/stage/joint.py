@@ -31,11 +31,11 @@ from gim_stagewise.stage.checkpoint import (
 from gim_stagewise.stage.code import code_staleness, frozen_weights
 from gim_stagewise.stage.fit import TrainingPlan, plan_training
 from gim_stagewise.stage.freeze import FrozenModule, training_numerics
+from gim_stagewise.stage.job import TrainJob
 from gim_stagewise.stage.labels import Labels, training_labels
 from gim_stagewise.stage.measured import train_within
 from gim_stagewise.stage.needs import TrainingNeeds, joint_needs
 from gim_stagewise.stage.shape import Shape
-from gim_stagewise.stage.train import TrainJob
 from gim_stagewise.stage.windowed import training_windows
 from gim_stagewise.stage.workspace import Workspace
 

@@ -11,7 +11,8 @@ from gim_stagewise.memory import PeakMeter, trim_heap, use_allocator, warm_up
 from gim_stagewise.processes import end_fresh_processes
 from gim_stagewise.stage.checkpoint import TrainingRecord
 from gim_stagewise.stage.fit import TrainingPlan
-from gim_stagewise.stage.train import TrainJob, train_module
+from gim_stagewise.stage.job import TrainJob
+from gim_stagewise.stage.train import train_module
 from gim_stagewise.stage.workspace import Workspace
 
 

@@ -26,13 +26,12 @@ from gim_stagewise.memory import (
 from gim_stagewise.models import pool
 from gim_stagewise.objectives import Objective
 from gim_stagewise.processes import in_fresh_process
+from gim_stagewise.stage.optimize import WeightAverage, make_optimizer
 from gim_stagewise.stage.spec import AnyBatch, StepSpec
 from gim_stagewise.stage.step import (
     Corruption,
     MicroBatches,
-    WeightAverage,
     accumulate_gradients,
-    make_optimizer,
 )
 
 # A step that counts less than this gets this much workspace without a measurement, unless that

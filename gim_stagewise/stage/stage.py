@@ -24,11 +24,11 @@ from gim_stagewise.stage.code import code_staleness, frozen_weights
 from gim_stagewise.stage.extract import VirtualCache
 from gim_stagewise.stage.extraction_plan import Workers
 from gim_stagewise.stage.fit import TrainingPlan, plan_training
+from gim_stagewise.stage.job import TrainJob
 from gim_stagewise.stage.measured import train_within
 from gim_stagewise.stage.needs import StageNeeds, stage_needs
 from gim_stagewise.stage.outputs import StageOutputs
 from gim_stagewise.stage.shape import Cell, Shape, check_shape
-from gim_stagewise.stage.train import TrainJob
 from gim_stagewise.stage.windowed import Windowable, training_windows
 from gim_stagewise.stage.workspace import Workspace
 

@@ -13,21 +13,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gim_stagewise.config import TrainConfig
 from gim_stagewise.errors import NonFiniteError
 from gim_stagewise.models import Stack
 from gim_stagewise.objectives import Objective
 from gim_stagewise.progress import Progress, Task
 from gim_stagewise.seeds import derive_seed
-from gim_stagewise.sources import Source, Split
 from gim_stagewise.stage.batch import SampleBatch
 from gim_stagewise.stage.checkpoint import (
     TrainingRecord,
@@ -38,17 +35,16 @@ from gim_stagewise.stage.checkpoint import (
 )
 from gim_stagewise.stage.feed import SampleReader
 from gim_stagewise.stage.freeze import training_numerics
-from gim_stagewise.stage.labels import Labels
+from gim_stagewise.stage.job import TrainJob
 from gim_stagewise.stage.loader import Loader, validation_batches
 from gim_stagewise.stage.metrics import MetricsLog
+from gim_stagewise.stage.optimize import WeightAverage, make_optimizer
 from gim_stagewise.stage.order import held_out
 from gim_stagewise.stage.step import (
     Corruption,
     MicroBatches,
-    WeightAverage,
     accumulate_gradients,
     evaluate_batch,
-    make_optimizer,
 )
 
 
@@ -64,79 +60,6 @@ class _Counters:
     seconds: float = 0.0
     finished: bool = False
     micro_batch: int = 0
-
-
-@dataclass
-class TrainJob:
-    """All that training needs.
-
-    Parameters
-    ----------
-    label : str
-        What messages call the modules.
-    stage : int
-        The (first) module's number, from 1.
-    module : nn.Module
-        With initial weights; trained in place. A `gim_stagewise.models.Stack` of all modules with a
-        `gim_stagewise.objectives.Joint` objective, where they are trained in one step.
-    objective : Objective
-    source : Source
-        Samples of one size: the stage's input, or windows of it.
-    grid : tuple of int
-        Rows and columns of its patches to train on.
-    trains : sequence of TrainConfig
-        Of each module.
-    micro_batch : int
-        Patches in memory at a time.
-    seed : int
-        The pipeline's seed.
-    device : torch.device
-    checkpoint : Path
-        Where training state is kept until the module is frozen.
-    logs : sequence of Path
-        Folders of the metrics logs, one for each loss.
-    run : str
-        Digest of what is trained on what; only a checkpoint with the same is taken up.
-    split : str
-        Which samples of the source to train on.
-    labels : Labels, optional
-        For supervised objectives; samples without one are left out.
-    on_step : callable, optional
-        Called with the number of steps done in all, after each step.
-    """
-
-    label: str
-    stage: int
-    module: nn.Module
-    objective: Objective
-    source: Source
-    grid: tuple[int, ...]
-    trains: Sequence[TrainConfig]
-    micro_batch: int
-    seed: int
-    device: torch.device
-    checkpoint: Path
-    logs: Sequence[Path]
-    run: str
-    split: Split = "unlabeled"
-    labels: Labels | None = None
-    on_step: Callable[[int], None] | None = field(default=None)
-
-    @property
-    def config(self) -> TrainConfig:
-        """What the tables of all modules have in common."""
-        return self.trains[0]
-
-    @property
-    def key(self) -> str:
-        """The table of the pipeline file, for messages."""
-        return f"module.{self.stage}.train" if len(self.trains) == 1 else "train"
-
-    @property
-    def ids(self) -> list[str]:
-        """Samples to train on and to hold out."""
-        ids = self.source.split(self.split)
-        return [i for i in ids if self.labels is None or i in self.labels.ids]
 
 
 def train_module(
