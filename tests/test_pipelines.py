@@ -33,7 +33,9 @@ def shortened(tmp_path: Path, name: str) -> Path:
     file = tmp_path / f"{name}.toml"
     text = (FOLDER / f"{name}.toml").read_text()
     text = re.sub(r"max_epochs = \d+", "max_epochs = 1", text)
-    file.write_text(re.sub(r"samples = 1024", "samples = 32", text))
+    text = re.sub(r"samples = 1024", "samples = 32", text)
+    # Of classifiers as well.
+    file.write_text(re.sub(r"(?m)^\[probe\]", "[probe]\nepochs = 2\nstep_epochs = 2", text))
     return file
 
 
@@ -152,3 +154,54 @@ def test_a_mosaic_is_made_once_and_is_the_same(tmp_path: Path) -> None:
 def test_options_of_a_mosaic_are_checked(tmp_path: Path, options: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"source\.options"):
         mosaic(tmp_path, **options)
+
+
+def test_speech(tmp_path: Path) -> None:
+    pytest.importorskip("espeakng_loader")
+    file = shortened(tmp_path, "speech")
+    edit(
+        file,
+        'root = "data"',
+        f'root = "{tmp_path}"\noptions = {{ speakers = 3, train = 2, test = 1 }}',
+    )
+    found = gim_stage("run", file, "--dir", tmp_path / "out", "--workers", "0", "--json")
+    assert found.returncode == 0, found.stderr
+    speaker, phone = json.loads(found.stdout)["probes"]
+    assert (speaker["labels"], phone["labels"]) == ("speaker", "phone")
+    assert None not in phone["accuracies"]
+    assert "is not probed" not in found.stderr
+
+
+def test_librispeech(tmp_path: Path) -> None:
+    """In the layout that it has, and with the files that Oord et al. published."""
+    recordings, labels = tmp_path / "LibriSpeech" / "train-clean-100", tmp_path / "labels"
+    labels.mkdir()
+    draw = np.random.default_rng(0)
+    lines = []
+    for speaker in (19, 26, 27):
+        for number, steps in enumerate((32000, 41000, 30000, 9000)):  # the last is too short
+            name = f"{speaker}-198-{number:04}"
+            place = recordings / str(speaker) / "198"
+            place.mkdir(parents=True, exist_ok=True)
+            soundfile.write(place / f"{name}.flac", draw.normal(0, 0.05, steps), 16000)
+            phones = draw.integers(0, 41, steps // 160)
+            lines.append(" ".join([name, *map(str, phones)]))
+            split = "test" if number == 2 else "train"
+            with (labels / f"{split}_split.txt").open("a") as list_:
+                list_.write(f"{name}\n")
+    (labels / "converted_aligned_phones.txt").write_text("\n".join(lines) + "\n")
+    file = shortened(tmp_path, "librispeech")
+    edit(file, 'root = "data"', f'root = "{tmp_path}"')
+    edit(file, "samples = 22830", "samples = 36")
+    edit(file, "validation = 0.02", "validation = 0.2")
+    edit(file, "channels = 512", "channels = 8")
+    edit(file, "channels = 256", "channels = 8")
+    edit(file, "batch = 32", "batch = 16")
+    edit(file, 'micro_batch = "auto"', "micro_batch = 5")
+    found = gim_stage("run", file, "--dir", tmp_path / "out", "--workers", "0", "--json")
+    assert found.returncode == 0, found.stderr
+    record = json.loads(found.stdout)
+    assert [module["state"] for module in record["modules"]] == ["sealed"] * 6
+    assert sorted(record["skipped"]) == [f"train/{s}-198-0003" for s in (19, 26, 27)]
+    assert all("smaller than a window" in why for why in record["skipped"].values())
+    assert all(None not in scores["accuracies"] for scores in record["probes"])

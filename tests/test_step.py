@@ -136,12 +136,37 @@ def test_gradients_are_those_of_one_pass_over_the_batch(kind: str, size: int) ->
     assert_equal_gradients(module, objective, batch, size)
 
 
+@pytest.mark.parametrize("bptt", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_what_recurrent_networks_predict_is_split_by_sample(size: int, bptt: bool) -> None:
+    torch.manual_seed(0)
+    batch = Rows(torch.randn(3, 4, 9, dtype=torch.float64), shape=(3,))
+    objective = InfoNCE(3, targets=4, prediction_steps=3, negatives=4, skip=0)
+    module = dense(gru_module(4, channels=3, bptt=bptt))
+    assert not is_streamed(module, objective)
+    assert_equal_gradients(module, objective, batch, size)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_context_networks_are_split_by_sample(size: int) -> None:
     torch.manual_seed(0)
     batch = Rows(torch.randn(3, 9, 2, dtype=torch.float64), shape=(3,))
     objective = InfoNCE(5, prediction_steps=3, negatives=4, skip=0)
     assert_equal_gradients(Recurrent(), objective, batch, size)
+
+
+class Shifted(nn.Module):
+    """A context network of some steps, which predicts its input."""
+
+    predicts = "input"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.conv(x).tanh()
+        return z
 
 
 def dense(module: nn.Module) -> nn.Module:
@@ -152,8 +177,7 @@ def dense(module: nn.Module) -> nn.Module:
 
 DENSE: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
     "sequences": lambda: (dense(conv1d_module(2, channels=3, kernel=4, stride=2)), (6, 2, 41)),
-    "context network": lambda: (dense(gru_module(4, channels=3)), (6, 4, 20)),
-    "without BPTT": lambda: (dense(gru_module(4, channels=3, bptt=False)), (6, 4, 20)),
+    "targets": lambda: (dense(Shifted()), (6, 3, 20)),
     "images": lambda: (dense(residual_module(2, channels=3, stem=4)), (6, 2, 9, 5)),
 }
 

@@ -171,13 +171,19 @@ def count_step(spec: StepSpec, *, steps: int = 2, few: bool = False) -> StepMemo
         optimizer = make_optimizer(module, objective, spec.trains)
         counter.label("averages", (p for part in copies for p in part.parameters()))
         batch = spec.batch(lambda t: counter.label("input", [t]))
-        for _ in range(steps):
-            counter.restart()
-            _step(spec, module, objective, optimizer, batch, torch.device("cpu"), few=few)
-            if average is not None:
-                average.update(module, objective, steps=1)
+        if steps > 1:  # all that is left of earlier ones is the optimizer's state
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             for state in optimizer.state.values():
                 counter.label("optimizer", (v for v in state.values() if isinstance(v, Tensor)))
+        counter.restart()
+        _step(spec, module, objective, optimizer, batch, torch.device("cpu"), few=few)
+        if average is not None:
+            average.update(module, objective, steps=1)
+        for state in optimizer.state.values():
+            counter.label("optimizer", (v for v in state.values() if isinstance(v, Tensor)))
         at_peak = {name: size for name, size in counter.at_peak.items() if size}
     forward, backward = (0, 0) if few else _flops(spec, module, mode)
     return StepMemory(at_peak, 0, _COUNTED_ONLY, forward, backward)
@@ -197,8 +203,8 @@ def _step(
         spec.micro_batch, lambda number: number, device, Corruption.of(spec.train)
     )
     count = len(micro_batches.of(batch))
-    # All micro-batches but the last are alike, and gradients are there from the second on.
-    numbers = range(min(3, count)) if few else sorted({0, min(1, count - 1), count - 1})
+    # No micro-batch is larger than the first, and gradients are there from the second on.
+    numbers = range(min(3 if few else 2, count))
     accumulate_gradients(
         module,
         objective,

@@ -205,10 +205,12 @@ def is_streamed(module: nn.Module, objective: Objective) -> bool:
     """Whether micro-batches come one by one to the objective too.
 
     So it is where every output is an embedding: all of them could be larger than anything else.
-    Patches have one each, and means of many positions are few.
+    Patches have one each, and means of many positions are few; recurrent modules keep several times
+    their outputs anyway.
     """
     own = getattr(module, "pool", None)
-    return isinstance(objective, InfoNCE) and isinstance(own, CellMean) and own.positions == 1
+    every = isinstance(own, CellMean) and own.positions == 1
+    return every and isinstance(objective, InfoNCE) and not getattr(module, "stateful", False)
 
 
 def _parts(
