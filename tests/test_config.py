@@ -409,6 +409,7 @@ def test_validation_samples_are_the_same_for_all_modules(tmp_path: Path) -> None
         ("seed = 1", {"seed": None}, "seed = 1"),
         ("[a]\nx = 1", {"mode": "cpc"}, 'mode = "cpc"\n[a]\nx = 1'),
         ("[m.1]\no = { c = 1 }", {"m.1.o.b": False}, "[m.1]\no = { c = 1, b = false }"),
+        ("[m]\n1 = {b = 2}", {"m.1.o.b": False}, "[m]\n1 = {b = 2, o = {b = false}}"),
         ("[m.1]\nt.w = 2\n[m.2]", {"m.1.t.w": 3}, "[m.1]\nt.w = 3\n[m.2]"),
         ("[m.1]\nb = 1\n[m.2]", {"m.1.t.w": 3}, "[m.1]\nb = 1\nt.w = 3\n[m.2]"),
     ],

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import tomlkit
 from pydantic import BaseModel, ValidationError
 from tomlkit.exceptions import TOMLKitError
+from tomlkit.items import InlineTable
 
 from gim_stagewise.config.rules import check_together
 from gim_stagewise.config.tables import (
@@ -94,7 +95,8 @@ def with_values(text: str, changes: Mapping[str, Any]) -> str:
         *tables, name = key.split(".")
         table: Any = document
         for own in tables:
-            table = table.setdefault(own, tomlkit.table())
+            inline = isinstance(table, InlineTable)
+            table = table.setdefault(own, tomlkit.inline_table() if inline else tomlkit.table())
         table[name] = value
     return tomlkit.dumps(document)
 

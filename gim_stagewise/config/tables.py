@@ -122,9 +122,9 @@ class ObjectiveConfig(Table):
 
     Negatives are drawn from all of a batch; with ``negatives_group`` from so many samples of it, as
     where a batch is spread over GPUs. Where there are more rows (steps of a sequence) than
-    ``window``, contexts and targets are taken from so many of them, anew for each batch. With
-    ``encoding = "dense"`` ``pool`` positions a side of a module's output share an embedding, their
-    mean.
+    ``window``, contexts and targets are taken from so many of them, anew for each batch or group.
+    With ``encoding = "dense"`` ``pool`` positions a side of a module's output share an embedding,
+    their mean.
     """
 
     kind: Literal["infonce"] = "infonce"

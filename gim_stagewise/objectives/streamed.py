@@ -4,7 +4,7 @@ In dense encoding the embeddings of a batch can be larger than anything else in 
 come in parts, which are computed as often as they are wanted: for the contexts, whose rows are few
 where there is a window; for the scores, part by part of the candidates; for the gradients of the
 contexts; and at last with a graph, for those of the module. What is kept is the contexts, the
-scores, and the predictions of all contexts.
+scores, and the predictions of all contexts; the price is two forwards more.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ def streamed_loss(
         Of all embeddings, without channels.
     generator : torch.Generator
     """
-    return _Streamed(objective, parts, shape, generator).loss()[0]
+    streamed = _Streamed(objective, parts, shape, generator)
+    with torch.no_grad():
+        return objective.loss(streamed.scores(), streamed.draws)
 
 
 def streamed_gradients(
@@ -133,8 +135,8 @@ class _Streamed:
     ) -> None:
         self._objective, self._parts = objective, parts
         self._weights = objective.W.detach()
-        self._draws = objective.draws(shape, generator)
-        self._plans = [_Plan(draw) for draw in self._draws]
+        self.draws = objective.draws(shape, generator)
+        self._plans = [_Plan(draw) for draw in self.draws]
         # Rows that are the context of any pair, in order.
         self._rows: Numbers = np.unique(np.concatenate([plan.contexts for plan in self._plans]))
         self._contexts = self._weights.new_empty(len(self._rows), self._weights.shape[2])
@@ -159,7 +161,7 @@ class _Streamed:
         return self._contexts.index_select(0, self._places(plan)) @ self._weights[plan.step - 1].T
 
     @torch.no_grad()
-    def _scores(self) -> list[Tensor]:
+    def scores(self) -> list[Tensor]:
         predictions = [self._prediction(plan) for plan in self._plans]
         scores = [self._contexts.new_empty(plan.shape) for plan in self._plans]
         for span, z in self._parts:
@@ -175,8 +177,8 @@ class _Streamed:
     def loss(self) -> tuple[Tensor, list[Tensor]]:
         """The loss, and its gradients with respect to scores."""
         with torch.enable_grad():
-            scores = [own.requires_grad_() for own in self._scores()]
-            loss = self._objective.loss(scores, self._draws)
+            scores = [own.requires_grad_() for own in self.scores()]
+            loss = self._objective.loss(scores, self.draws)
             gradients = torch.autograd.grad(loss, scores)
         return loss.detach(), list(gradients)
 

@@ -14,11 +14,14 @@ from gim_stagewise.reproduce.paper import TABLE_3, TABLE_4
 from gim_stagewise.reproduce.runs import Reproduction, markdown_table, over_seeds, spread
 from gim_stagewise.sources import labels_of, step_labelled
 from gim_stagewise.stage.extraction_plan import Workers
+from gim_stagewise.stage.probe import ProbeScores
+from gim_stagewise.stage.probe_memory import remembered_scores
 from gim_stagewise.stage.probe_sequences import (
     MFCC,
     MFCC_STATISTICS,
     RecordingProbe,
     cached_walk,
+    modules_with_steps,
 )
 
 # Lines of figure 4.
@@ -97,8 +100,20 @@ def table_4(work: Reproduction) -> Path:
             "the last of several modules",
             key=f"module.{top}.build",
         )
+    if config.stage(top).options.get("bptt") is False:
+        raise ConfigError(
+            "is false, but table 4 compares with a context network that has it; leave it out",
+            key=f"module.{top}.options.bptt",
+        )
+    if config.keep == "last":
+        raise ConfigError(
+            f"is 'last', but table 4 trains another module on the outputs of module {top - 1}; use "
+            "'last-two' or 'all'",
+            key="keep",
+        )
+    others = [_without_bptt(work, number) for number in range(work.seeds)]
     runs = work.runs("iterative")
-    blocked = [_without_bptt(work, number, run) for number, run in enumerate(runs)]
+    blocked = [accuracies_without_bptt(other, run) for other, run in zip(others, runs, strict=True)]
     measured = [
         [_accuracy(runs, top, labels) for labels in (phone, speaker)],
         [_spread([own[labels] for own in blocked]) for labels in (phone, speaker)],
@@ -124,9 +139,14 @@ def figure_4(work: Reproduction) -> Path:
     ConfigError
         If labels are missing, or matplotlib is not installed.
     """
-    speaker, _ = _labels(work)
-    work.check([mode for _, mode, _ in _SHOWN])
     source = work.pipeline("iterative").source
+    if not source.label_names or not work.pipeline("iterative").config.sequences:
+        raise ConfigError(
+            'has no recordings with labels; figure 4 takes speech, such as kind = "speech"',
+            key="source.kind",
+        )
+    speaker = source.label_names[0]
+    work.check([mode for _, mode, _ in _SHOWN])
     # No error at all is drawn as half of one, since there is no zero on a log scale.
     least = 0.5 / len(labels_of(source, "test"))
     figure = matplotlib_figure(6, 4)
@@ -134,8 +154,8 @@ def figure_4(work: Reproduction) -> Path:
     for name, mode, style in _SHOWN:
         supervised = mode.endswith("supervised")
         run = work.run(mode, labels=speaker if supervised else None)
-        accuracies = [run.accuracy(stage.module, labels=speaker) or 0.0 for stage in run.stages]
-        errors = [100 * max(1 - own, least) for own in accuracies]
+        accuracies = [run.accuracy(stage.module, labels=speaker) for stage in run.stages]
+        errors = [100 * max(1 - own, least) for own in accuracies if own is not None]
         panel.plot(range(1, len(errors) + 1), errors, style, label=name)
     panel.set(xlabel="module", ylabel=f"{speaker} error (%)", yscale="log")
     panel.xaxis.get_major_locator().set_params(integer=True)
@@ -150,7 +170,7 @@ def _labels(work: Reproduction) -> tuple[str, str]:
     stepped = step_labelled(source)
     if not source.label_names or stepped is None:
         raise ConfigError(
-            "has no labels of recordings and of their steps; tables 3 and 4 and figure 4 take "
+            "has no labels of recordings and of their steps; tables 3 and 4 take "
             'speech with phones: kind = "synthetic_speech", or "speech" with options.phones',
             key="source.kind",
         )
@@ -170,16 +190,11 @@ def _spread(accuracies: Sequence[float | None]) -> str:
     return spread(known) if len(known) == len(accuracies) else ""
 
 
-def _without_bptt(work: Reproduction, number: int, run: RunResult) -> dict[str, float | None]:
-    """Accuracies by labels of a context network that was trained without BPTT."""
-    top = run.stages[-1].module
-    pipeline = work.pipeline(
-        "iterative",
-        number,
-        changes={f"module.{top}.options.bptt": False},
-        suffix="-without-bptt",
-    )
-    return accuracies_without_bptt(pipeline, run)
+def _without_bptt(work: Reproduction, number: int) -> Pipeline:
+    """The pipeline with a context network that is trained without BPTT."""
+    top = len(work.pipeline("iterative").config.module)
+    changes = {f"module.{top}.options.bptt": False}
+    return work.pipeline("iterative", number, changes=changes, suffix="-without-bptt")
 
 
 def accuracies_without_bptt(pipeline: Pipeline, run: RunResult) -> dict[str, float | None]:
@@ -206,12 +221,18 @@ def accuracies_without_bptt(pipeline: Pipeline, run: RunResult) -> dict[str, flo
     assert below is not None
     stage = pipeline.stage(top, below)
     weights, _ = stage.train()
-    stage.extract(weights, workers=Workers(0))
-    probe = RecordingProbe.of(pipeline.config, pipeline.source)
-    if probe is None or probe.stepped is None:
-        raise DataError("the dataset has no labels of recordings and of their steps")
-    found = probe(cached_walk([pipeline.workspace.cache_path(top)]), [0])
-    names = [pipeline.source.label_names[0], str(probe.stepped.step_label_name)]
-    return {
-        name: None if own is None else own.test for name, (own,) in zip(names, found, strict=True)
-    }
+    manifest, _ = stage.extract(weights, workers=Workers(0))
+    space, source = pipeline.workspace, pipeline.source
+
+    def compute() -> list[ProbeScores]:
+        probe = RecordingProbe.of(pipeline.config, source)
+        if probe is None or probe.stepped is None:
+            raise DataError("the dataset has no labels of recordings and of their steps")
+        fitting = modules_with_steps(space, pipeline.check(), probe.stepped)
+        found = probe(cached_walk([space.cache_path(top)]), [0] if top - 1 in fitting else [])
+        names = [source.label_names[0], str(probe.stepped.step_label_name)]
+        return [ProbeScores(name, own, [], {}) for name, own in zip(names, found, strict=True)]
+
+    scores = remembered_scores(space, [source.content_digest(), manifest.content.value], compute)
+    found = {own.labels: own.trained[0] for own in scores}
+    return {labels: None if own is None else own.test for labels, own in found.items()}

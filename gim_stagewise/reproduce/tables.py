@@ -51,8 +51,10 @@ def table_1(work: Reproduction) -> Path:
                 )
             cells.append(spread([100 * accuracy for accuracy in own if accuracy is not None]))
         rows.append([name, paper, *cells])
-        statistics = [100 * (run.baseline(PIXEL_STATISTICS) or 0) for run in runs]
-    rows.append(["Pixel statistics", "", *[""] * (count - 1), spread(statistics)])
+        found = [run.baseline(PIXEL_STATISTICS) for run in runs]
+        statistics = [100 * own for own in found if own is not None]
+    if statistics:
+        rows.append(["Pixel statistics", "", *[""] * (count - 1), spread(statistics)])
     name = work.pipeline("iterative").config.name
     text = (
         f"# Table 1: {name}\n\n"

@@ -135,10 +135,13 @@ class PassedOn:
     ----------
     notices : tuple of str
         What is to be said of how the data is read.
+    rate : int
+        Samples a second of recordings; 0 of all else.
     """
 
     def __init__(self, inner: Source) -> None:
         self.notices: tuple[str, ...] = tuple(getattr(inner, "notices", ()))
+        self.rate = int(getattr(inner, "rate", 0))
         self._labelled = inner if isinstance(inner, StepLabelled) else None
 
     @property

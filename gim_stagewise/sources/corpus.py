@@ -142,8 +142,9 @@ def read_list(path: Path, corpus: Corpus) -> tuple[list[str], dict[str, str]]:
             missing.setdefault(line, f"{where}: no recording {line!r} below {corpus.folder}")
         else:
             found.add(name)
-    if not found and not missing:
-        raise DataError(f"{path} names no recordings; it needs one name a line")
+    if not found:
+        first = next(iter(missing.values()), "it is empty")
+        raise DataError(f"{path} names no recording that is there, one a line; {first}")
     return sorted(found), missing
 
 

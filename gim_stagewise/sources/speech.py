@@ -164,6 +164,8 @@ class SpeechSource(LargeSource):
     ----------
     speakers : list of str
         All that have recordings here, sorted.
+    rate : int
+        Samples a second.
     step_label_name : str or None
         "phone", or None without phone labels.
     step_label_hop : int
@@ -203,6 +205,7 @@ class SpeechSource(LargeSource):
             on_error=on_error,
         )
         self.skipped.update(missing or {})
+        self.rate = form.rate
         self.step_label_name = None if phones is None else "phone"
         self.step_label_hop = 0 if phones is None else form.rate // LABELS_A_SECOND
         self._speaker_of = {item_id: corpus.speakers[_name(item_id)] for item_id in self._items}

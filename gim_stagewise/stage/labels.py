@@ -91,8 +91,16 @@ class WindowStepLabels:
         assert source is not None
         self._source, self._windows = source, windows
         self.ids: Collection[str] = windows.ids
-        self.steps = windows.zones.window[0] // source.step_label_hop
-        self.classes = 1 + max(int(source.step_labels(item_id).max()) for item_id in items)
+        (window,) = windows.zones.window
+        self.steps = window // source.step_label_hop
+        if self.steps == 0:
+            raise ConfigError(
+                f"is {window}, less than the {source.step_label_hop} samples that share a label; "
+                "use larger windows",
+                key="module.1.train.window",
+            )
+        most = (int(source.step_labels(item_id).max(initial=0)) for item_id in items)
+        self.classes = 1 + max(most)
 
     def of(self, requests: Sequence[Request]) -> Int64[Tensor, "sample step"]:
         return torch.from_numpy(np.stack([self._of(request) for request in requests]))

@@ -118,7 +118,8 @@ class ProbeScores:
         On features of modules, after and before training; None of a module that they do not fit.
     baselines : dict
         On what was made without learning, by name: `PIXEL_STATISTICS` of patches, pooled like
-        features; `RAW_PIXELS`, where there are no more than `MOST_RAW`.
+        features; `RAW_PIXELS`, where there are no more than `MOST_RAW`; of recordings see
+        `gim_stagewise.stage.probe_sequences`.
     """
 
     labels: str

@@ -14,7 +14,7 @@ from gim_stagewise.stage.probe import ProbeScores
 from gim_stagewise.stage.workspace import Workspace
 
 # To be raised when probes are computed in another way.
-VERSION = 2
+VERSION = 3
 
 
 def remembered_scores(
@@ -38,6 +38,7 @@ def remembered_scores(
             "grid_crop": config.augment.grid_crop,
             "extract": config.extract.model_dump(mode="json"),
             "modules": [[own.build, own.options] for own in config.module.values()],
+            "pool": [config.stored_pool(n) for n in config.module] if config.dense else None,
             "seed": config.seed,
         }
     ).value

@@ -59,7 +59,10 @@ def chain_walk(modules: Sequence[FrozenModule], source: Source, space: Workspace
 
 
 def mfcc_walk(source: Source, rate: int) -> Walk:
-    """Mel-frequency cepstral coefficients: 13 every 10 ms, with first and second differences."""
+    """Mel-frequency cepstral coefficients: 13 every 10 ms, with first and second differences.
+
+    Of windows of 25 ms; ``rate`` is in Hz.
+    """
     from torchaudio import transforms
     from torchaudio.functional import compute_deltas
 
@@ -67,8 +70,8 @@ def mfcc_walk(source: Source, rate: int) -> Walk:
         sample_rate=rate,
         n_mfcc=13,
         melkwargs={
-            "n_fft": 512,
-            "win_length": 400,
+            "n_fft": 2 ** math.ceil(math.log2(rate / 40)),
+            "win_length": rate // 40,
             "hop_length": rate // LABELS_PER_SECOND,
             "n_mels": 40,
         },
@@ -179,23 +182,28 @@ def probe_recordings(
         FrozenModule(space.build(index, shape.cell_in[0], storing=True), space.device)
         for index, shape in enumerate(shapes, start=1)
     ]
-    stepped = probe.stepped
+    stepped, rate = probe.stepped, sample_rate(source)
     names = [source.label_names[0], *([str(stepped.step_label_name)] if stepped else [])]
     fitting = [] if stepped is None else modules_with_steps(space, shapes, stepped)
-    with space.progress.task("probe", total=2 + (stepped is not None), unit="encoder") as task:
+    with space.progress.task("probe", total=2 + (rate > 0), unit="encoder") as task:
         found = probe(trained, fitting)
         task.advance()
         random = probe(chain_walk(chain, source, space), fitting)
         task.advance()
         baselines: list[dict[str, Accuracy]] = [{} for _ in names]
-        if stepped is not None:
-            walk = mfcc_walk(source, LABELS_PER_SECOND * stepped.step_label_hop)
+        if rate:
+            walk = mfcc_walk(source, rate)
             for own, (accuracy,) in zip(baselines, probe(walk, [0]), strict=True):
                 assert accuracy is not None
                 own[MFCC] = accuracy
             (baselines[0][MFCC_STATISTICS],) = probe.of_recordings(walk, deviation=True)
             task.advance()
     return [ProbeScores(*own) for own in zip(names, found, random, baselines, strict=True)]
+
+
+def sample_rate(source: Source) -> int:
+    """Samples a second of all recordings; 0 where it is not known."""
+    return int(getattr(source, "rate", 0))
 
 
 def modules_with_steps(

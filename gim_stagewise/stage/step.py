@@ -6,7 +6,7 @@ micro-batch again, with a graph, and back-propagates its rows of that gradient. 
 one micro-batch's graph and a batch of embeddings; the price is a second forward. (Known from
 contrastive learning as gradient caching: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch
 Size under Memory Limited Setup", section 3.) Where embeddings themselves are many, they are not
-kept either (see `gim_stagewise.objectives.streamed`).
+kept either, for two forwards more (see `gim_stagewise.objectives.streamed`).
 """
 
 from __future__ import annotations

@@ -52,8 +52,10 @@ def step_accuracies(
     ids = list(train)
     if len(ids) < 2:
         raise DataError(f"{len(ids)} labelled recordings are too few for a probe of their steps")
-    draw = np.random.default_rng(derive_seed(seed, "step probe"))
-    order = [ids[number] for number in draw.permutation(len(ids))]
+    order = ids[::-1]  # the last ones come first, and are held out
+    if config.validation_part == "random":
+        draw = np.random.default_rng(derive_seed(seed, "step probe"))
+        order = [ids[number] for number in draw.permutation(len(ids))]
     held = min(held_out_count(len(ids), config.validation), len(ids) - 1)
     classes = 1 + max(int(own.max(initial=0)) for own in [*train.values(), *test.values()])
     labels = {**train, **test}
