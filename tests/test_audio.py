@@ -27,7 +27,7 @@ from gim_stagewise.sources import RegionSource, Request
 from gim_stagewise.stage.chain import windowed_shapes
 from gim_stagewise.stage.labels import training_labels
 from gim_stagewise.stage.probe import probe_cache
-from gim_stagewise.stage.probe_sequences import cached_walk, chain_walk
+from gim_stagewise.stage.probe_sequences import RecordingProbe, cached_walk, chain_walk
 from gim_stagewise.stage.project import count_step, measure_step
 from gim_stagewise.stage.spec import step_spec
 from gim_stagewise.stage.step_classifier import step_accuracies
@@ -371,6 +371,18 @@ def test_embeddings_in_caches_are_those_of_the_whole_recording(speech: Path) -> 
         for own, other in zip(stored, computed, strict=True):
             np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-5)
             assert 0 <= len(own) - len(stored[-1]) <= 1  # one for each label
+
+
+def test_features_that_are_not_kept_give_the_same_scores(
+    work: Reproduction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = work.run("iterative")
+    pipeline = work.pipeline("iterative")
+    walk = cached_walk([stage.cache for stage in result.stages if stage.cache is not None])
+    monkeypatch.setattr("gim_stagewise.stage.probe_sequences.MOST_KEPT", 1)
+    probe = RecordingProbe.of(pipeline.workspace, pipeline.source)
+    assert probe is not None
+    assert probe(walk, [0, 1, 2]) == [scores.trained for scores in result.probes]
 
 
 def test_modules_between_labels_are_left_out(speech: Path) -> None:

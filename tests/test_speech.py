@@ -451,9 +451,7 @@ def test_names_without_a_recording_are_refused_or_left_out(root: Path) -> None:
     source = opened(root, splits=LISTS, on_error="skip")
     assert list(source.skipped) == ["train/1-2-3", "train/4-5-6"]
     file.write_text("\n")
-    with pytest.raises(
-        DataError, match="names no recording that is there, one a line; it is empty"
-    ):
+    with pytest.raises(DataError, match=r"names no recording that is there, .*; it is empty"):
         opened(root, splits=LISTS)
 
 

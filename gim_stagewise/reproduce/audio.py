@@ -225,7 +225,7 @@ def accuracies_without_bptt(pipeline: Pipeline, run: RunResult) -> dict[str, flo
     space, source = pipeline.workspace, pipeline.source
 
     def compute() -> list[ProbeScores]:
-        probe = RecordingProbe.of(pipeline.config, source)
+        probe = RecordingProbe.of(space, source)
         if probe is None or probe.stepped is None:
             raise DataError("the dataset has no labels of recordings and of their steps")
         fitting = modules_with_steps(space, pipeline.check(), probe.stepped)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gim_stagewise.cache import TiledCache
 from gim_stagewise.config import PipelineConfig
+from gim_stagewise.memory import resident_bytes
 from gim_stagewise.sources import RegionSource, Request, Source, StepLabelled, step_labelled
 from gim_stagewise.stage.classifier import Accuracy
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
@@ -30,8 +31,9 @@ from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.step_classifier import Walk, step_accuracies
 from gim_stagewise.stage.workspace import Workspace
 
-# Features that are kept in memory rather than read or computed for each epoch.
-MOST_KEPT = 1_000_000_000
+# Bytes of features that are kept in memory rather than read or computed for each epoch, at most;
+# and what part of the memory that may be used.
+MOST_KEPT, KEPT_PART = 1_000_000_000, 4
 MFCC, MFCC_STATISTICS = "MFCC", "MFCC statistics"
 # As mel-frequency cepstral coefficients are usually taken.
 LABELS_PER_SECOND = 100
@@ -98,24 +100,31 @@ class RecordingProbe:
         Recordings to fit and to test, with their labels.
     stepped : StepLabelled or None
         Knows the labels of steps.
+    most_kept : int
+        Bytes of features that may be kept in memory.
     """
 
     config: PipelineConfig
     splits: tuple[ProbeSplit, ProbeSplit]
     stepped: StepLabelled | None
+    most_kept: int
 
     @classmethod
-    def of(cls, config: PipelineConfig, source: Source) -> RecordingProbe | None:
+    def of(cls, space: Workspace, source: Source) -> RecordingProbe | None:
         """The probe of a dataset; None if it has no labelled recordings."""
         splits = probe_splits(source)
-        return None if splits is None else cls(config, splits, step_labelled(source))
+        if splits is None:
+            return None
+        room = max(0, space.budget.host_bytes() - resident_bytes())
+        most_kept = min(MOST_KEPT, room // KEPT_PART)
+        return cls(space.config, splits, step_labelled(source), most_kept)
 
     def __call__(self, walk: Walk, steps_of: Sequence[int]) -> list[list[Accuracy | None]]:
         """Accuracies of each module's features: for labels of recordings, then of steps.
 
         ``steps_of`` are the modules, counted from 0, that have a feature for each label of a step.
         """
-        kept = _kept(walk, self._ids)
+        kept = _kept(walk, self._ids, self.most_kept)
         whole: list[Accuracy | None] = [*self.of_recordings(kept)]
         if self.stepped is None:
             return [whole]
@@ -137,7 +146,10 @@ class RecordingProbe:
     ) -> dict[int, Accuracy]:
         if not modules:
             return {}
-        train, test = ({i: source.step_labels(i) for i in split.ids} for split in self.splits)
+        train, test = (
+            {item_id: source.step_labels(item_id).astype(np.int16) for item_id in split.ids}
+            for split in self.splits
+        )
         found = step_accuracies(
             lambda ids: ([own[number] for number in modules] for own in walk(ids)),
             train,
@@ -175,7 +187,7 @@ def probe_recordings(
         whose embeddings lie closer together than labels of steps, or further apart, have no
         accuracy for those.
     """
-    probe = RecordingProbe.of(space.config, source)
+    probe = RecordingProbe.of(space, source)
     if probe is None:
         return []
     chain = [
@@ -225,13 +237,13 @@ def modules_with_steps(
     return found
 
 
-def _kept(walk: Walk, ids: Sequence[str]) -> Walk:
+def _kept(walk: Walk, ids: Sequence[str], most: int) -> Walk:
     """The same features, kept in memory where they are few enough."""
     kept: dict[str, Sequence[NDArray[np.float32]]] = {}
     size = 0
     for item_id, features in zip(ids, walk(ids), strict=True):
         size += sum(own.nbytes for own in features)
-        if size > MOST_KEPT:
+        if size > most:
             return walk
         kept[item_id] = features
     return lambda chosen: [kept[item_id] for item_id in chosen]

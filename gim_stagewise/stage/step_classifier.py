@@ -26,7 +26,7 @@ from gim_stagewise.stage.order import held_out_count
 
 # Features of recordings one after another; of each module [step, channel].
 Walk = Callable[[Sequence[str]], Iterable[Sequence[NDArray[np.float32]]]]
-StepLabels = Mapping[str, NDArray[np.int64]]
+StepLabels = Mapping[str, NDArray[np.integer]]
 
 
 def step_accuracies(
@@ -148,7 +148,7 @@ class _Fit:
                     torch.from_numpy((np.concatenate(kept) - mean) / std)
                     for kept, (mean, std) in zip(parts, self._scalings, strict=True)
                 ],
-                torch.from_numpy(np.concatenate(labels)),
+                torch.from_numpy(np.concatenate(labels).astype(np.int64)),
             )
 
 
