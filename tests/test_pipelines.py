@@ -13,7 +13,7 @@ from helpers import edit
 from warm import gim_stage
 
 from gim_stagewise.cache import open_tiled_cache
-from gim_stagewise.config import SourceConfig
+from gim_stagewise.config import SourceConfig, with_values
 from gim_stagewise.errors import ConfigError
 from gim_stagewise.sources import SPLITS, Request, Source, open_source
 from gim_stagewise.sources.photographs import PHOTOGRAPHS, mosaic_region, photograph
@@ -34,8 +34,8 @@ def shortened(tmp_path: Path, name: str) -> Path:
     text = (FOLDER / f"{name}.toml").read_text()
     text = re.sub(r"max_epochs = \d+", "max_epochs = 1", text)
     text = re.sub(r"samples = 1024", "samples = 32", text)
-    # Of classifiers as well.
-    file.write_text(re.sub(r"(?m)^\[probe\]", "[probe]\nepochs = 2\nstep_epochs = 2", text))
+    text = re.sub(r"(?m)train.window = 128$", "train.window = 32", text)  # of the GRU, step by step
+    file.write_text(with_values(text, {"probe.epochs": 2, "probe.step_epochs": 2}))
     return file
 
 

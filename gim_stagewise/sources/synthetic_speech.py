@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import uuid
 from collections.abc import Mapping, Sequence
+from multiprocessing import current_process
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from gim_stagewise.config import SourceConfig
 from gim_stagewise.durable import flush_tree, fsync_directory, remove, rename, storage_errors
-from gim_stagewise.errors import ConfigError
+from gim_stagewise.errors import ConfigError, DataNotFoundError
 from gim_stagewise.processes import in_fresh_process
 from gim_stagewise.seeds import derive_seed
 from gim_stagewise.sources.arpabet import PHONES, phone_class
@@ -66,6 +67,11 @@ def open_synthetic_speech(config: SourceConfig) -> SpeechSource:
     if not path.exists():
         if importlib.util.find_spec("espeakng_loader") is None:
             raise missing()
+        if current_process().daemon:  # a worker on another machine, which cannot start any other
+            raise DataNotFoundError(
+                f"no synthetic speech at {path.absolute()}; run `gim-stage plan` here first, which "
+                "makes it, or share the folder"
+            )
         with storage_errors(f"making {path}"):
             in_fresh_process(make_corpus, path.absolute(), **numbers)
     return open_speech(
