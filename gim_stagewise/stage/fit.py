@@ -10,6 +10,7 @@ from gim_stagewise.errors import OverBudgetError
 from gim_stagewise.memory import Budget, resident_bytes
 from gim_stagewise.stage.needs import TrainingNeeds
 from gim_stagewise.stage.project import (
+    NOISE_BYTES,
     StepMemory,
     load_counting,
     project_step,
@@ -19,7 +20,7 @@ from gim_stagewise.stage.spec import StepSpec
 from gim_stagewise.units import format_bytes
 
 # Measurements that the search for a micro-batch may take.
-MOST_TRIES = 5
+MOST_TRIES = 6
 
 
 @dataclass(frozen=True)
@@ -180,17 +181,22 @@ def _largest_micro_batch(spec: StepSpec, step: StepMemory, room: _Room) -> tuple
             f"{_beside_remedy(spec, room)}",
             needed=needed,
         )
-    # Bytes grow evenly with the micro-batch, so that two of them say where the room ends.
-    slope = max(1.0, (step.total - one.total) / max(1, spec.micro_batch - 1))
-    size = min(spec.micro_batch - 1, 1 + int((room.bytes - one.total) / slope))
+    # Bytes grow about evenly with the micro-batch: one that fits and one that does not say where
+    # the room ends. Workspaces come and go with the size, so that what is between has to be tried.
+    fits, fitting, over, too_much = 1, one, spec.micro_batch, step.total
     for _ in range(MOST_TRIES):
-        if size <= 1:
-            break
+        slope = max(1.0, (too_much - fitting.total) / (over - fits))
+        size = min(over - 1, fits + int((room.bytes - NOISE_BYTES - fitting.total) / slope))
+        if size <= fits + fits // 8:  # hardly more than what is known to fit
+            if over <= 2 * fits:
+                break
+            size = (fits + over) // 2
         memory = project_step(replace(spec, micro_batch=size), allowed=room.bytes, exact=True)
         if memory.total <= room.bytes:
-            return size, memory
-        size -= 1 + int((memory.total - room.bytes) / slope)
-    return 1, one
+            fits, fitting = size, memory
+        else:
+            over, too_much = size, memory.total
+    return fits, fitting
 
 
 def _refuse(
