@@ -53,7 +53,6 @@ EPOCHS = {
     "equal work": {"digits": 30, "photos": 12},
     "convergence": {"digits": 90, "photos": 30},
 }
-# Of photographs fewer crops than in the shipped file, so that modules can overfit to them.
 # Views that differ: shifts by a pixel, and mirrored crops.
 AUGMENT = {
     "digits": (r"pad = 2 .*", "pad = 3\ncrop = 12"),
@@ -122,6 +121,7 @@ def text_of(data: str, regime: str, condition: Condition, epochs: int | None) ->
     changes = [
         (r"(?m)^max_epochs = .*", f"max_epochs = {count}"),
         (r"(?m)^patience = .*", f"patience = {patience}"),
+        # Fewer crops of photographs than in the shipped file: modules can overfit to them.
         (r"unlabeled = \d+", "unlabeled = 600"),
         (r"(?m)^(dropout|noise|average) = .*\n", ""),
     ]

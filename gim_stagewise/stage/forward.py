@@ -17,7 +17,7 @@ from gim_stagewise.memory import (
     warm_up,
 )
 from gim_stagewise.processes import in_fresh_process
-from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
+from gim_stagewise.stage.freeze import FrozenModule, frozen_forward, resolve_device
 from gim_stagewise.stage.project import NOISE_BYTES, SMALL_BYTES
 from gim_stagewise.stage.spec import StepSpec
 
@@ -66,7 +66,7 @@ def forward_bytes(
 
 def measure_forward(spec: StepSpec) -> int:
     """Bytes that the forward of pieces really takes; for a fresh process."""
-    device = torch.device(spec.device)
+    device = resolve_device(spec.device)
     use_allocator(lean=spec.lean)
     warm_up(device)
     rows = torch.randn(spec.piece, *spec.forward_cell)

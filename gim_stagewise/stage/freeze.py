@@ -9,6 +9,7 @@ the *numerics* record; "bit-identical" always means: under equal numerics.
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import threading
 from collections.abc import Callable, Iterator
@@ -199,6 +200,12 @@ def resolve_device(name: str) -> torch.device:
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+    if device.type == "cuda":
+        # Gradients of embeddings that are drawn several times are summed with index_add_, which on
+        # a GPU is repeatable only so. cuBLAS reads its variable when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return device
 
 

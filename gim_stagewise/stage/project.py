@@ -26,6 +26,7 @@ from gim_stagewise.memory import (
 from gim_stagewise.models import pool
 from gim_stagewise.objectives import Objective
 from gim_stagewise.processes import in_fresh_process
+from gim_stagewise.stage.freeze import resolve_device
 from gim_stagewise.stage.optimize import WeightAverage, make_optimizer
 from gim_stagewise.stage.spec import AnyBatch, StepSpec
 from gim_stagewise.stage.step import (
@@ -240,7 +241,7 @@ def measure_step(spec: StepSpec, *, steps: int) -> int:
     int
         The most bytes they took beyond what the process had before.
     """
-    device = torch.device(spec.device)
+    device = resolve_device(spec.device)
     torch.set_num_threads(spec.threads)
     use_allocator(lean=spec.lean)
     warm_up(device)
