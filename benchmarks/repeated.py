@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from conditions import conditions
 
+from gim_stagewise.processes import usable_cores
+
 Run = dict[str, Any]
 
 
@@ -35,7 +37,9 @@ def make(file: Path, measure: Callable[..., Run], wanted: Sequence[tuple[Any, ..
     """
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-        ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=one_thread) as pool,
+        ProcessPoolExecutor(
+            usable_cores(), mp_context=get_context("spawn"), initializer=one_thread
+        ) as pool,
     ):
         tasks = []
         for number, one in enumerate(wanted):
