@@ -79,6 +79,7 @@ def test_it_computes_what_the_caches_hold(done: Path, tmp_path: Path) -> None:
             assert error < 4 * index * max(manifest.error["relative_l2"], 2e-3)
 
 
+@pytest.mark.parametrize("done", ["float32"], indirect=True)
 def test_a_program_runs_without_this_package(done: Path, tmp_path: Path) -> None:
     target = tmp_path / "encoder.pt2"
     found = gim_stage("export", done, "--to", target, "--dir", done.parent / "out")
@@ -106,6 +107,7 @@ def test_a_dense_encoder_takes_images_of_any_size(tmp_path: Path) -> None:
         torch.testing.assert_close(program(x), encoder(x), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("done", ["float32"], indirect=True)
 def test_what_cannot_be_exported_is_said(done: Path, tmp_path: Path) -> None:
     out = done.parent / "out"
     message = one_error(gim_stage("export", done, "--to", "x.onnx", "--dir", out), 2)
@@ -126,6 +128,7 @@ def test_what_cannot_be_exported_is_said(done: Path, tmp_path: Path) -> None:
     assert not target.exists()
 
 
+@pytest.mark.parametrize("done", ["float32"], indirect=True)
 def test_files_that_are_no_encoder_are_refused(done: Path, tmp_path: Path) -> None:
     with pytest.raises(CorruptCacheError, match="no encoder that `gim-stage export` wrote"):
         load_encoder(done.parent / "out" / "m1.safetensors")

@@ -49,7 +49,7 @@ def small(tiny: Path) -> Path:
 @pytest.mark.parametrize(
     ("zarrs", "step"),
     [
-        pytest.param(True, 3, id="every third"),
+        pytest.param(True, 5, id="every fifth"),
         pytest.param(True, 1, marks=pytest.mark.slow),
         pytest.param(False, 1, marks=pytest.mark.slow),
     ],
@@ -135,7 +135,9 @@ cp -r "$DISK/out" "$COPY"
     ("zarrs", "left"),
     [
         pytest.param(True, 3_000_000, id="no room for chunks"),
-        pytest.param(False, 3_000_000, id="no room for chunks, without zarrs"),
+        pytest.param(
+            False, 3_000_000, id="no room for chunks, without zarrs", marks=pytest.mark.slow
+        ),
         pytest.param(True, 200_000, id="no room for a checkpoint"),
     ],
 )

@@ -128,7 +128,7 @@ def replaced(content: Any, draw: random.Random) -> Any:
     return draw.choice(values)
 
 
-@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_manifests(made: Path, tmp_path: Path, part: int, capfd: Any) -> None:
     """Of somebody who knows how to make the checksum right, too."""
     shutil.copytree(made / "out", tmp_path / "out")

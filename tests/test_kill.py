@@ -39,9 +39,9 @@ def test_a_run_is_the_same_twice(small: Path, undisturbed: Path) -> None:
     assert_same_files(small.parent / "twice", undisturbed)
 
 
-@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_killed_at_every_kind_of_point(
-    small: Path, undisturbed: Path, tmp_path: Path, half: int
+    small: Path, undisturbed: Path, tmp_path: Path, part: int
 ) -> None:
     points = points_of(small.parent / "log")
     named = {(when, name) for when, name, _ in points}
@@ -49,7 +49,7 @@ def test_killed_at_every_kind_of_point(
         assert {("before", name), ("after", name)} <= named
     chosen = one_of_each(points, seed=0)
     assert len(chosen) > 25
-    for number in chosen[half::2]:
+    for number in chosen[part::3]:
         kill_and_finish(small, undisturbed, tmp_path / str(number), [number])
 
 
@@ -59,6 +59,7 @@ def test_killed_at_every_point(small: Path, undisturbed: Path, tmp_path: Path) -
         kill_and_finish(small, undisturbed, tmp_path / str(number), [number])
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(small: Path, undisturbed: Path, tmp_path: Path) -> None:
     total = len(points_of(small.parent / "log"))
     for seed in range(RANDOM_MOMENTS):
