@@ -59,7 +59,9 @@ ABOVE_RANDOM = 10.0
 MOST_ONE_PASS, MOST_MICRO_BATCH = 330, 100
 
 
-def measure(row: str, seed: int, folder: Path, epochs: int | None = None) -> dict[str, Any]:
+def measure(
+    row: str, seed: int, folder: Path, *, device: str = "cpu", epochs: int | None = None
+) -> dict[str, Any]:
     """One run; accuracies in percent."""
     mode, labels = ROWS[row]
     changes: dict[str, Any] = {
@@ -72,7 +74,7 @@ def measure(row: str, seed: int, folder: Path, epochs: int | None = None) -> dic
     def opened(own: Path, extra: dict[str, Any]) -> Pipeline:
         stated = changes | extra
         return Pipeline.from_file(
-            file, folder=own, device="cpu", mode=mode, seed=seed, changes=stated
+            file, folder=own, device=device, mode=mode, seed=seed, changes=stated
         )
 
     result = opened(folder / "run", {}).run()
@@ -101,11 +103,11 @@ def by_module(result: RunResult, labels: str) -> list[float]:
     return [100 * (result.accuracy(own.module, labels=labels) or 0) for own in result.stages]
 
 
-def make_missing() -> None:
+def make_missing(*, device: str) -> None:
     """Run what is missing, seed by seed."""
     there = {(run["row"], run["seed"]) for run in known(RUNS)}
     wanted = [(row, seed) for seed in SEEDS for row in ROWS if (row, seed) not in there]
-    make(RUNS, measure, wanted)
+    make(RUNS, measure, wanted, device=device)
 
 
 def chosen(runs: list[dict[str, Any]], row: str) -> list[dict[str, Any]]:
@@ -245,10 +247,10 @@ def main() -> None:
     given = arguments(__doc__, ("synthetic_speech",))
     if given.quick:
         with tempfile.TemporaryDirectory() as folder:
-            runs = [measure(RANDOM, SEEDS[0], Path(folder) / "random", 1)]
+            runs = [measure(RANDOM, SEEDS[0], Path(folder) / "random", epochs=1)]
     else:
         if not given.table:
-            make_missing()
+            make_missing(device=given.device)
         runs = known(RUNS)
     rows = memory(quick=given.quick)
     text = "\n".join(

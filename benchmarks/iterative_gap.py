@@ -92,19 +92,24 @@ CONDITIONS = [
     Condition("dropout 0.3", "dropout = 0.3"),
     Condition("noise 0.3", "noise = 0.3"),
     Condition("noise 0.6", "noise = 0.6"),
+    Condition("noise 1.0", "noise = 1.0"),
+    Condition("dropout 0.3, noise 0.6", "dropout = 0.3\nnoise = 0.6"),
     Condition("average 0.99", "average = 0.99"),
     Condition("dropout 0.1, average 0.99", "dropout = 0.1\naverage = 0.99"),
     Condition("patience 2", "patience = 2"),
+    Condition("noise 0.6, patience 2", "noise = 0.6\npatience = 2"),
     Condition("narrow shuffle window", 'shuffle_window = "SMALL"'),
     AUGMENTED,
     Condition("iterative, augmented, 1 view", augmented=True),
     Condition("iterative, augmented, 4 views", augmented=True, views=4),
+    Condition("noise 0.6, augmented, 4 views", "noise = 0.6", augmented=True, views=4),
 ]
 # Until losses stall it takes several times as long: for some of them.
 CONVERGED = {
     SIMULTANEOUS.name,
     "iterative",
     "dropout 0.3",
+    "noise 0.6",
     "patience 2",
     AUGMENTED.name,
     "iterative, augmented, 4 views",
@@ -137,13 +142,20 @@ def text_of(data: str, regime: str, condition: Condition, epochs: int | None) ->
 
 
 def measure(
-    data: str, regime: str, condition: Condition, seed: int, folder: Path, epochs: int | None = None
+    data: str,
+    regime: str,
+    condition: Condition,
+    seed: int,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    epochs: int | None = None,
 ) -> dict[str, Any]:
     """Train all modules, and probe them on validation samples and on test samples."""
     file = folder / "pipeline.toml"
     file.write_text(text_of(data, regime, condition, epochs))
     pipeline = Pipeline.from_file(
-        file, folder=folder / "run", device="cpu", mode=condition.mode, seed=seed
+        file, folder=folder / "run", device=device, mode=condition.mode, seed=seed
     )
     splits = probe_splits(pipeline.source)
     assert splits is not None
@@ -212,7 +224,7 @@ def key(run: dict[str, Any]) -> tuple[Any, ...]:
     return run["data"], run["regime"], run["condition"], run["seed"]
 
 
-def make_missing(data: list[str]) -> None:
+def make_missing(data: list[str], *, device: str) -> None:
     """Run what is missing, seed by seed, so that conditions are even at any time."""
     there = {key(run) for run in known(RUNS)}
     wanted = [
@@ -224,7 +236,7 @@ def make_missing(data: list[str]) -> None:
         if (name, regime, condition.name, seed) not in there
         and (regime == "equal work" or condition.name in CONVERGED)
     ]
-    make(RUNS, measure, wanted)
+    make(RUNS, measure, wanted, device=device)
 
 
 def gap(run: dict[str, Any], module: int) -> float:
@@ -304,10 +316,10 @@ def main() -> None:
             for number, condition in enumerate(CONDITIONS[:2]):
                 own = Path(folder) / str(number)
                 own.mkdir()
-                runs.append(measure("digits", "equal work", condition, SEEDS[0], own, 1))
+                runs.append(measure("digits", "equal work", condition, SEEDS[0], own, epochs=1))
     else:
         if not given.table:
-            make_missing([given.data] if given.data else list(DATA))
+            make_missing([given.data] if given.data else list(DATA), device=given.device)
         runs = known(RUNS)
     show(given, runs, markdown(runs), RESULTS / "iterative_gap.md")
 

@@ -6,8 +6,10 @@ import argparse
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,20 @@ def known(file: Path) -> list[Run]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def make(file: Path, measure: Callable[..., Run], wanted: Sequence[tuple[Any, ...]]) -> None:
+def device_name(device: str) -> str:
+    """What runs say they were made on."""
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
+def make(
+    file: Path, measure: Callable[..., Run], wanted: Sequence[tuple[Any, ...]], *, device: str
+) -> None:
     """Make runs, and add each to the file when it ends.
 
-    ``measure`` gets what is wanted, and a folder of its own; what it gives begins with that.
+    ``measure`` gets what is wanted, a folder of its own, and ``device``; what it gives begins with
+    what is wanted. Several runs share a GPU.
     """
+    name = device_name(device)
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         ProcessPoolExecutor(
@@ -45,10 +56,10 @@ def make(file: Path, measure: Callable[..., Run], wanted: Sequence[tuple[Any, ..
         for number, one in enumerate(wanted):
             own = Path(folder) / str(number)
             own.mkdir()
-            tasks.append(pool.submit(measure, *one, own))
+            tasks.append(pool.submit(partial(measure, device=device), *one, own))
         try:
             for task in as_completed(tasks):
-                run = task.result()
+                run = task.result() | {"device": name}
                 with file.open("a") as target:
                     target.write(json.dumps(run) + "\n")
                 print(list(run.values())[:4], file=sys.stderr)
@@ -61,6 +72,7 @@ def arguments(doc: str, data: Sequence[str]) -> argparse.Namespace:
     """The command line of such a benchmark."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--data", choices=data, help="one of the datasets")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--table", action="store_true", help="write the table, run nothing")
     parser.add_argument("--quick", action="store_true", help="under a minute; writes nothing")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -69,7 +81,9 @@ def arguments(doc: str, data: Sequence[str]) -> argparse.Namespace:
 
 def show(given: argparse.Namespace, runs: list[Run], text: str, target: Path) -> None:
     """Print the result, and write its table unless it is a quick one."""
-    about = conditions()
+    devices = Counter(run.get("device", "cpu") for run in runs)
+    made = ", ".join(f"{count} on {name}" for name, count in devices.most_common())
+    about = conditions() | {"runs": made}
     text += "\nConditions: " + "; ".join(f"{name} {value}" for name, value in about.items()) + ".\n"
     if not given.quick:
         target.write_text(text)

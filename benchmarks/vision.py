@@ -49,7 +49,13 @@ MORE_EPOCHS = {"digits": 1, "photos": 4}
 
 
 def measure(
-    data: str, row: str, seed: int, folder: Path, epochs: int | None = None
+    data: str,
+    row: str,
+    seed: int,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    epochs: int | None = None,
 ) -> dict[str, Any]:
     """One run; accuracies in percent."""
     mode, options = ROWS[row]
@@ -65,7 +71,7 @@ def measure(
     text = re.sub(r"(?m)^patience = (\d+)", lambda f: f"patience = {factor * int(f[1])}", text)
     file = folder / "pipeline.toml"
     file.write_text(text)
-    result = Pipeline.from_file(file, folder=folder, device="cpu", mode=mode, seed=seed).run()
+    result = Pipeline.from_file(file, folder=folder, device=device, mode=mode, seed=seed).run()
     shutil.rmtree(folder)
     raw, simple = result.baseline(RAW_PIXELS), result.baseline(PIXEL_STATISTICS)
     return {
@@ -82,7 +88,7 @@ def measure(
     }
 
 
-def make_missing(data: list[str]) -> None:
+def make_missing(data: list[str], *, device: str) -> None:
     """Run what is missing, seed by seed."""
     there = {(run["data"], run["row"], run["seed"]) for run in known(RUNS)}
     wanted = [
@@ -92,7 +98,7 @@ def make_missing(data: list[str]) -> None:
         for row in ROWS
         if (name, row, seed) not in there
     ]
-    make(RUNS, measure, wanted)
+    make(RUNS, measure, wanted, device=device)
 
 
 def accuracies(runs: list[dict[str, Any]], data: str, row: str) -> list[list[float]]:
@@ -180,12 +186,12 @@ def main() -> None:
     given = arguments(__doc__, DATA)
     if given.quick:
         runs = [
-            measure("digits", row, SEEDS[0], Path(tempfile.mkdtemp()), 1)
+            measure("digits", row, SEEDS[0], Path(tempfile.mkdtemp()), epochs=1)
             for row in (RANDOM[1], ITERATIVE)
         ]
     else:
         if not given.table:
-            make_missing([given.data] if given.data else list(DATA))
+            make_missing([given.data] if given.data else list(DATA), device=given.device)
         runs = known(RUNS)
     show(given, runs, markdown(runs), RESULTS / "vision.md")
 
