@@ -1,6 +1,7 @@
 """Memory of one training step of the paper's network, module by module.
 
-    python benchmarks/memory.py            # a quarter of an hour, writes results/memory.md
+    python benchmarks/memory.py            # a quarter of an hour, writes results/memory.md, or
+                                           # results/memory-gpu.md where there is a GPU
     python benchmarks/memory.py --quick    # module 3 and the counts alone, writes nothing
     python benchmarks/memory.py --json     # one JSON object on stdout
 
@@ -37,6 +38,7 @@ from gim_stagewise.memory import (
     warm_up,
 )
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.stage.freeze import resolve_device
 from gim_stagewise.stage.optimize import make_optimizer
 from gim_stagewise.stage.project import count_step, project_step
 from gim_stagewise.stage.shape import Shape
@@ -53,6 +55,8 @@ GOALS = (100e6, 130e6, 250e6)  # counted bytes of the modules, one after the oth
 ONE_PASS = (1294e6, 1312e6, 1209e6)
 ALL_AT_ONCE = 3080e6
 SIZES = (7, 28, 49, 98, 784)
+# Steps on a GPU that are not timed: kernels are loaded and algorithms chosen in them.
+WARM_UP = 3
 TEXT = """
 name = "resnet50"
 [source]
@@ -124,8 +128,8 @@ def spec_of(*modules: int, micro_batch: int, device: str, lean: bool = True) -> 
 
 
 def run_steps(spec: StepSpec, *, steps: int) -> tuple[int, float]:
-    """Peak bytes and seconds of a whole step, for a fresh process."""
-    device = torch.device(spec.device)
+    """Peak bytes and seconds of a whole step, for a fresh process; the first few are slower."""
+    device = resolve_device(spec.device)
     torch.set_num_threads(spec.threads)
     use_allocator(lean=spec.lean)
     warm_up(device)
@@ -148,7 +152,7 @@ def run_steps(spec: StepSpec, *, steps: int) -> tuple[int, float]:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.monotonic() - started)
-    return meter.peak, statistics.median(seconds)
+    return meter.peak, statistics.median(seconds[WARM_UP:] if device.type == "cuda" else seconds)
 
 
 def count_all_at_once() -> int:
@@ -165,7 +169,8 @@ def steps_table(
         one_pass = None
         for size in sorted(sizes, reverse=True):
             spec = spec_of(module, micro_batch=size, device=device)
-            measured, seconds = fresh(run_steps, spec, steps=3 if size == 784 else 2)
+            steps = WARM_UP + 5 if device == "cuda" else 3 if size == 784 else 2
+            measured, seconds = fresh(run_steps, spec, steps=steps)
             one_pass = one_pass or seconds
             memory = project_step(spec)
             fast, fast_seconds = (
@@ -235,14 +240,35 @@ def within(projected: int, measured: int) -> bool:
 
 
 def markdown(result: dict[str, Any], about: dict[str, str]) -> str:
-    """The result as tables with their conditions."""
-    counted = result["counts"]
+    """The result as tables with their conditions; on a GPU what is measured there alone."""
+    on_cpu = result["device"] == "cpu"
     lines = [
-        "# Memory of a training step",
+        "# Memory of a training step" + ("" if on_cpu else " on a GPU"),
         "",
         "ResNet-50 v2 in three modules, 16 images (784 patches of 16×16), float32, Adam, exact "
         "gradients, second step. MB = 10^6 bytes.",
         "",
+        *(counted_table(result["counts"]) if on_cpu else []),
+        *measured_table(result["steps"], result["device"]),
+        "",
+    ]
+    if on_cpu:
+        lines += [
+            "With a memory budget given, large buffers go back to the system as soon as they are "
+            "free; the default allocator keeps them for speed, and holds more than is in use.",
+            "",
+            *digits_table(result["digits"]),
+            "",
+            "On a GPU: [memory-gpu.md](memory-gpu.md).",
+            "",
+        ]
+    return "\n".join(
+        [*lines, "Conditions: " + "; ".join(f"{k} {v}" for k, v in about.items()) + ".", ""]
+    )
+
+
+def counted_table(counted: dict[str, Any]) -> list[str]:
+    lines = [
         "## Counted, tensor by tensor, on fake tensors",
         "",
         "| module | one pass (784) | 98 | 49 | 28 | 14 | 7 | goal | reached in micro-batches of |",
@@ -256,7 +282,8 @@ def markdown(result: dict[str, Any], about: dict[str, str]) -> str:
             f"| {row['module']} | {' | '.join(sizes)} | {row['goal'] / 1e6:.0f} MB | {reached} |"
         )
     at_28 = max(row["counted"][28] for row in counted["modules"])
-    lines += [
+    return [
+        *lines,
         "",
         f"All modules in one step: {counted['all_at_once'] / 1e6:.0f} MB (the reference "
         f"implementation: {ALL_AT_ONCE / 1e6:.0f}). The worst module in micro-batches of 7, "
@@ -267,38 +294,41 @@ def markdown(result: dict[str, Any], about: dict[str, str]) -> str:
         "steps in micro-batches of these sizes take of time and of real memory is in the next "
         "table.",
         "",
-        f"## Projected and measured on {result['device']}",
+    ]
+
+
+def measured_table(rows: list[dict[str, Any]], device: str) -> list[str]:
+    """Projected and measured bytes; the default allocator is a question of the CPU alone."""
+    on_cpu = device == "cpu"
+    more = " default allocator: measured | time |" if on_cpu else ""
+    lines = [
+        f"## Projected and measured on {device}",
         "",
         "Projected: the count, and the workspace of real micro-batches in a fresh process. "
         "Measured: whole steps in a fresh process. Good: never below measured - (2 % + 32 MB), at "
         "most 25 % + 192 MB above. Time: of a step, against one pass.",
         "",
-        "| module | micro-batch | counted | projected | measured | good | time | "
-        "default allocator: measured | time |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| module | micro-batch | counted | projected | measured | good | time |{more}",
+        "|---|---|---|---|---|---|---|" + ("---|---|" if on_cpu else ""),
     ]
-    for row in result["steps"]:
-        one = next(
-            r for r in result["steps"] if r["module"] == row["module"] and r["micro_batch"] == 784
-        )
-        fast = row["default_allocator"]
-        lines.append(
-            f"| {row['module']} | {row['micro_batch']} | {row['counted'] / 1e6:.0f} MB | "
-            f"{row['projected'] / 1e6:.0f} MB | {row['measured'] / 1e6:.0f} MB | "
-            f"{'yes' if within(row['projected'], row['measured']) else 'no'} | "
-            f"{row['time_ratio']:.2f} | "
-            + (
-                f"{fast / 1e6:.0f} MB | "
-                f"{row['default_allocator_seconds'] / one['default_allocator_seconds']:.2f} |"
-                if fast
-                else "| |"
-            )
-        )
-    lines += [
-        "",
-        "With a memory budget given, large buffers go back to the system as soon as they are free; "
-        "the default allocator keeps them for speed, and holds more than is in use.",
-        "",
+    for row in rows:
+        one = next(r for r in rows if r["module"] == row["module"] and r["micro_batch"] == 784)
+        cells = [
+            str(row["module"]),
+            str(row["micro_batch"]),
+            *(f"{row[name] / 1e6:.0f} MB" for name in ("counted", "projected", "measured")),
+            "yes" if within(row["projected"], row["measured"]) else "no",
+            f"{row['time_ratio']:.2f}",
+        ]
+        if on_cpu:
+            ratio = row["default_allocator_seconds"] / one["default_allocator_seconds"]
+            cells += [f"{row['default_allocator'] / 1e6:.0f} MB", f"{ratio:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def digits_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
         "## The digits pipeline, a fresh process for each module",
         "",
         "| module | projected | measured | good |",
@@ -307,12 +337,9 @@ def markdown(result: dict[str, Any], about: dict[str, str]) -> str:
     lines += [
         f"| {row['module']} | {row['projected'] / 1e6:.0f} MB | {row['measured'] / 1e6:.0f} MB | "
         f"{'yes' if within(row['projected'], row['measured']) else 'no'} |"
-        for row in result["digits"]
+        for row in rows
     ]
-    if result["device"] == "cpu":
-        lines += ["", "## On a GPU", "", "Not measured yet: no GPU was at hand."]
-    lines += ["", "Conditions: " + "; ".join(f"{k} {v}" for k, v in about.items()) + ".", ""]
-    return "\n".join(lines)
+    return lines
 
 
 def main() -> None:
@@ -331,9 +358,9 @@ def main() -> None:
     )
     result: dict[str, Any] = {
         "device": device,
-        "counts": counts(),
         "steps": steps,
-        "digits": [] if arguments.quick else digits(),
+        "counts": counts() if device == "cpu" else None,
+        "digits": digits() if device == "cpu" and not arguments.quick else [],
     }
     about = conditions() | {"threads": "1", "seconds": f"{time.monotonic() - started:.0f}"}
     if arguments.json:
