@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -38,9 +38,10 @@ from gim_stagewise.memory import (
     warm_up,
 )
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.processes import usable_cores
 from gim_stagewise.stage.freeze import resolve_device
 from gim_stagewise.stage.optimize import make_optimizer
-from gim_stagewise.stage.project import count_step, project_step
+from gim_stagewise.stage.project import StepMemory, count_step, project_step
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.spec import StepSpec
 from gim_stagewise.stage.step import MicroBatches, accumulate_gradients
@@ -94,7 +95,7 @@ class RandomPatches:
         return self.shape[0] * self.shape[1] * self.shape[2]
 
     def read(self, rows: Span, device: torch.device) -> torch.Tensor:
-        return torch.rand(len(rows), *self.cell).to(device)
+        return torch.rand(len(rows), *self.cell, device=device)
 
 
 def fresh(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -160,19 +161,32 @@ def count_all_at_once() -> int:
     return count_step(spec_of(1, 2, 3, micro_batch=784, device="cpu")).count
 
 
+def projected(specs: list[StepSpec]) -> Iterator[StepMemory]:
+    """What is projected for steps; on a GPU for several at once, which takes long one by one."""
+    if specs[0].device == "cpu":
+        yield from map(project_step, specs)
+        return
+    with ProcessPoolExecutor(usable_cores(), mp_context=get_context("spawn")) as pool:
+        yield from list(pool.map(project_step, specs))
+
+
 def steps_table(
     device: str, modules: tuple[int, ...], sizes: tuple[int, ...]
 ) -> list[dict[str, Any]]:
     """Counted, projected and measured bytes of each module at each micro-batch."""
+    sizes = tuple(sorted(sizes, reverse=True))
+    projections = projected(
+        [spec_of(module, micro_batch=size, device=device) for module in modules for size in sizes]
+    )
     rows = []
     for module in modules:
         one_pass = None
-        for size in sorted(sizes, reverse=True):
+        for size in sizes:
             spec = spec_of(module, micro_batch=size, device=device)
             steps = WARM_UP + 5 if device == "cuda" else 3 if size == 784 else 2
             measured, seconds = fresh(run_steps, spec, steps=steps)
             one_pass = one_pass or seconds
-            memory = project_step(spec)
+            memory = next(projections)
             fast, fast_seconds = (
                 fresh(run_steps, replace(spec, lean=False), steps=2)
                 if device == "cpu"

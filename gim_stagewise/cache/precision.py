@@ -43,8 +43,16 @@ _LARGEST_BFLOAT16 = (2 - 2.0**-7) * 2.0**127
 # to spare; each code of a uint8 counts.
 _FLOAT8_MARGIN = 4.0
 _UINT8_MARGIN = 1.1
-# Rows that are encoded together.
-_ROWS = 8
+# Values that are encoded together: as many as stay in a processor's cache, or keep a GPU busy.
+_TOGETHER = {"cpu": 2**16, "cuda": 2**22}
+
+
+def _few_rows(*tensors: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+    """Tensors of as many rows, in parts of `_TOGETHER` values."""
+    first = tensors[0]
+    together = _TOGETHER.get(first.device.type, 2**16)
+    rows = max(1, together * len(first) // max(1, first.numel()))
+    return tuple(torch.split(tensor, rows) for tensor in tensors)
 
 
 def is_precision(name: str) -> bool:
@@ -160,10 +168,7 @@ class Precision:
             self._per_channel(self.scale, values, space),
             self._per_channel(self.zero_point, values, space),
         )
-        # A few rows at a time stay in the processor's cache.
-        for start in range(0, len(values), _ROWS):
-            some = values[start : start + _ROWS]
-            kept = stored[start : start + _ROWS]
+        for some, kept in zip(*_few_rows(values, stored), strict=True):
             if self.name == "uint8":
                 self._encode_codes(some, kept, scale, zero, error)
             else:
@@ -223,10 +228,9 @@ class Precision:
         if out.dtype == torch.float32 or not self.has_scales:
             return self._decode_into(out, stored, scale, zero)
         # Scales are float32, and so is what they are applied to; only then it is rounded.
-        for start in range(0, len(stored), _ROWS):
-            some = stored[start : start + _ROWS]
+        for some, part in zip(*_few_rows(stored, out), strict=True):
             values = torch.empty(some.shape, device=some.device)
-            out[start : start + _ROWS] = self._decode_into(values, some, scale, zero)
+            part.copy_(self._decode_into(values, some, scale, zero))
         return out
 
     def _decode_into(self, out: Tensor, stored: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import einsum
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
@@ -48,7 +49,18 @@ class CrossEntropy(Objective):
         own = z[..., : self.channels].flatten(1, -2)
         if labels.ndim == 1:
             return F.cross_entropy(self.classifier(own.mean(1)), labels)
-        steps = F.adaptive_avg_pool1d(own.movedim(1, 2), labels.shape[1]).movedim(1, 2)
+        shares = _shares(own.shape[1], labels.shape[1]).to(own)
+        steps = einsum(shares, own, "label step, sample step channel -> sample label channel")
         return F.cross_entropy(
             self.classifier(steps).flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL
         )
+
+
+def _shares(steps: int, labels: int) -> Float[Tensor, "label step"]:
+    """Means over the steps that share a label, as a matrix.
+
+    What ``F.adaptive_avg_pool1d`` computes, whose gradient is not repeatable on a GPU.
+    """
+    place, label = torch.arange(steps), torch.arange(labels)[:, None]
+    first, end = label * steps // labels, ((label + 1) * steps + labels - 1) // labels
+    return ((place >= first) & (place < end)) / (end - first)

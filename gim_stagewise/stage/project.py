@@ -35,9 +35,11 @@ from gim_stagewise.stage.step import (
     accumulate_gradients,
 )
 
-# A step that counts less than this gets this much workspace without a measurement, unless that
-# decides whether it fits: a process that measures takes seconds, and what is small has little.
+# A step that counts less than this gets a workspace without a measurement, unless that decides
+# whether it fits: a process that measures takes seconds, and what is small has little.
 SMALL_BYTES = 64_000_000
+# cuDNN takes up to 105 MB where the CPU's convolutions have been seen to take 50.
+_SMALL_WORKSPACE = {"cpu": SMALL_BYTES, "cuda": 2 * SMALL_BYTES}
 _COUNTED_ONLY = "counted"
 _NOT_MEASURED = "counted; workspace not worth measuring"
 # By so much measurements of the same step differ between processes.
@@ -129,8 +131,9 @@ def _project_step(spec: StepSpec, allowed: int | None, *, exact: bool) -> StepMe
     if allowed is not None and counted.count > allowed:
         return counted
     small = counted.count <= SMALL_BYTES and not exact
-    if small and (allowed is None or counted.count + SMALL_BYTES <= allowed):
-        return replace(counted, workspace=SMALL_BYTES, basis=_NOT_MEASURED)
+    assumed = _SMALL_WORKSPACE[spec.device]
+    if small and (allowed is None or counted.count + assumed <= allowed):
+        return replace(counted, workspace=assumed, basis=_NOT_MEASURED)
     # What the default allocator keeps back grows over the first steps.
     steps = 1 if spec.lean else 3
     measured = in_fresh_process(measure_step, spec, steps=steps)
