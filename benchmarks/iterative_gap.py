@@ -111,6 +111,7 @@ CONVERGED = {
     "dropout 0.3",
     "noise 0.6",
     "patience 2",
+    "noise 0.6, patience 2",
     AUGMENTED.name,
     "iterative, augmented, 4 views",
 }
