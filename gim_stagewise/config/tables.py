@@ -220,7 +220,7 @@ class ExtractConfig(Table):
 class ProbeConfig(Table):
     """The linear classifier that says how good frozen features are.
 
-    ``classifier = "logistic"`` is fitted to convergence (L-BFGS), its L2 strength chosen on a
+    ``classifier = "logistic"`` is fitted to convergence, its L2 strength chosen on a
     ``validation`` part of the training split. "adam" is trained for ``epochs`` at most at a rate of
     ``lr``, as the paper's is (appendix A.1); the number of epochs is chosen there. That part is
     drawn at random, or with ``validation_part = "last"`` the end of the training split, for data in
