@@ -160,11 +160,8 @@ def test_options_of_a_mosaic_are_checked(tmp_path: Path, options: dict[str, obje
 def test_speech(tmp_path: Path) -> None:
     pytest.importorskip("espeakng_loader")
     file = shortened(tmp_path, "speech")
-    edit(
-        file,
-        'root = "data"',
-        f'root = "{tmp_path}"\noptions = {{ speakers = 3, train = 2, test = 1 }}',
-    )
+    edit(file, 'root = "data"', f'root = "{tmp_path}"')
+    edit(file, "train = 120, test = 12", "speakers = 3, train = 2, test = 1")
     found = gim_stage("run", file, "--dir", tmp_path / "out", "--workers", "0", "--json")
     assert found.returncode == 0, found.stderr
     speaker, phone = json.loads(found.stdout)["probes"]

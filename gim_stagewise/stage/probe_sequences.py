@@ -33,7 +33,7 @@ from gim_stagewise.stage.workspace import Workspace
 
 # Bytes of features that are kept in memory rather than read or computed for each epoch, at most;
 # and what part of the memory that may be used.
-MOST_KEPT, KEPT_PART = 1_000_000_000, 4
+MOST_KEPT, KEPT_PART = 4_000_000_000, 4
 MFCC, MFCC_STATISTICS = "MFCC", "MFCC statistics"
 # As mel-frequency cepstral coefficients are usually taken.
 LABELS_PER_SECOND = 100
