@@ -93,6 +93,7 @@ CONDITIONS = [
     Condition("noise 0.6", "noise = 0.6"),
     Condition("noise 1.0", "noise = 1.0"),
     Condition("dropout 0.3, noise 0.6", "dropout = 0.3\nnoise = 0.6"),
+    Condition("dropout 0.5, noise 0.6", "dropout = 0.5\nnoise = 0.6"),
     Condition("average 0.99", "average = 0.99"),
     Condition("dropout 0.1, average 0.99", "dropout = 0.1\naverage = 0.99"),
     Condition("patience 2", "patience = 2"),
@@ -103,14 +104,18 @@ CONDITIONS = [
     Condition("iterative, augmented, 4 views", augmented=True, views=4),
     Condition("noise 0.6, augmented, 4 views", "noise = 0.6", augmented=True, views=4),
 ]
-# Until losses stall it takes several times as long: for some of them.
+# Until losses stall it takes several times as long: for one or two of a kind.
 CONVERGED = {
     SIMULTANEOUS.name,
     "iterative",
     "dropout 0.3",
     "noise 0.6",
+    "dropout 0.3, noise 0.6",
+    "dropout 0.5, noise 0.6",
+    "average 0.99",
     "patience 2",
     "noise 0.6, patience 2",
+    "narrow shuffle window",
     AUGMENTED.name,
     "iterative, augmented, 4 views",
 }
