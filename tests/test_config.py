@@ -424,3 +424,21 @@ def test_all_else_in_the_text_stays() -> None:
     text = "# what\nseed = 1 # one\n\n[a] # two\nx  =  1.50\n"
     assert with_values(text, {"seed": 2}) == text.replace("seed = 1", "seed = 2")
     assert with_values("no toml", {"seed": 1}) == "no toml"
+
+
+def corruption(text: str, number: int) -> tuple[float, float]:
+    train = parsed(text).stage(number).train
+    return train.dropout, train.noise
+
+
+def test_modules_on_cached_inputs_are_kept_from_overfitting() -> None:
+    text = BASE + module(2)
+    assert corruption(text, 1) == (0, 0)
+    assert min(corruption(text, 2)) > 0
+    assert corruption(text + "[train]\ndropout = 0.1\nnoise = 0.2\n", 2) == (0.1, 0.2)
+    assert corruption(text + "train = { dropout = 0.0, noise = 0.0 }\n", 2) == (0, 0)
+
+
+@pytest.mark.parametrize("mode", ["simultaneous", "cpc", "supervised"])
+def test_inputs_that_change_are_not_corrupted(mode: str) -> None:
+    assert corruption(f'mode = "{mode}"\n{BASE}{module(2)}', 2) == (0, 0)

@@ -147,6 +147,8 @@ class TrainConfig(Table):
     to zero, ``noise`` multiplies them with normal numbers of mean 1 and this standard deviation
     (Srivastava et al. 2014, section 10), both in training alone; with ``average`` what is
     validated and frozen are the exponential moving averages of the weights, with this decay a step.
+    Modules above the first have dropout and noise by default where they are trained one after
+    another on patches (`gim_stagewise.config.load.ON_CACHED_INPUTS`).
 
     In the modes "simultaneous" and "greedy_supervised" ``update_every`` says in which steps this
     one's weights are changed; all others change all in every step.

@@ -22,19 +22,14 @@ depend on what happened to be in the same batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gim_stagewise.errors import ModuleRefusedError
 from gim_stagewise.models.embedding import pool
-
-# All of them leave unchanged what went through them before, so that a module that applies its
-# operation gives the same on either form of its input.
-INPUT_OPERATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu}
+from gim_stagewise.models.operations import INPUT_OPERATIONS
 
 
 def state_size(module: nn.Module, in_shape: tuple[int, ...], *, key: str) -> int:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gim_stagewise.models.operations import INPUT_OPERATIONS
+
 
 class CellMean:
     """Embeddings in dense encoding: the mean over cells of so many positions along each axis.
@@ -55,7 +57,19 @@ def embed(
     """
     if isinstance(module, Stack):
         return module.embed(x, corrupt)
-    return _embeddings(module, x.detach(), module(x if corrupt is None else corrupt(x)))
+    return _embeddings(module, x.detach(), module(_corrupted(module, x, corrupt)))
+
+
+def _corrupted(module: nn.Module, x: Tensor, corrupt: Corrupt | None) -> Tensor:
+    """A module's input as it is trained on it.
+
+    Corrupted after the operation that the module begins with, if it says so: what is stored may
+    have gone through that already, and weights must not depend on it.
+    """
+    if corrupt is None:
+        return x
+    operation = getattr(module, "input_op", None)
+    return corrupt(x if operation is None else INPUT_OPERATIONS[operation](x))
 
 
 def _embeddings(module: nn.Module, targets: Tensor, z: Tensor) -> Tensor:
@@ -106,7 +120,7 @@ class Stack(nn.Module):
         for number, part in enumerate(self.parts):
             if self.isolated:
                 x = x.detach()
-            z = part(x if corrupt is None else corrupt(x))
+            z = part(_corrupted(part, x, corrupt))
             if number in self.observed:
                 seen.append(_embeddings(part, x, z).flatten(1))
             x = z
