@@ -28,8 +28,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from repeated import arguments, known, make, show
-from scipy import stats
+from repeated import arguments, interval, known, make, show
 
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.stage.checkpoint import TrainingRecord
@@ -304,16 +303,6 @@ def table(runs: list[dict[str, Any]], data: str, regime: str) -> list[str]:
 def reached(gaps: list[list[float]], accuracies: list[float]) -> bool:
     """Whether, in means, gaps are no larger and accuracy is no lower than simultaneously."""
     return all(statistics.mean(own) <= 0 for own in gaps) and statistics.mean(accuracies) >= 0
-
-
-def interval(differences: list[float], digits: int) -> str:
-    """Mean of paired differences, with a 95 % interval."""
-    mean = statistics.mean(differences)
-    count = len(differences)
-    if count < 2 or not any(differences):
-        return f"{mean:+.{digits}f}"
-    half = stats.t.ppf(0.975, count - 1) * statistics.stdev(differences) / count**0.5
-    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
 
 
 def markdown(runs: list[dict[str, Any]]) -> str:

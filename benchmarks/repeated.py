@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 from collections import Counter
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from conditions import conditions
+from scipy import stats
 
 from gim_stagewise.processes import usable_cores
 
@@ -77,6 +79,16 @@ def arguments(doc: str, data: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="under a minute; writes nothing")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser.parse_args()
+
+
+def interval(differences: list[float], digits: int) -> str:
+    """Mean of paired differences, with a 95 % interval."""
+    mean = statistics.mean(differences)
+    count = len(differences)
+    if count < 2 or not any(differences):
+        return f"{mean:+.{digits}f}"
+    half = stats.t.ppf(0.975, count - 1) * statistics.stdev(differences) / count**0.5
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
 
 
 def show(given: argparse.Namespace, runs: list[Run], text: str, target: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ from gim_stagewise.models.sequence import conv1d_module, gru_module
 from gim_stagewise.objectives import NO_LABEL, CrossEntropy
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.reproduce.audio import figure_4, table_3, table_4
+from gim_stagewise.reproduce.figures import save_figure
 from gim_stagewise.reproduce.runs import Reproduction
 from gim_stagewise.sources import RegionSource, Request
 from gim_stagewise.stage.chain import windowed_shapes
@@ -234,6 +238,15 @@ def test_the_papers_network_runs_a_step(paper: Workspace, index: int) -> None:
     assert measured > 0
     if index < 6:  # a GRU is counted step by step, which takes long
         assert measured <= 1.3 * count_step(spec).count + 40_000_000
+
+
+def test_module_1_fits_in_the_memory_that_is_promised(tmp_path: Path) -> None:
+    """A batch of 8, for which the reference code takes 2868 MB."""
+    config, text = load_pipeline(ROOT / "pipelines" / "librispeech.toml", {"train.batch": 8})
+    space = Workspace(config, text, tmp_path, None, torch.device("cpu"))
+    spec = replace(step_spec(space, 1, windowed_shapes(space, 1)[0]), lean=True)
+    assert count_step(spec).count <= 330e6
+    assert count_step(replace(spec, micro_batch=1)).count <= 100e6
 
 
 # Labels of windows
@@ -558,9 +571,77 @@ def test_table_4_wants_a_context_network(speech: Path) -> None:
         table_4(Reproduction(speech, speech.parent / "runs", speech.parent, device="cpu"))
 
 
-def test_figure_4_is_drawn(work: Reproduction) -> None:
+def test_figure_4_has_the_errors_of_all_modules(
+    work: Reproduction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def kept(work: Reproduction, figure: Any, name: str) -> Path:
+        drawn.append(figure)
+        return save_figure(work, figure, name)
+
+    monkeypatch.setattr("gim_stagewise.reproduce.audio.save_figure", kept)
     with Image.open(figure_4(work)) as picture:
         assert picture.size == (900, 600)
+    lines = {line.get_label(): line for line in drawn[0].axes[0].get_lines()}
+    assert set(lines) == {"Greedy InfoMax", "CPC", "Supervised", "Greedy Supervised"}
+    run = work.run("iterative")
+    shown = lines["Greedy InfoMax"].get_xydata().tolist()
+    for module, (x, y) in enumerate(shown, start=1):
+        accuracy = run.accuracy(module, labels="speaker")
+        assert accuracy is not None
+        assert x == module
+        assert y == pytest.approx(100 * (1 - accuracy)) or (accuracy == 1 and 0 < y < 100 / 6)
+    assert len(shown) == 3
+
+
+@pytest.mark.parametrize("what", ["table3", "table4", "figure4"])
+def test_without_a_test_split_nothing_is_trained(speech: Path, what: str) -> None:
+    names = [path.stem for path in sorted((speech.parent / "corpus").rglob("*.flac"))]
+    (speech.parent / "corpus" / "all.txt").write_text("\n".join(names) + "\n")
+    edit(speech, ", test = 0.34 }", ' }\nsplits.train = { list = "all.txt" }')
+    runs = speech.parent / "runs"
+    done = gim_stage("reproduce", what, "--pipeline", speech, "--dir", runs)
+    assert "no labelled recordings for both training and test" in one_error(done, 2)
+    assert not list(runs.rglob("*.safetensors"))
+
+
+# One speaker
+
+
+@pytest.fixture
+def alone(speech: Path) -> Path:
+    """A corpus of one speaker."""
+    for speaker in range(1, SPEAKERS):
+        shutil.rmtree(speech.parent / "corpus" / str(speaker))
+    edit(speech, "zones = 2", "zones = 1")
+    return speech
+
+
+def test_one_speakers_phones_are_probed(alone: Path) -> None:
+    done = gim_stage("run", alone, "--dir", alone.parent / "run")
+    assert done.returncode == 0, done.stderr
+    assert "all training samples have the same 'speaker'" in " ".join(done.stderr.split())
+    probes = json.loads((alone.parent / "run" / "run.json").read_text())["probes"]
+    by_labels = {own["labels"]: own for own in probes}
+    assert by_labels["phone"]["accuracies"][0] is not None
+    assert by_labels["speaker"]["accuracies"] == [None] * 3
+
+
+@pytest.mark.parametrize("command", [["run", "--mode", "supervised"], ["reproduce", "figure4"]])
+def test_one_speaker_is_nothing_to_learn(alone: Path, command: list[str]) -> None:
+    file = ["--pipeline", alone] if command[0] == "reproduce" else [alone]
+    done = gim_stage(*command, *file, "--dir", alone.parent / "run")
+    assert "all training samples have the same 'speaker'" in one_error(done, 2)
+    assert not list((alone.parent / "run").rglob("*.safetensors"))
+
+
+def test_what_mfcc_need_is_wanted_from_the_start(
+    speech: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchaudio", None)
+    with pytest.raises(ConfigError, match=r"need torchaudio.*gim-stagewise\[audio\]"):
+        Pipeline.from_file(speech, device="cpu").check()
 
 
 def test_speech_without_labels_has_no_tables(speech: Path) -> None:

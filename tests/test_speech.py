@@ -24,6 +24,7 @@ from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.progress import Silent
 from gim_stagewise.sources import RegionSource, Request, StepLabelled, Subset, open_source
 from gim_stagewise.sources.audio import Recording
+from gim_stagewise.sources.corpus import Corpus
 from gim_stagewise.sources.resampled import Resampled, resample
 from gim_stagewise.sources.speech import SpeechSource
 from gim_stagewise.windows import Span
@@ -176,6 +177,21 @@ def test_speakers_may_have_recordings_anywhere_below_their_folder(tmp_path: Path
     assert source.speakers == ["ann", "bob"]
 
 
+def test_speakers_may_be_links(root: Path) -> None:
+    root, links = root / "recordings", root / "links"
+    (links / "84").mkdir(parents=True)
+    for speaker in ("103", "2007"):
+        (links / speaker).symlink_to(root / speaker)
+    for chapter in ("121", "77"):
+        (links / "84" / chapter).symlink_to(root / "84" / chapter)
+    (links / "84" / "round").symlink_to(links)  # leads into itself
+    corpus = Corpus(root)
+    assert len(corpus.paths) == len(STEPS)
+    linked = Corpus(links)
+    assert {*linked.speakers.values()} == {*corpus.speakers.values()} == {"84", "103", "2007"}
+    assert {path.resolve() for path in linked.paths.values()} == set(corpus.paths.values())
+
+
 def test_paths_are_the_names_where_two_speakers_have_equal_ones(tmp_path: Path) -> None:
     for speaker in ("ann", "bob"):
         for seed, name in enumerate(("hello", "bye", f"only-{speaker}")):
@@ -288,6 +304,17 @@ def test_a_malformed_line_is_named(root: Path, line: str, said: str) -> None:
     file.write_text(file.read_text() + line)
     with pytest.raises(DataError, match=f"phones.txt, {said}"):
         opened(root, phones="labels/phones.txt")
+
+
+def test_a_mark_of_byte_order_is_no_part_of_a_name(root: Path) -> None:
+    for file in (root / "labels").iterdir():
+        file.write_text(file.read_text(), encoding="utf-8-sig")
+    marked = opened(root, splits=LISTS, phones="labels/phones.txt")
+    found = {item_id: marked.step_labels(item_id).tolist() for item_id in marked.ids}
+    for file in (root / "labels").iterdir():
+        file.write_text(file.read_text(encoding="utf-8-sig"))
+    plain = opened(root, splits=LISTS, phones="labels/phones.txt")
+    assert found == {item_id: plain.step_labels(item_id).tolist() for item_id in plain.ids}
 
 
 def test_a_class_beyond_all_is_named(root: Path) -> None:

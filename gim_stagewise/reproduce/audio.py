@@ -12,9 +12,9 @@ from gim_stagewise.report.curves import matplotlib_figure
 from gim_stagewise.reproduce.figures import save_figure
 from gim_stagewise.reproduce.paper import TABLE_3, TABLE_4
 from gim_stagewise.reproduce.runs import Reproduction, markdown_table, over_seeds, spread
-from gim_stagewise.sources import labels_of, step_labelled
+from gim_stagewise.sources import Source, labels_of, step_labelled
 from gim_stagewise.stage.extraction_plan import Workers
-from gim_stagewise.stage.probe import ProbeScores
+from gim_stagewise.stage.probe import ProbeScores, probe_splits
 from gim_stagewise.stage.probe_memory import remembered_scores
 from gim_stagewise.stage.probe_sequences import (
     MFCC,
@@ -146,6 +146,7 @@ def figure_4(work: Reproduction) -> Path:
             key="source.kind",
         )
     speaker = source.label_names[0]
+    _wants_splits(source)
     work.check([mode for _, mode, _ in _SHOWN])
     # No error at all is drawn as half of one, since there is no zero on a log scale.
     least = 0.5 / len(labels_of(source, "test"))
@@ -156,8 +157,10 @@ def figure_4(work: Reproduction) -> Path:
         run = work.run(mode, labels=speaker if supervised else None)
         accuracies = [run.accuracy(stage.module, labels=speaker) for stage in run.stages]
         errors = [100 * max(1 - own, least) for own in accuracies if own is not None]
-        panel.plot(range(1, len(errors) + 1), errors, style, label=name)
+        panel.plot(range(1, len(errors) + 1), errors, style, label=name, alpha=0.8)
     panel.set(xlabel="module", ylabel=f"{speaker} error (%)", yscale="log")
+    for ticks in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+        ticks("{x:g}")
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.grid(alpha=0.3, which="both")
     panel.legend()
@@ -174,7 +177,18 @@ def _labels(work: Reproduction) -> tuple[str, str]:
             'speech with phones: kind = "synthetic_speech", or "speech" with options.phones',
             key="source.kind",
         )
+    _wants_splits(source)
     return source.label_names[0], str(stepped.step_label_name)
+
+
+def _wants_splits(source: Source) -> None:
+    """Refuse a dataset on which nothing can be tested, before anything is trained."""
+    if probe_splits(source) is None:
+        raise ConfigError(
+            "has no labelled recordings for both training and test, so that there is nothing to "
+            "compare; give it both",
+            key="source.splits",
+        )
 
 
 def _accuracy(runs: Sequence[RunResult], module: int, labels: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -92,8 +93,8 @@ def _relative_paths(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise DataNotFoundError(f"no folder of recordings at {folder.absolute()}; {layout}")
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in _SUFFIXES or path.name.startswith(".") or path.is_dir():
+    for path in sorted(_files(folder)):
+        if path.suffix.lower() not in _SUFFIXES or path.name.startswith("."):
             continue
         relative = path.relative_to(folder)
         if len(relative.parts) == 1:
@@ -110,6 +111,27 @@ def _relative_paths(folder: Path) -> dict[str, Path]:
             'such as "LibriSpeech/train-clean-100"'
         )
     return found
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder, also where links lead; into each folder once on a way."""
+
+    def walk(inner: Path, above: frozenset[str]) -> Iterator[Path]:
+        place = os.path.realpath(inner)
+        if place in above:
+            return
+        try:
+            with os.scandir(inner) as entries:
+                found = [(Path(entry.path), entry.is_dir()) for entry in entries]
+        except OSError as error:
+            raise DataError(f"{inner} cannot be read ({error})") from None
+        for path, is_folder in found:
+            if is_folder:
+                yield from walk(path, above | {place})
+            else:
+                yield path
+
+    return walk(folder, frozenset())
 
 
 def read_list(path: Path, corpus: Corpus) -> tuple[list[str], dict[str, str]]:
@@ -151,7 +173,7 @@ def read_list(path: Path, corpus: Corpus) -> tuple[list[str], dict[str, str]]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines that are not empty, with their numbers from 1."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DataNotFoundError(
             f"no list of recordings at {path.absolute()}: one name a line, as in train_split.txt "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,8 @@ def _indexed(path: Path, corpus: Corpus) -> Iterator[tuple[str, _Line]]:
         for number, raw in enumerate(file, start=1):
             start += len(raw)
             written, *rest = raw.split(None, 1) or [b""]
+            if number == 1:  # as some editors begin a file
+                written = written.removeprefix(codecs.BOM_UTF8)
             if not written:
                 continue
             labels = rest[0].rstrip() if rest else b""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gim_stagewise.config import SourceConfig
 from gim_stagewise.durable import flush_tree, fsync_directory, remove, rename, storage_errors
-from gim_stagewise.errors import ConfigError, DataNotFoundError
+from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
 from gim_stagewise.processes import in_fresh_process
 from gim_stagewise.seeds import derive_seed
 from gim_stagewise.sources.arpabet import PHONES, phone_class
@@ -57,6 +57,8 @@ def open_synthetic_speech(config: SourceConfig) -> SpeechSource:
     ------
     ConfigError
         If the options are wrong, or espeakng-loader or soundfile is not installed.
+    DataError
+        If what was made is no longer as it was.
     StorageError
         If the disk is full or failing.
     """
@@ -74,16 +76,20 @@ def open_synthetic_speech(config: SourceConfig) -> SpeechSource:
             )
         with storage_errors(f"making {path}"):
             in_fresh_process(make_corpus, path.absolute(), **numbers)
-    return open_speech(
-        SourceConfig(
-            kind="speech",
-            root=str(path),
-            options={"phones": "converted_aligned_phones.txt"},
-            splits={name: {"list": f"{name}_split.txt"} for name in ("train", "test")},
-            digest=config.digest,
-            on_error=config.on_error,
-        )
+    made = SourceConfig(
+        kind="speech",
+        root=str(path),
+        options={"phones": "converted_aligned_phones.txt"},
+        splits={name: {"list": f"{name}_split.txt"} for name in ("train", "test")},
+        digest=config.digest,
+        on_error=config.on_error,
     )
+    try:
+        return open_speech(made)
+    except (DataError, DataNotFoundError) as error:
+        raise DataError(
+            f"{path.absolute()} is not as it was made: remove it, and it is made again ({error})"
+        ) from None
 
 
 def _numbers(config: SourceConfig) -> dict[str, int]:

@@ -10,6 +10,7 @@ from gim_stagewise.stage.chain import windowed_shapes
 from gim_stagewise.stage.loader import check_loading
 from gim_stagewise.stage.needs import chain_needs
 from gim_stagewise.stage.order import held_out_count
+from gim_stagewise.stage.probe_sequences import check_mfcc
 from gim_stagewise.stage.shape import Cell, Shape, check_shape, window_of, windowed_input
 from gim_stagewise.stage.windowed import extents_of, training_zones, window_count
 from gim_stagewise.stage.workspace import Workspace
@@ -77,6 +78,7 @@ def _check_windowed(space: Workspace, source: RegionSource) -> list[Shape]:
     shapes = windowed_shapes(space, source.channels)
     if space.config.iterative:
         chain_needs(space, source, shapes)  # windows.tile fits all of them
+    check_mfcc(source)
     extents = extents_of(source)
     if not extents:
         raise ConfigError(

@@ -141,6 +141,12 @@ def training_labels(config: PipelineConfig, samples: Source) -> Labels:
             "give labels to source.splits.train, or choose another mode",
             key="mode",
         )
+    if len(set(labels.values())) < 2:
+        raise ConfigError(
+            f"is {config.mode!r}, but all training samples have the same {chosen!r}; choose other "
+            "labels, or another mode",
+            key="mode",
+        )
     if isinstance(samples, WindowSource):
         return WindowLabels(samples, labels)
     return SampleLabels(labels)

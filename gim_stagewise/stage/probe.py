@@ -46,6 +46,11 @@ class ProbeSplit:
     ids: list[str]
     labels: NDArray[np.int64]
 
+    @property
+    def differ(self) -> bool:
+        """Whether there are labels of two classes at least."""
+        return len(np.unique(self.labels)) > 1
+
 
 def probe_splits(source: Source) -> tuple[ProbeSplit, ProbeSplit] | None:
     """Train and test samples with labels, or None where there are none."""
@@ -55,6 +60,11 @@ def probe_splits(source: Source) -> tuple[ProbeSplit, ProbeSplit] | None:
         splits.append(ProbeSplit(list(labels), np.array(list(labels.values()), dtype=np.int64)))
     train, test = splits
     return (train, test) if len(train.ids) > 1 and test.ids else None
+
+
+def nothing_to_probe(source: Source) -> str:
+    """What is said where labels do not differ."""
+    return f"all training samples have the same {source.label_names[0]!r}, which is not probed"
 
 
 def pool_features(embeddings: NDArray[np.float32], config: PipelineConfig) -> NDArray[np.float32]:
@@ -155,6 +165,9 @@ def probe_chain(
     if splits is None:
         return []
     train, test = splits
+    if not train.differ:
+        workspace.progress.note(nothing_to_probe(source))
+        return []
     ids = [*train.ids, *test.ids]
     config = workspace.config
     few = source.image_values <= MOST_RAW

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gim_stagewise.cache import TiledCache
 from gim_stagewise.config import PipelineConfig
+from gim_stagewise.errors import ConfigError
 from gim_stagewise.memory import resident_bytes
 from gim_stagewise.sources import RegionSource, Request, Source, StepLabelled, step_labelled
 from gim_stagewise.stage.classifier import Accuracy
@@ -24,6 +25,7 @@ from gim_stagewise.stage.probe import (
     ProbeScores,
     ProbeSplit,
     mean_feature,
+    nothing_to_probe,
     probe_accuracy,
     probe_splits,
 )
@@ -58,6 +60,25 @@ def chain_walk(modules: Sequence[FrozenModule], source: Source, space: Workspace
             yield found
 
     return walk
+
+
+def check_mfcc(source: Source) -> None:
+    """Refuse recordings that will be probed where what MFCC are computed with is missing.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if not sample_rate(source) or probe_splits(source) is None:
+        return
+    try:
+        import torchaudio  # noqa: F401
+    except (ImportError, OSError) as error:  # built for another PyTorch, it cannot be loaded
+        raise ConfigError(
+            f"has labelled recordings, whose probes need torchaudio, which cannot be imported "
+            f'({error}); install it with `pip install "gim-stagewise[audio]"`',
+            key="source.kind",
+        ) from None
 
 
 def mfcc_walk(source: Source, rate: int) -> Walk:
@@ -123,6 +144,7 @@ class RecordingProbe:
         """Accuracies of each module's features: for labels of recordings, then of steps.
 
         ``steps_of`` are the modules, counted from 0, that have a feature for each label of a step.
+        There are none where all recordings have the same label.
         """
         kept = _kept(walk, self._ids, self.most_kept)
         whole: list[Accuracy | None] = [*self.of_recordings(kept)]
@@ -131,8 +153,15 @@ class RecordingProbe:
         found = self._of_steps(kept, steps_of, self.stepped)
         return [whole, [found.get(number) for number in range(len(whole))]]
 
-    def of_recordings(self, walk: Walk, *, deviation: bool = False) -> Iterator[Accuracy]:
-        """By the mean over time of each module's features, or their standard deviation too."""
+    def of_recordings(self, walk: Walk, *, deviation: bool = False) -> Iterator[Accuracy | None]:
+        """By the mean over time of each module's features, or their standard deviation too.
+
+        None where all recordings have the same label.
+        """
+        if not self.splits[0].differ:
+            (features,) = walk(self._ids[:1])
+            yield from (None for _ in features)
+            return
         pooled = [
             [mean_feature(own, deviation=deviation) for own in features]
             for features in walk(self._ids)
@@ -195,6 +224,8 @@ def probe_recordings(
         for index, shape in enumerate(shapes, start=1)
     ]
     stepped, rate = probe.stepped, sample_rate(source)
+    if not probe.splits[0].differ:
+        space.progress.note(nothing_to_probe(source))
     names = [source.label_names[0], *([str(stepped.step_label_name)] if stepped else [])]
     fitting = [] if stepped is None else modules_with_steps(space, shapes, stepped)
     with space.progress.task("probe", total=2 + (rate > 0), unit="encoder") as task:
@@ -206,9 +237,11 @@ def probe_recordings(
         if rate:
             walk = mfcc_walk(source, rate)
             for own, (accuracy,) in zip(baselines, probe(walk, [0]), strict=True):
-                assert accuracy is not None
-                own[MFCC] = accuracy
-            (baselines[0][MFCC_STATISTICS],) = probe.of_recordings(walk, deviation=True)
+                if accuracy is not None:
+                    own[MFCC] = accuracy
+            (accuracy,) = probe.of_recordings(walk, deviation=True)
+            if accuracy is not None:
+                baselines[0][MFCC_STATISTICS] = accuracy
             task.advance()
     return [ProbeScores(*own) for own in zip(names, found, random, baselines, strict=True)]
 
