@@ -438,6 +438,25 @@ def test_the_training_loss_is_of_the_frozen_weights(tiny: Path, tmp_path: Path) 
             assert recorded == pytest.approx(float(objective(z, generator=draws)), rel=1e-5)
 
 
+def test_curves_are_of_inputs_as_they_are(tiny: Path, tmp_path: Path) -> None:
+    """What is done to inputs in training does not show in a module's losses."""
+    tiny.write_text(tiny.read_text().partition("[module.2]")[0] + "train.dropout = 0.9\n")
+    edit(tiny, "lr = 3e-3", "lr = 1e-30")
+    losses = {}
+    for dropout in ("0.9", "0.0"):
+        edit(tiny, "dropout = 0.9", f"dropout = {dropout}")
+        pipeline = Pipeline.from_file(tiny, folder=tmp_path / dropout, device="cpu")
+        record = pipeline.run().stages[0].record
+        lines = read_metrics(tmp_path / dropout / "logs" / "m1" / "metrics.jsonl")
+        (best,) = [
+            line for line in lines if "train_loss" in line and line["epoch"] == record.best_epoch
+        ]
+        assert best["train_loss"] == record.train_loss
+        assert best["validation_loss"] == record.validation_loss
+        losses[dropout] = (record.train_loss, record.validation_loss)
+    assert losses["0.9"] == pytest.approx(losses["0.0"], rel=1e-6)
+
+
 def test_targets_are_not_corrupted() -> None:
     class Copy(nn.Module):
         predicts = "input"

@@ -17,7 +17,8 @@ class MetricsLog:
     """Append-only log of one stage.
 
     Each line has ``step`` (steps done) and ``epoch`` (from 1); a step's line has ``loss``, an
-    epoch's ``train_loss``, ``validation_loss`` (nats), ``seconds`` and ``samples_per_second``.
+    epoch's ``train_loss``, ``validation_loss`` (nats; of its last weights, on as many training
+    samples as are held out, and on these), ``seconds`` and ``samples_per_second``.
 
     Parameters
     ----------

@@ -54,7 +54,8 @@ class _Counters:
 
     epoch: int = 0
     step_in_epoch: int = 0
-    epoch_losses: list[float] = field(default_factory=list)
+    # Of the best epoch: on samples that are trained on, and on those that are held out.
+    best_train_losses: list[float] = field(default_factory=list)
     best_losses: list[float] = field(default_factory=list)
     best_epoch: int = 0
     seconds: float = 0.0
@@ -112,8 +113,8 @@ class _Trainer:
             stage=job.stage,
             grid=job.grid,
         )
-        self.at = _Counters(micro_batch=job.micro_batch, epoch_losses=[0.0] * len(job.logs))
-        self._keep_best()
+        self.at = _Counters(micro_batch=job.micro_batch)
+        self.best = module_tensors(self.module)
         self.logs = [MetricsLog(folder) for folder in job.logs]
 
     def run(self) -> tuple[dict[str, Tensor], list[TrainingRecord]]:
@@ -137,10 +138,7 @@ class _Trainer:
         return self.best, self._records()
 
     def _records(self) -> list[TrainingRecord]:
-        self.module.load_state_dict(self.best)
-        self.objective.load_state_dict(self.best_objective)
-        seen = self._seen_ids()
-        train_losses = self._evaluate(self.module, self.objective, seen)
+        losses = zip(self.at.best_train_losses, self.at.best_losses, strict=True)
         return [
             TrainingRecord(
                 epochs=self.at.epoch,
@@ -152,7 +150,7 @@ class _Trainer:
                 micro_batch=self.job.micro_batch,
                 shuffle_quality=self.loader.shuffle_quality,
             )
-            for train_loss, validation_loss in zip(train_losses, self.at.best_losses, strict=True)
+            for train_loss, validation_loss in losses
         ]
 
     def _seen_ids(self) -> list[str]:
@@ -169,7 +167,6 @@ class _Trainer:
         self.module.train()
         for batch in self.loader.batches(at.epoch, start=at.step_in_epoch):
             losses = self._step(batch, self.steps_done)
-            at.epoch_losses = [a + b for a, b in zip(at.epoch_losses, losses, strict=True)]
             at.step_in_epoch += 1
             done = self.steps_done
             for log, loss in zip(self.logs, losses, strict=True):
@@ -218,14 +215,15 @@ class _Trainer:
 
     def _end_epoch(self, task: Task) -> None:
         at, config = self.at, self.job.config
-        train_losses = [loss / self.loader.steps for loss in at.epoch_losses]
-        validation_losses = self._evaluate(*self._judged, self.validation_ids)
+        # In the same way on both, to be compared: weights at rest, and nothing corrupted.
+        train_losses = self._evaluate(self._seen_ids())
+        validation_losses = self._evaluate(self.validation_ids)
         at.epoch += 1
         at.step_in_epoch = 0
-        at.epoch_losses = [0.0] * len(self.logs)
         if not at.best_losses or sum(validation_losses) < sum(at.best_losses):
-            at.best_losses, at.best_epoch = validation_losses, at.epoch
-            self._keep_best()
+            at.best_train_losses, at.best_losses = train_losses, validation_losses
+            at.best_epoch = at.epoch
+            self.best = module_tensors(self._judged[0])
         stalled = at.epoch - at.best_epoch >= config.patience
         at.finished = stalled or at.epoch >= config.max_epochs
         seconds = time.monotonic() - self.started
@@ -249,13 +247,10 @@ class _Trainer:
             return self.average.module, self.average.objective
         return self.module, self.objective
 
-    def _keep_best(self) -> None:
-        module, objective = self._judged
-        self.best, self.best_objective = module_tensors(module), module_tensors(objective)
-
     @torch.no_grad()
-    def _evaluate(self, module: nn.Module, objective: Objective, ids: Sequence[str]) -> list[float]:
+    def _evaluate(self, ids: Sequence[str]) -> list[float]:
         """Losses on samples; always the same views and negatives for them."""
+        module, objective = self._judged
         module.eval()
         totals: list[float] = []
         config = self.job.config
@@ -316,7 +311,6 @@ class _Trainer:
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "best": self.best,
-            "best_objective": self.best_objective,
         }
         if self.average is not None:
             state["average"] = {
@@ -338,7 +332,7 @@ class _Trainer:
         self.module.load_state_dict(state["module"])
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.best, self.best_objective = state["best"], state["best_objective"]
+        self.best = state["best"]
         if self.average is not None:
             self.average.module.load_state_dict(state["average"]["module"])
             self.average.objective.load_state_dict(state["average"]["objective"])
