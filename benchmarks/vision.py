@@ -126,11 +126,11 @@ def table(runs: list[dict[str, Any]], data: str) -> list[str]:
             cells = [spread(values) for values in accuracies(runs, data, row)]
             seconds = statistics.median(run["seconds"] for run in own)
             lines.append(f"| {row} | {' | '.join(cells)} | {len(own)} | {seconds:.0f} |")
-    simple = [run["statistics"] for run in runs if run["data"] == data]
-    raw = [run["raw"] for run in runs if run["data"] == data and run["raw"] is not None]
-    lines.append(f"| pixel statistics | | | {spread(simple)} | | |")
-    if raw:
-        lines.append(f"| raw pixels | | | {spread(raw)} | | |")
+    for row, key in (("pixel statistics", "statistics"), ("raw pixels", "raw")):
+        by_seed = {run["seed"]: run[key] for run in runs if run["data"] == data}
+        values = [value for value in by_seed.values() if value is not None]
+        if values:
+            lines.append(f"| {row} | | | {spread(values)} | {len(values)} | |")
     return [*lines, "", *judged(runs, data), ""]
 
 
@@ -155,9 +155,9 @@ def judged(runs: list[dict[str, Any]], data: str) -> list[str]:
                 lines.append(
                     f"- Module {module + 1} less {row}: {spread(gain)} (goal: {ABOVE_RANDOM:g})."
                 )
-    simple = statistics.mean(run["statistics"] for run in runs if run["data"] == data)
+    own = [run for run in runs if (run["data"], run["row"]) == (data, ITERATIVE)]
     for module in (1, 2):
-        gain = [value - simple for value in trained[module]]
+        gain = [run["accuracy"][module] - run["statistics"] for run in own]
         lines.append(
             f"- Module {module + 1} less pixel statistics: {spread(gain)} "
             f"(goal: {ABOVE_STATISTICS:g})."
@@ -173,7 +173,8 @@ def markdown(runs: list[dict[str, Any]]) -> str:
         "Test accuracy in percent of the same linear probe on frozen, mean-pooled features; mean ± "
         "standard deviation over seeds. Modes are those of `gim-stage run --mode`; what they train "
         "on and for how long stands in pipelines/digits.toml and pipelines/photos.toml, supervised "
-        "modes taking as many steps. Pixel statistics are pooled over patches like features.",
+        "modes taking as many steps. Pixel statistics are pooled over patches like features. Seeds "
+        "are of weights, batches, negatives and held-out samples; all share the dataset.",
         "",
     ]
     for data in DATA:

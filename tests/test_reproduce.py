@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from warm import gim_stage
 
-from gim_stagewise.errors import CacheNotFoundError, ConfigError, DataError
+from gim_stagewise.errors import CacheNotFoundError, ConfigError, DataError, OverBudgetError
 from gim_stagewise.memory import Budget
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.progress import Silent, Task
@@ -141,6 +141,18 @@ def test_the_most_exciting_patches_are_those_of_a_search(work: Reproduction) -> 
         assert neuron.selectivity == pytest.approx(above)
 
 
+def test_a_channel_that_shows_the_same_again_is_passed_over() -> None:
+    values = np.random.default_rng(1).normal(size=(40, 2, 2, 5)).astype(np.float32)
+    values[3:7, 0, 1, 2] = 30.0
+    values[3:7, 0, 1, 4] = 20.0  # the same patches, less so
+    ids = [str(number) for number in range(40)]
+    found = most_exciting([(ids, values)], patches=4, neurons=4)
+    assert found[0].channel == 2
+    assert sorted(neuron.channel for neuron in found) == [0, 1, 2, 3]
+    every = most_exciting([(ids, values)], patches=4, neurons=5)
+    assert [neuron.channel for neuron in every][:2] == [2, 4]
+
+
 def test_few_samples_and_silent_channels_are_taken_as_they_are() -> None:
     values = np.zeros((2, 2, 2, 3), np.float32)
     found = most_exciting([(["a", "b"], values)], patches=4, neurons=8)
@@ -219,6 +231,22 @@ def test_what_one_mode_cannot_have_is_said_before_any_is_trained(
 def test_a_step_that_is_over_the_budget_is_not_measured(work: Reproduction) -> None:
     small = replace(work, budget=Budget(device=1000), target=work.target / "small")
     assert table_2(small).read_text().count("does not fit here") >= 4
+
+
+def test_what_fits_is_in_the_table_without_what_does_not(work: Reproduction) -> None:
+    heard = Heard()
+    small = replace(work, base=work.base / "small", target=work.target / "little", seeds=1)
+    small.run("iterative")
+    small = replace(small, budget=Budget(device=1000), progress=heard)
+    text = table_1(small).read_text()
+    lines = {columns(line)[0]: columns(line)[2:] for line in text.splitlines() if "|" in line}
+    names = {mode: name for name, mode, _ in TABLE_1 if mode is not None}
+    for mode in ("cpc", "simultaneous", "supervised", "greedy_supervised"):
+        assert lines[names[mode]] == ["does not fit"] * 2
+    assert all(float(cell) > 0 for mode in ("iterative", "random") for cell in lines[names[mode]])
+    assert not [label for label in heard.tasks if label.endswith(": train")]
+    with pytest.raises(OverBudgetError):
+        replace(small, base=work.base / "smaller").runs("iterative")
 
 
 def test_seeds_have_folders_of_their_own(work: Reproduction) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from helpers import one_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision import datasets
+from warm import gim_stage
 
 from gim_stagewise.config import AugmentConfig, SourceConfig
 from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError, GimStageError
@@ -824,6 +826,42 @@ def test_splits_and_labels_are_those_of_the_images() -> None:
     assert source.split("train") == images.split("train")
     assert source.label_names == ("class",)
     assert source.labels("class").tolist() == [4, 5, 6]
+
+
+@pytest.mark.parametrize("mode", ["iterative", "simultaneous"])
+def test_one_image_smaller_than_the_crop_is_found_before_training(
+    tmp_path: Path, mode: str
+) -> None:
+    draw = np.random.default_rng(0)
+    for number in range(40):
+        split, side = ("test", 5) if number == 37 else ("train", 12)
+        place = tmp_path / "images" / split / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        shape = (side, side, 3)
+        Image.fromarray(draw.integers(0, 255, shape).astype(np.uint8)).save(place / f"{number}.png")
+    file = tmp_path / "p.toml"
+    file.write_text(
+        f"""
+name = "p"
+mode = "{mode}"
+[source]
+kind = "torchvision:ImageFolder"
+root = "{tmp_path}/images"
+splits.train.root = "{tmp_path}/images/train"
+splits.test.root = "{tmp_path}/images/test"
+[augment]
+crop = 8
+[patches]
+size = 4
+stride = 2
+[module.1]
+build = "residual"
+"""
+    )
+    message = one_error(gim_stage("run", file, "--dir", tmp_path / "out"), 2)
+    assert "augment.crop" in message
+    assert "image of 5×5 pixels (sample test/b/37.png" in message
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(

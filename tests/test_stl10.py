@@ -11,7 +11,7 @@ from helpers import edit, one_error
 from torchvision import datasets
 from warm import gim_stage
 
-from gim_stagewise.config import SourceConfig
+from gim_stagewise.config import SourceConfig, load_pipeline
 from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.sources import Request, Source, open_source
@@ -116,6 +116,22 @@ def test_the_command_says_where_it_looked(tmp_path: Path) -> None:
     file.write_text(FILE.read_text().replace('root = "data"', f'root = "{tmp_path}"'))
     message = one_error(gim_stage("run", file, "--dir", tmp_path / "out"), 2)
     assert str(tmp_path / "stl10_binary") in message
+
+
+def test_the_shipped_pipeline_has_the_papers_settings() -> None:
+    """Section 4.1 and appendix A.1."""
+    config, _ = load_pipeline(FILE)
+    augment, train, objective = config.augment, config.stage(1).train, config.stage(1).objective
+    assert (augment.grayscale, augment.crop, augment.flip, augment.pad) == (True, 64, 0.5, 0)
+    assert config.patches is not None
+    assert (config.patches.size, config.patches.stride) == (16, 8)
+    assert (objective.prediction_steps, objective.negatives) == (5, 16)
+    assert (train.batch, objective.negatives_group) == (8 * 16, 16)  # on 8 GPUs
+    assert (train.lr, train.max_epochs, train.patience) == (1.5e-4, 300, 300)
+    assert (config.probe.classifier, config.probe.lr) == ("adam", 1e-3)
+    assert (config.probe.validation, config.probe.pooling) == (0.2, "mean")
+    blocks = [own.options["blocks"] for own in config.module.values()]
+    assert blocks == [[1, 3], [4, 7], [8, 13]]  # of a ResNet-50, without the fourth stage
 
 
 @pytest.mark.parametrize("mode", ["iterative", "simultaneous"])

@@ -21,6 +21,7 @@ from tomlkit.items import InlineTable
 
 from gim_stagewise.config.rules import check_together
 from gim_stagewise.config.tables import (
+    LARGE_KINDS,
     CacheConfig,
     ModuleConfig,
     ObjectiveConfig,
@@ -149,9 +150,11 @@ def _against_overfitting(
     shared: dict[str, Any], content: dict[str, Any], number: int
 ) -> dict[str, Any]:
     """Defaults for a module, with `ON_CACHED_INPUTS` where it is trained on those."""
+    source = content.get("source")
+    kind = str(source.get("kind")) if isinstance(source, dict) else ""
     one_by_one = content.get("mode", "iterative") == "iterative"
     patches = content.get("encoding", "patch") == "patch"
-    if number == 1 or not one_by_one or not patches:
+    if number == 1 or not one_by_one or not patches or kind in LARGE_KINDS:
         return shared
     return shared | {"train": {**ON_CACHED_INPUTS, **shared.get("train", {})}}
 

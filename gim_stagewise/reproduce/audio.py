@@ -11,7 +11,13 @@ from gim_stagewise.pipeline import Pipeline, RunResult
 from gim_stagewise.report.curves import matplotlib_figure
 from gim_stagewise.reproduce.figures import save_figure
 from gim_stagewise.reproduce.paper import TABLE_3, TABLE_4
-from gim_stagewise.reproduce.runs import Reproduction, markdown_table, over_seeds, spread
+from gim_stagewise.reproduce.runs import (
+    DOES_NOT_FIT,
+    Reproduction,
+    markdown_table,
+    over_seeds,
+    spread,
+)
 from gim_stagewise.sources import Source, labels_of, step_labelled
 from gim_stagewise.stage.extraction_plan import Workers
 from gim_stagewise.stage.probe import ProbeScores, probe_splits
@@ -192,6 +198,8 @@ def _wants_splits(source: Source) -> None:
 
 
 def _accuracy(runs: Sequence[RunResult], module: int, labels: str) -> str:
+    if not runs:
+        return DOES_NOT_FIT
     return _spread([run.accuracy(module, labels=labels) for run in runs])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +32,8 @@ def most_exciting(
 ) -> list[Neuron]:
     """The most selective channels, and what excites them most.
 
-    What is held is one batch and ``patches`` places for each channel.
+    A channel that is excited by what already excites a more selective one is passed over, unless
+    there are too few others. What is held is one batch and ``patches`` places for each channel.
 
     Parameters
     ----------
@@ -70,11 +71,23 @@ def most_exciting(
     mean = total / count
     deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
     above = np.divide(best.mean(0) - mean, deviation, where=deviation > 0, out=np.zeros_like(mean))
-    return [
+    ranked = [
         Neuron(
             int(channel),
             float(above[channel]),
             [(names[n], at // columns, at % columns) for n, at in places[:, channel].tolist()],
         )
-        for channel in np.argsort(-above, kind="stable")[:neurons]
+        for channel in np.argsort(-above, kind="stable")
     ]
+    return _different(ranked, neurons)
+
+
+def _different(ranked: Sequence[Neuron], count: int) -> list[Neuron]:
+    """The first of them that share less than half of their patches with any before."""
+    new: list[Neuron] = []
+    repeated: list[Neuron] = []
+    for neuron in ranked:
+        shared = (len(set(neuron.patches).intersection(other.patches)) for other in new)
+        (repeated if 2 * max(shared, default=0) >= len(neuron.patches) else new).append(neuron)
+    chosen = [*new, *repeated][:count]
+    return sorted(chosen, key=lambda neuron: -neuron.selectivity)

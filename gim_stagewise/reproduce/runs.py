@@ -13,11 +13,15 @@ import torch
 
 from gim_stagewise.config import load_pipeline
 from gim_stagewise.durable import write_atomic
+from gim_stagewise.errors import OverBudgetError
 from gim_stagewise.memory import Budget
 from gim_stagewise.pipeline import Pipeline, RunResult, run_name
 from gim_stagewise.processes import usable_cores
 from gim_stagewise.progress import Progress, Silent
 from gim_stagewise.report.record import save_record, versions
+
+# What a table says of a mode that needs more memory than is allowed.
+DOES_NOT_FIT = "does not fit"
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,20 @@ class Reproduction:
         return result
 
     def runs(self, mode: str, *, labels: str | None = None) -> list[RunResult]:
-        """Runs of a mode with all seeds."""
-        return [self.run(mode, number, labels=labels) for number in range(self.seeds)]
+        """Runs of a mode with all seeds; none if it does not fit the memory that is allowed.
+
+        Raises
+        ------
+        OverBudgetError
+            If that is the iterative mode.
+        """
+        try:
+            return [self.run(mode, number, labels=labels) for number in range(self.seeds)]
+        except OverBudgetError as error:
+            if mode == "iterative":
+                raise
+            self.progress.note(f"{mode}: left out: {error}")
+            return []
 
     def write(self, name: str, text: str) -> Path:
         """Write a text file below the target, atomically."""

@@ -12,7 +12,13 @@ from gim_stagewise.errors import ConfigError, DataError
 from gim_stagewise.memory import resident_bytes
 from gim_stagewise.processes import in_fresh_process
 from gim_stagewise.reproduce.paper import TABLE_1, TABLE_2
-from gim_stagewise.reproduce.runs import Reproduction, markdown_table, over_seeds, spread
+from gim_stagewise.reproduce.runs import (
+    DOES_NOT_FIT,
+    Reproduction,
+    markdown_table,
+    over_seeds,
+    spread,
+)
 from gim_stagewise.stage.needs import chain_needs
 from gim_stagewise.stage.probe import PIXEL_STATISTICS
 from gim_stagewise.stage.project import count_step, measure_step
@@ -41,6 +47,9 @@ def table_1(work: Reproduction) -> Path:
             rows.append([name, paper, *[""] * count])
             continue
         runs = work.runs(mode)
+        if not runs:
+            rows.append([name, paper, *[DOES_NOT_FIT] * count])
+            continue
         cells = []
         for number in range(count):
             own = [run.accuracy(number + 1) for run in runs]
@@ -59,7 +68,8 @@ def table_1(work: Reproduction) -> Path:
     text = (
         f"# Table 1: {name}\n\n"
         "Test accuracy in percent of a linear classifier on frozen features; the paper's column is "
-        "STL-10, top module. Every row has the same pooling, probe and splits."
+        "STL-10, top module. Every row has the same pooling, probe and splits; all modes have the "
+        "file's epochs, which supervised ones take over labelled samples alone."
         f"{over_seeds(work.seeds)}\n\n"
         + markdown_table(["method", "paper", *modules], rows)
         + f"\n{work.conditions()}\n"

@@ -88,6 +88,17 @@ class PatchSource:
                     f"is {first.extent} with {first.channels}; set augment.crop to make them equal"
                 )
 
+    def check_sizes(self) -> None:
+        """Check that no image is too small for a crop, by the heads of their files alone.
+
+        Raises
+        ------
+        ConfigError
+        """
+        if self._augment.crop is not None:
+            for item in self._images.items():
+                self._cropped_extent(item)
+
     @property
     def views(self) -> int | None:
         # Augmentations are drawn when read, so there is no end of them.

@@ -42,6 +42,7 @@ def check_chain(space: Workspace, source: PatchSource | RegionSource) -> list[Sh
     """
     if isinstance(source, RegionSource):
         return _check_windowed(space, source)
+    source.check_sizes()
     grid, cell = first_input(space, source)
     shapes: list[Shape] = []
     chunk_bytes = 0
