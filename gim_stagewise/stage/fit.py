@@ -114,7 +114,7 @@ def plan_training(needs: TrainingNeeds, *, recorded: int | None, budget: Budget)
     allowed_host = budget.host_bytes()
     if plan.host > allowed_host:
         raise OverBudgetError(
-            f"{spec.label} projects {format_bytes(plan.host)} of host memory for training "
+            f"{spec.label}: training projects {format_bytes(plan.host)} of host memory "
             f"({format_bytes(plan.base)} the process, {format_bytes(plan.loader)} samples to be "
             f"mixed), allowed {format_bytes(allowed_host)}: lower "
             f"{spec.train_key}.shuffle_window, or allow --allowed-host-mem "
@@ -174,7 +174,7 @@ def _largest_micro_batch(spec: StepSpec, step: StepMemory, room: _Room) -> tuple
         needed = one.total + room.beside
         fixed = sum(one.counted.get(k, 0) for k in ("parameters", "gradients", "optimizer"))
         raise OverBudgetError(
-            f"{spec.label} needs {format_bytes(needed)} for training even with "
+            f"{spec.label}: training needs {format_bytes(needed)} even with "
             f"micro_batch = 1 ({format_bytes(room.beside)} beside the step, {format_bytes(fixed)} "
             f"parameters, gradients and optimizer), allowed {format_bytes(room.allowed)}: the "
             f"smallest workable value with it is {room.option} {round_up(needed)}"
@@ -221,7 +221,7 @@ def _refuse(
             f"or allow {room.option} {round_up(total)}"
         )
     raise OverBudgetError(
-        f"{spec.label} projects {format_bytes(total)} for training, "
+        f"{spec.label}: training projects {format_bytes(total)}, "
         f"allowed {format_bytes(room.allowed)}: {remedy}",
         needed=total,
     )
