@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from repeated import arguments, interval, known, make, show
+from repeated import arguments, interval, known, make, paired, show
 
 from gim_stagewise.config import load_pipeline
 from gim_stagewise.pipeline import Pipeline, RunResult
@@ -188,48 +188,43 @@ def context_network(runs: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
-def speakers(run: dict[str, Any], name: str) -> float:
-    """Accuracy of speakers from some features."""
-    value = run[name]
-    if isinstance(value, dict):
-        value = value["speaker"]
-    found: float = value[-1] if isinstance(value, list) else value
-    return found
-
-
 def judged(runs: list[dict[str, Any]]) -> list[str]:
     """What was wanted, and what came out."""
-    by_seed = {run["seed"]: run for run in chosen(runs, RANDOM)}
-    trained = [run for run in chosen(runs, ITERATIVE) if run["seed"] in by_seed]
-    if not trained:
+    pairs = paired(chosen(runs, ITERATIVE), chosen(runs, RANDOM))
+    if not pairs:
         return []
-    random = [by_seed[run["seed"]] for run in trained]
-
-    def over(name: str, other: str) -> str:
-        return interval([speakers(run, name) - speakers(run, other) for run in trained], 1)
-
-    gain = [
-        speakers(a, "speaker") - speakers(b, "speaker")
-        for a, b in zip(trained, random, strict=True)
-    ]
-    lines = [
-        f"Iterative, paired by seed, {len(trained)} of them; mean ± half of a 95 % interval "
+    trained = [run for run, _ in pairs]
+    # Differences in points by seed, and the goal.
+    rows: dict[str, tuple[list[float], float]] = {
+        "speakers, module 6 less MFCC, both averaged": (
+            [run["speaker"][-1] - run["mfcc"]["speaker"] for run in trained],
+            0,
+        ),
+        "speakers, module 6 less MFCC, of both mean and deviation": (
+            [run["statistics"] - run["mfcc_statistics"] for run in trained],
+            0,
+        ),
+        "speakers, module 6 averaged less mean and deviation of MFCC": (
+            [run["speaker"][-1] - run["mfcc_statistics"] for run in trained],
+            0,
+        ),
+        "speakers, module 6 less the random encoder, both averaged": (
+            [run["speaker"][-1] - other["speaker"][-1] for run, other in pairs],
+            ABOVE_RANDOM,
+        ),
+    }
+    for n in range(1, len(trained[0]["phone"])):
+        steps = [run["phone"][n] - run["phone"][n - 1] for run in trained]
+        rows[f"phones, module {n + 1} less module {n}"] = (steps, 0)
+    return [
+        f"Iterative, paired by seed, {len(pairs)} of them; mean ± half of a 95 % interval "
         "(Student's t):",
         "",
         "| difference | points | goal |",
         "|---|---|---|",
-        f"| speakers, module 6 less MFCC, both averaged | {over('speaker', 'mfcc')} | 0 |",
-        "| speakers, module 6 less MFCC, of both mean and deviation | "
-        f"{over('statistics', 'mfcc_statistics')} | 0 |",
-        "| speakers, module 6 averaged less mean and deviation of MFCC | "
-        f"{over('speaker', 'mfcc_statistics')} | 0 |",
-        "| speakers, module 6 less the random encoder, both averaged | "
-        f"{interval(gain, 1)} | {ABOVE_RANDOM:g} |",
+        *(f"| {name} | {interval(own, 1)} | {goal:g} |" for name, (own, goal) in rows.items()),
+        "",
     ]
-    for n in range(1, len(trained[0]["phone"])):
-        steps = [run["phone"][n] - run["phone"][n - 1] for run in trained]
-        lines.append(f"| phones, module {n + 1} less module {n} | {interval(steps, 1)} | 0 |")
-    return [*lines, ""]
 
 
 def memory(*, quick: bool) -> list[dict[str, Any]]:

@@ -81,6 +81,13 @@ def arguments(doc: str, data: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def paired(runs: Sequence[Run], others: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Runs with those of the same seed, where there are both; in the order of seeds."""
+    by_seed = {run["seed"]: run for run in others}
+    own = sorted(runs, key=lambda run: run["seed"])
+    return [(run, by_seed[run["seed"]]) for run in own if run["seed"] in by_seed]
+
+
 def interval(differences: list[float], digits: int) -> str:
     """Mean of paired differences, with a 95 % interval."""
     mean = statistics.mean(differences)

@@ -20,9 +20,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from repeated import arguments, known, make, show
+from repeated import arguments, interval, known, make, paired, show
 
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.reproduce.runs import spread
 from gim_stagewise.stage.probe import PIXEL_STATISTICS, RAW_PIXELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,15 +102,8 @@ def make_missing(data: list[str], *, device: str) -> None:
     make(RUNS, measure, wanted, device=device)
 
 
-def accuracies(runs: list[dict[str, Any]], data: str, row: str) -> list[list[float]]:
-    """By module, over seeds."""
-    own = sorted((r for r in runs if (r["data"], r["row"]) == (data, row)), key=lambda r: r["seed"])
-    return [list(values) for values in zip(*(run["accuracy"] for run in own), strict=True)]
-
-
-def spread(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
+def chosen(runs: list[dict[str, Any]], data: str, row: str) -> list[dict[str, Any]]:
+    return [run for run in runs if (run["data"], run["row"]) == (data, row)]
 
 
 def table(runs: list[dict[str, Any]], data: str) -> list[str]:
@@ -121,9 +115,9 @@ def table(runs: list[dict[str, Any]], data: str) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for row in ROWS:
-        own = [run for run in runs if (run["data"], run["row"]) == (data, row)]
-        if own:
-            cells = [spread(values) for values in accuracies(runs, data, row)]
+        if own := chosen(runs, data, row):
+            by_module = zip(*(run["accuracy"] for run in own), strict=True)
+            cells = [spread(values) for values in by_module]
             seconds = statistics.median(run["seconds"] for run in own)
             lines.append(f"| {row} | {' | '.join(cells)} | {len(own)} | {seconds:.0f} |")
     for row, key in (("pixel statistics", "statistics"), ("raw pixels", "raw")):
@@ -136,33 +130,40 @@ def table(runs: list[dict[str, Any]], data: str) -> list[str]:
 
 def judged(runs: list[dict[str, Any]], data: str) -> list[str]:
     """What was wanted, and what came out."""
-    trained = accuracies(runs, data, ITERATIVE)
+    trained = chosen(runs, data, ITERATIVE)
     if not trained:
         return []
-    top = [t - b for t, b in zip(trained[2], trained[0], strict=True)]
-    lines = [f"- Module 3 less module 1, iterative: {spread(top)} (goal: not below 0)."]
-    together = accuracies(runs, data, TOGETHER)
-    if together and len(together[2]) == len(trained[2]):
-        top = [t - b for t, b in zip(trained[2], together[2], strict=True)]
-        lines.append(f"- Module 3, iterative less simultaneous: {spread(top)} (goal: not below 0).")
-    if data != "photos":
-        return lines
-    for row in RANDOM:
-        other = accuracies(runs, data, row)
-        for module in (1, 2):
-            if other and len(other[module]) == len(trained[module]):
-                gain = [a - b for a, b in zip(trained[module], other[module], strict=True)]
-                lines.append(
-                    f"- Module {module + 1} less {row}: {spread(gain)} (goal: {ABOVE_RANDOM:g})."
-                )
-    own = [run for run in runs if (run["data"], run["row"]) == (data, ITERATIVE)]
-    for module in (1, 2):
-        gain = [run["accuracy"][module] - run["statistics"] for run in own]
-        lines.append(
-            f"- Module {module + 1} less pixel statistics: {spread(gain)} "
-            f"(goal: {ABOVE_STATISTICS:g})."
-        )
-    return lines
+    # Differences in points by seed, and the goal.
+    rows: dict[str, tuple[list[float], float]] = {
+        "module 3 less module 1": ([r["accuracy"][2] - r["accuracy"][0] for r in trained], 0),
+        "module 3 less that of simultaneous training": (
+            over(trained, chosen(runs, data, TOGETHER), 2),
+            0,
+        ),
+    }
+    if data == "photos":
+        for n in (1, 2):
+            for row in RANDOM:
+                gain = over(trained, chosen(runs, data, row), n)
+                rows[f"module {n + 1} less {row}"] = (gain, ABOVE_RANDOM)
+            gain = [run["accuracy"][n] - run["statistics"] for run in trained]
+            rows[f"module {n + 1} less pixel statistics"] = (gain, ABOVE_STATISTICS)
+    return [
+        "Iterative, paired by seed; mean ± half of a 95 % interval (Student's t):",
+        "",
+        "| difference | points | seeds | goal |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {interval(own, 1)} | {len(own)} | {goal:g} |"
+            for name, (own, goal) in rows.items()
+            if own
+        ),
+    ]
+
+
+def over(own: list[dict[str, Any]], others: list[dict[str, Any]], module: int) -> list[float]:
+    """Points of a module above the same of other runs; modules are counted from 0."""
+    return [run["accuracy"][module] - r["accuracy"][module] for run, r in paired(own, others)]
 
 
 def markdown(runs: list[dict[str, Any]]) -> str:

@@ -131,11 +131,10 @@ def _validate(content: dict[str, Any]) -> PipelineConfig:
     modules = content.get("module")
     if isinstance(modules, dict):
         _refuse_own_validation(modules)
+        numbered = {_module_number(key): module for key, module in modules.items()}
         content["module"] = {
-            (number := _module_number(key)): _with_defaults(
-                module, _against_overfitting(shared, content, number)
-            )
-            for key, module in modules.items()
+            number: _with_defaults(module, _against_overfitting(shared, content, number))
+            for number, module in numbered.items()
         }
         if sorted(content["module"]) != list(range(1, len(modules) + 1)) or not modules:
             raise ConfigError(

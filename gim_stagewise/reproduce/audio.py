@@ -160,13 +160,13 @@ def figure_4(work: Reproduction) -> Path:
     panel = figure.subplots()
     for name, mode, style in _SHOWN:
         supervised = mode.endswith("supervised")
-        run = work.run(mode, labels=speaker if supervised else None)
-        accuracies = [run.accuracy(stage.module, labels=speaker) for stage in run.stages]
-        errors = [100 * max(1 - own, least) for own in accuracies if own is not None]
-        panel.plot(range(1, len(errors) + 1), errors, style, label=name, alpha=0.8)
+        for run in work.runs(mode, labels=speaker if supervised else None):
+            found = {s.module: run.accuracy(s.module, labels=speaker) for s in run.stages}
+            errors = {n: 100 * max(1 - own, least) for n, own in found.items() if own is not None}
+            panel.plot([*errors], [*errors.values()], style, label=name, alpha=0.8)
     panel.set(xlabel="module", ylabel=f"{speaker} error (%)", yscale="log")
-    for ticks in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-        ticks("{x:g}")
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter("{x:g}")
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.grid(alpha=0.3, which="both")
     panel.legend()

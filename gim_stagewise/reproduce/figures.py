@@ -13,6 +13,7 @@ from gim_stagewise.cache import Cache
 from gim_stagewise.config import AugmentConfig
 from gim_stagewise.durable import write_atomic
 from gim_stagewise.errors import CacheNotFoundError, ConfigError, DataError
+from gim_stagewise.pipeline import RunResult
 from gim_stagewise.report.curves import matplotlib_figure
 from gim_stagewise.reproduce.exciting import Neuron, most_exciting
 from gim_stagewise.reproduce.runs import Reproduction
@@ -127,23 +128,17 @@ def figure_3(work: Reproduction) -> Path:
     figure = matplotlib_figure(4 * count, 3.8)
     panels = figure.subplots(1, count, squeeze=False)[0]
     for mode, colour in colours.items():
-        result = work.run(mode)
-        for panel, stage in zip(panels, result.stages, strict=True):
-            lines = read_metrics(result.folder / "logs" / f"m{stage.module}" / "metrics.jsonl")
-            epochs = [line for line in lines if "validation_loss" in line]
-            if not epochs:
-                raise CacheNotFoundError(
-                    f"{result.folder} has weights of module {stage.module}, but no log of its "
-                    "training; remove the folder, and it is trained again"
-                )
-            for name, style in (("train_loss", "-"), ("validation_loss", "--")):
-                panel.plot(
-                    [line["epoch"] for line in epochs],
-                    [line[name] for line in epochs],
-                    style,
-                    color=colour,
-                    label=f"{mode}, {name.removesuffix('_loss')}",
-                )
+        for result in work.runs(mode):  # one, or none if it does not fit in memory
+            for panel, stage in zip(panels, result.stages, strict=True):
+                epochs = _epochs(result, stage.module)
+                for name, style in (("train_loss", "-"), ("validation_loss", "--")):
+                    panel.plot(
+                        [line["epoch"] for line in epochs],
+                        [line[name] for line in epochs],
+                        style,
+                        color=colour,
+                        label=f"{mode}, {name.removesuffix('_loss')}",
+                    )
     for number, panel in enumerate(panels, start=1):
         panel.set_title(f"module {number}")
         panel.set_xlabel("epoch")
@@ -152,6 +147,18 @@ def figure_3(work: Reproduction) -> Path:
     panels[0].set_ylabel("InfoNCE loss (nats)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return save_figure(work, figure, "figure3.png")
+
+
+def _epochs(result: RunResult, module: int) -> list[dict[str, Any]]:
+    """What the log of a module's training says of epochs."""
+    lines = read_metrics(result.folder / "logs" / f"m{module}" / "metrics.jsonl")
+    epochs = [line for line in lines if "validation_loss" in line]
+    if not epochs:
+        raise CacheNotFoundError(
+            f"{result.folder} has weights of module {module}, but no log of its training; remove "
+            "the folder, and it is trained again"
+        )
+    return epochs
 
 
 def save_figure(work: Reproduction, figure: Any, name: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -113,25 +112,20 @@ def _relative_paths(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder, also where links lead; into each folder once on a way."""
-
-    def walk(inner: Path, above: frozenset[str]) -> Iterator[Path]:
-        place = os.path.realpath(inner)
-        if place in above:
-            return
-        try:
-            with os.scandir(inner) as entries:
-                found = [(Path(entry.path), entry.is_dir()) for entry in entries]
-        except OSError as error:
-            raise DataError(f"{inner} cannot be read ({error})") from None
-        for path, is_folder in found:
-            if is_folder:
-                yield from walk(path, above | {place})
-            else:
-                yield path
-
-    return walk(folder, frozenset())
+def _files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """All files below a folder, also where links lead, but not round in circles."""
+    place = folder.resolve()
+    if place in above:
+        return
+    try:
+        inside = list(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error})") from None
+    for path in inside:
+        if path.is_dir():
+            yield from _files(path, above | {place})
+        else:
+            yield path
 
 
 def read_list(path: Path, corpus: Corpus) -> tuple[list[str], dict[str, str]]:

@@ -158,17 +158,18 @@ class RecordingProbe:
 
         None where all recordings have the same label.
         """
-        if not self.splits[0].differ:
-            (features,) = walk(self._ids[:1])
-            yield from (None for _ in features)
-            return
+        train, test = self.splits
         pooled = [
             [mean_feature(own, deviation=deviation) for own in features]
             for features in walk(self._ids)
         ]
         for own in zip(*pooled, strict=True):
             config = self.config
-            yield probe_accuracy(np.stack(own), *self.splits, config.probe, seed=config.seed)
+            yield (
+                probe_accuracy(np.stack(own), train, test, config.probe, seed=config.seed)
+                if train.differ
+                else None
+            )
 
     def _of_steps(
         self, walk: Walk, modules: Sequence[int], source: StepLabelled

@@ -97,6 +97,11 @@ class _Trainer:
         self.train_ids, self.validation_ids = held_out(
             ids, seed=job.seed, fraction=job.config.validation
         )
+        # As many of the samples that are trained on as are held out, to compare losses on both.
+        share = min(1.0, len(self.validation_ids) / len(self.train_ids))
+        _, self.seen_ids = held_out(
+            self.train_ids, seed=derive_seed(job.seed, "seen"), fraction=share
+        )
         self.reader = SampleReader(
             job.source,
             samples=len(ids),
@@ -152,11 +157,6 @@ class _Trainer:
             )
             for train_loss, validation_loss in losses
         ]
-
-    def _seen_ids(self) -> list[str]:
-        """As many of the samples that are trained on as are held out."""
-        share = min(1.0, len(self.validation_ids) / len(self.train_ids))
-        return held_out(self.train_ids, seed=derive_seed(self.job.seed, "seen"), fraction=share)[1]
 
     @property
     def steps_done(self) -> int:
@@ -215,8 +215,8 @@ class _Trainer:
 
     def _end_epoch(self, task: Task) -> None:
         at, config = self.at, self.job.config
-        # In the same way on both, to be compared: weights at rest, and nothing corrupted.
-        train_losses = self._evaluate(self._seen_ids())
+        # In the same way on both: weights at rest, and nothing corrupted.
+        train_losses = self._evaluate(self.seen_ids)
         validation_losses = self._evaluate(self.validation_ids)
         at.epoch += 1
         at.step_in_epoch = 0
