@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch is imported, here and in the processes that tests start: the same thread count
@@ -19,7 +19,8 @@ import torch._dynamo  # noqa: F401
 
 import gim_stagewise.pipeline
 import gim_stagewise.plan
-import gim_stagewise.prove  # noqa: F401
+import gim_stagewise.prove
+import gim_stagewise.stage.choose
 
 # Runs collect garbage before they measure memory; what all tests share need not be looked at.
 gc.collect()
@@ -87,6 +88,14 @@ def write_tiny(folder: Path) -> Path:
     file = folder / "tiny.toml"
     file.write_text(TINY.format(root=folder))
     return file
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _timed_briefly() -> Iterator[None]:
+    """Let what ``materialize = "auto"`` times be timed briefly; tests do not rest on the times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gim_stagewise.stage.choose, "SECONDS", 0.02)
+        yield
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import os
 import pickle
 import shutil
 import struct
-import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import edit
+from warm import warm
 
 from gim_stagewise.cache import Cache, find_damage
 from gim_stagewise.durable import json_checksum
 from gim_stagewise.errors import ConfigError, CorruptCacheError, GimStageError
+from gim_stagewise.memory.peak import PeakMeter
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.progress import Silent
+from gim_stagewise.report.inspect import inspect_cache
 from gim_stagewise.sources import Request
 from gim_stagewise.stage.checkpoint import check_checkpoint, load_checkpoint
 from gim_stagewise.verify import mend
@@ -135,47 +138,33 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
 }
 
 
-LOOK = """
-import resource, sys
-from pathlib import Path
-from gim_stagewise.cache import Cache, find_damage
-from gim_stagewise.errors import CorruptCacheError
-from gim_stagewise.progress import Silent
-from gim_stagewise.report.inspect import inspect_cache
-from gim_stagewise.sources import Request
+def look(path: str) -> None:
+    """Use a cache in every way, for a process of its own; prints whether it was refused, and bytes.
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-path, before, refused = Path(sys.argv[1]), peak(), 0
-try:
-    cache = Cache(path)
-    cache.labels("class"), cache.split("train"), cache.activations[0, :2]
-    cache.read([Request(i) for i in cache.ids])
-    cache.read_pooled(cache.ids)
-except CorruptCacheError:
-    refused = 1
-try:
-    find_damage(path, Silent())
-except CorruptCacheError:
-    pass
-inspect_cache(path)
-print(refused, peak() - before)
-"""
+    The bytes are the most memory that was taken at once.
+    """
+    refused = 0
+    with PeakMeter(torch.device("cpu")) as meter:
+        try:
+            cache = Cache(Path(path))
+            cache.labels("class"), cache.split("train"), cache.activations[0, :2]
+            cache.read([Request(item_id) for item_id in cache.ids])
+            cache.read_pooled(cache.ids)
+        except CorruptCacheError:
+            refused = 1
+        with suppress(CorruptCacheError):
+            find_damage(Path(path), Silent())
+        inspect_cache(Path(path))
+    print(refused, meter.peak)
 
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_what_a_cache_declares_is_refused_before_it_takes_memory(cache: Path, what: str) -> None:
     HOSTILE[what](cache)
-    done = subprocess.run(
-        [sys.executable, "-c", LOOK, cache],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    refused, grown = map(int, done.stdout.split())
+    out, err = cache.parent / "out", cache.parent / "err"
+    code = warm()("test_hostile:look", str(cache), stdout=out, stderr=err, kill_after=120)
+    assert code == 0, err.read_text()
+    refused, grown = map(int, out.read_text().split())
     assert refused == 1
     assert grown < 100_000_000
 

@@ -39,7 +39,12 @@ def test_a_run_is_the_same_twice(small: Path, undisturbed: Path) -> None:
     assert_same_files(small.parent / "twice", undisturbed)
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
+PARTS = 5
+
+
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))]
+)
 def test_killed_at_every_kind_of_point(
     small: Path, undisturbed: Path, tmp_path: Path, part: int
 ) -> None:
@@ -49,7 +54,7 @@ def test_killed_at_every_kind_of_point(
         assert {("before", name), ("after", name)} <= named
     chosen = one_of_each(points, seed=0)
     assert len(chosen) > 25
-    for number in chosen[part::3]:
+    for number in chosen[part::PARTS]:
         kill_and_finish(small, undisturbed, tmp_path / str(number), [number])
 
 

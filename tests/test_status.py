@@ -35,10 +35,17 @@ def states(file: Path, folder: Path) -> list[tuple[str, str]]:
     return [(stage.state, stage.why) for stage in found]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, new_tiny: Callable[[Path], Path]) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    open_pipeline(new_tiny(folder), folder / "out").run()
+    return folder / "out"
+
+
 @pytest.fixture
-def done(tiny: Path, tmp_path: Path) -> Path:
-    open_pipeline(tiny, tmp_path / "out").run()
-    return tmp_path / "out"
+def done(made: Path, tiny: Path, tmp_path: Path) -> Path:
+    """A finished run of this test's own."""
+    return Path(shutil.copytree(made, tmp_path / "out"))
 
 
 def listing(folder: Path) -> dict[Path, int]:

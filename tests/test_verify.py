@@ -20,10 +20,17 @@ from gim_stagewise.progress import Silent
 from gim_stagewise.verify import mend, verify
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, new_tiny: Callable[[Path], Path]) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    Pipeline.from_file(new_tiny(folder), folder=folder / "out", device="cpu").run(until=2)
+    return folder / "out"
+
+
 @pytest.fixture
-def done(tiny: Path, tmp_path: Path) -> Path:
-    Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run(until=2)
-    return tmp_path / "out"
+def done(made: Path, tiny: Path, tmp_path: Path) -> Path:
+    """A run of two modules of this test's own."""
+    return Path(shutil.copytree(made, tmp_path / "out"))
 
 
 def tree(folder: Path) -> dict[str, bytes]:

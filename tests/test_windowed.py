@@ -183,13 +183,16 @@ def test_a_run_again_has_nothing_to_do(done: Path) -> None:
     assert [(stage.trained, stage.extracted) for stage in result.stages] == [(False, False)] * 2
 
 
+@pytest.mark.parametrize(
+    "done", ["dense", pytest.param("patch", marks=pytest.mark.slow)], indirect=True
+)
 def test_workers_give_the_same_bytes(done: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     Pipeline.from_file(done, folder=folder, device="cpu").run(workers=Workers(2))
     assert_same_files(folder, done.parent / "out")
 
 
-@pytest.mark.parametrize("share", [0.2, 0.55, 0.9])
+@pytest.mark.parametrize("share", [0.2, pytest.param(0.55, marks=pytest.mark.slow), 0.9])
 def test_a_killed_run_goes_on_to_the_same_bytes(done: Path, tmp_path: Path, share: float) -> None:
     log = done.parent / "log"
     if not log.exists():

@@ -10,6 +10,7 @@ import atexit
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import threading
 from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ def serve() -> None:
     import torch._subclasses
 
     torch.set_num_threads(1)
+    share_forkserver()
     for line in sys.stdin:
         request = json.loads(line)
         module, name = request["function"].split(":")
@@ -52,6 +55,16 @@ def serve() -> None:
         _, status = os.waitpid(child, 0)
         timer.cancel()
         print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def share_forkserver() -> None:
+    """Start the server that fresh processes are copied from, once for all that are forked here."""
+    multiprocessing.set_forkserver_preload(["gim_stagewise.stage.project", "torch._dynamo"])
+    forkserver.ensure_running()
+    server: Any = forkserver._forkserver
+    # Whoever has not started it can neither wait for it nor end it.
+    server.ensure_running = lambda: None
+    server._forkserver_pid = None
 
 
 class Warm:
