@@ -7,7 +7,7 @@ from gim_stagewise.models.context import PixelCNN
 from gim_stagewise.models.contract import output_shape, state_size
 from gim_stagewise.models.embedding import CellMean, Stack, embed, pool, target_channels
 from gim_stagewise.models.geometry import check_windows, module_geometry, probed_geometry
-from gim_stagewise.models.operations import INPUT_OPERATIONS
+from gim_stagewise.models.operations import INPUT_OPERATIONS, input_operation
 
 __all__ = [
     "INPUT_OPERATIONS",
@@ -19,6 +19,7 @@ __all__ = [
     "check_windows",
     "embed",
     "forget_user_code",
+    "input_operation",
     "module_geometry",
     "output_shape",
     "pool",

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from gim_stagewise.errors import ModuleRefusedError
 from gim_stagewise.models.embedding import pool
-from gim_stagewise.models.operations import INPUT_OPERATIONS
+from gim_stagewise.models.operations import INPUT_OPERATIONS, input_operation
 
 
 def state_size(module: nn.Module, in_shape: tuple[int, ...], *, key: str) -> int:
@@ -193,7 +193,7 @@ def _restore_buffers(module: nn.Module, before: dict[str, Tensor]) -> None:
 
 def _check_input_op(module: nn.Module, rows: Tensor, key: str) -> None:
     """What a module declares to begin with must change nothing when it was done before."""
-    name = getattr(module, "input_op", None)
+    name = input_operation(module)
     if name is None:
         return
     if name not in INPUT_OPERATIONS:

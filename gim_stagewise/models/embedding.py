@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gim_stagewise.models.operations import INPUT_OPERATIONS
+from gim_stagewise.models.operations import INPUT_OPERATIONS, input_operation
 
 
 class CellMean:
@@ -68,7 +68,7 @@ def _corrupted(module: nn.Module, x: Tensor, corrupt: Corrupt | None) -> Tensor:
     """
     if corrupt is None:
         return x
-    operation = getattr(module, "input_op", None)
+    operation = input_operation(module)
     return corrupt(x if operation is None else INPUT_OPERATIONS[operation](x))
 
 

@@ -28,6 +28,7 @@ from gim_stagewise.errors import (
     StaleCacheError,
 )
 from gim_stagewise.lock import exclusive
+from gim_stagewise.models import input_operation
 from gim_stagewise.processes import end_fresh_processes
 from gim_stagewise.sources import Source
 from gim_stagewise.stage import identity
@@ -108,9 +109,7 @@ class StageOutputs:
         last = above not in self.workspace.config.module
         if last or self._config.cache.stored_operation == "none":
             return None
-        module = self.workspace.build(above, self.shape.cell_out[0])
-        found: str | None = getattr(module, "input_op", None)
-        return found
+        return input_operation(self.workspace.build(above, self.shape.cell_out[0]))
 
     def extract(
         self,

@@ -10,6 +10,7 @@ from gim_stagewise.config import AugmentConfig, CacheConfig, PipelineConfig
 from gim_stagewise.errors import ConfigError, ModuleRefusedError
 from gim_stagewise.models import (
     check_windows,
+    input_operation,
     module_geometry,
     output_shape,
     state_size,
@@ -138,7 +139,7 @@ def check_shape(workspace: Workspace, index: int, grid: tuple[int, ...], cell: C
         _check_rows(workspace, index, trained_grid[0], "patches")
     module = workspace.build(index, cell[0])
     out, embedded = output_shape(module, cell, key=f"module.{index}", dense=dense)
-    input_op = getattr(module, "input_op", None)
+    input_op = input_operation(module)
     state = state_size(module, cell, key=f"module.{index}")
     targets = target_channels(module, cell[0])
     if not dense:
