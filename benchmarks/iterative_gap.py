@@ -141,7 +141,7 @@ def text_of(data: str, regime: str, condition: Condition, epochs: int | None) ->
         (r"(?m)^max_epochs = .*", f"max_epochs = {count}"),
         (r"(?m)^patience = .*", f"patience = {patience}"),
         # Fewer crops of photographs than in the shipped file: modules can overfit to them.
-        (r"unlabeled = \d+", "unlabeled = 600"),
+        (r"unlabeled = \d+, train = \d+, test = \d+", "unlabeled = 600, train = 1500, test = 750"),
         (r"(?m)^(dropout|noise|average) = .*\n", ""),
     ]
     if condition.augmented:

@@ -1,6 +1,6 @@
 """The paper's table 1 on data that needs no download: digits and photographs, all modes.
 
-    python benchmarks/vision.py                 # goes on with what is missing; about an hour
+    python benchmarks/vision.py                 # goes on with what is missing; hours
     python benchmarks/vision.py --data digits
     python benchmarks/vision.py --table         # writes the table from what is there
     python benchmarks/vision.py --quick         # two modes on digits, an epoch; writes nothing
