@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, new_tiny: Callable[[Path], Pa
 
 
 @pytest.fixture
-def done(made: Path, tiny: Path, tmp_path: Path) -> Path:
+def done(made: Path, tmp_path: Path) -> Path:
     """A finished run of this test's own."""
     return Path(shutil.copytree(made, tmp_path / "out"))
 

@@ -28,7 +28,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, new_tiny: Callable[[Path], Pa
 
 
 @pytest.fixture
-def done(made: Path, tiny: Path, tmp_path: Path) -> Path:
+def done(made: Path, tmp_path: Path) -> Path:
     """A run of two modules of this test's own."""
     return Path(shutil.copytree(made, tmp_path / "out"))
 
@@ -114,8 +114,8 @@ def test_values_that_are_not_finite_are_found(tiny: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["m1.safetensors", "run.json", "m1.zarr/zarr.json"])
-def test_no_flipped_bit_in_a_runs_files_goes_unnoticed(done: Path, name: str) -> None:
-    gim_stage("run", done.parent / "tiny.toml", "--dir", done, "--until", "2", "-q")
+def test_no_flipped_bit_in_a_runs_files_goes_unnoticed(tiny: Path, done: Path, name: str) -> None:
+    gim_stage("run", tiny, "--dir", done, "--until", "2", "-q")
     whole = (done / name).read_bytes()
     draw = np.random.default_rng(0)
     places = draw.integers(0, 8 * len(whole), 60)
