@@ -102,15 +102,6 @@ class PatchGrid:
             raise ValueError("an empty run of patches needs no pixels")
         return Span(patches.start * self.stride, (patches.stop - 1) * self.stride + self.size)
 
-    @property
-    def overlapping_steps(self) -> int:
-        """How many following patches share pixels with a patch.
-
-        The prediction of these would be trivial; the paper skips them (one, at its size 16
-        and stride 8).
-        """
-        return (self.size - 1) // self.stride
-
 
 def mirrored(wanted: Span, length: int) -> tuple[Span, list[int]]:
     """What to read for a run of positions that may reach beyond the end.

@@ -18,6 +18,20 @@ from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.report.record import save_record
 from gim_stagewise.stage.extraction_plan import Workers
 
+# A module whose forward looks at values, which are not there when it is traced or counted.
+LOOKS_AT_VALUES = """
+from torch import nn
+
+class Own(nn.Module):
+    def __init__(self, in_channels, width=4):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, width, 3, padding=1)
+
+    def forward(self, x):
+        z = self.conv(x)
+        return z * 2 if float(z.detach().sum()) > 1e30 else z
+"""
+
 
 def edit(file: Path, old: str, new: str) -> None:
     """Change a pipeline file; ``old`` must be there."""

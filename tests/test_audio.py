@@ -18,20 +18,26 @@ from numpy.typing import NDArray
 from PIL import Image
 from warm import gim_stage
 
-from gim_stagewise.config import ProbeConfig, load_pipeline
+from gim_stagewise.config import ProbeConfig, SourceConfig, load_pipeline
 from gim_stagewise.errors import ConfigError, DataError
+from gim_stagewise.labels import NO_LABEL
 from gim_stagewise.models import CellMean, Stack, embed
 from gim_stagewise.models.sequence import conv1d_module, gru_module
-from gim_stagewise.objectives import NO_LABEL, CrossEntropy
+from gim_stagewise.objectives import CrossEntropy
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.reproduce.audio import figure_4, table_3, table_4
 from gim_stagewise.reproduce.figures import save_figure
 from gim_stagewise.reproduce.runs import Reproduction
-from gim_stagewise.sources import RegionSource, Request
+from gim_stagewise.sources import RegionSource, Request, open_source
 from gim_stagewise.stage.chain import windowed_shapes
 from gim_stagewise.stage.labels import training_labels
 from gim_stagewise.stage.probe import probe_cache
-from gim_stagewise.stage.probe_sequences import RecordingProbe, cached_walk, chain_walk
+from gim_stagewise.stage.probe_sequences import (
+    RecordingProbe,
+    cached_walk,
+    chain_walk,
+    mfcc_walk,
+)
 from gim_stagewise.stage.project import count_step, measure_step
 from gim_stagewise.stage.spec import step_spec
 from gim_stagewise.stage.step_classifier import step_accuracies
@@ -338,6 +344,29 @@ def test_classifiers_of_steps_find_what_features_tell() -> None:
         lambda ids: ([features[name]] for name in ids), train, test, config, seed=0
     )
     assert alone.test > 0.6
+
+
+def test_steps_without_a_label_are_left_out() -> None:
+    draw = np.random.default_rng(0)
+    features, train = separable(12, draw, 0)
+    unseen, test = separable(5, draw, 0)
+    features |= unseen
+    for labels in (*train.values(), *test.values()):
+        labels[draw.random(50) < 0.5] = NO_LABEL
+    config = ProbeConfig(step_lr=0.05, step_epochs=15, step_batch=2)
+    (found,) = step_accuracies(
+        lambda ids: ([features[name]] for name in ids), train, test, config, seed=0
+    )
+    assert found.test > 0.97
+
+
+def test_a_recording_shorter_than_a_frame_has_mfcc(tmp_path: Path) -> None:
+    (tmp_path / "speaker").mkdir()
+    soundfile.write(tmp_path / "speaker" / "a.flac", np.full(60, 0.1), 16_000)
+    source = open_source(SourceConfig(kind="speech", root=str(tmp_path)))
+    ((features,),) = mfcc_walk(source, 16_000)(list(source.ids))
+    assert features.shape == (1, 39)
+    assert np.isfinite(features).all()
 
 
 def test_one_recording_is_too_few() -> None:

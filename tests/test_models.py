@@ -19,6 +19,7 @@ from gim_stagewise.errors import ConfigError, ModuleRefusedError
 from gim_stagewise.models import Builder, build_module, output_shape, pool, resolve_builder
 from gim_stagewise.models.residual import PreActivationBlock, residual_module
 from gim_stagewise.models.resnet import resnet34_module, resnet50_module
+from gim_stagewise.pipeline import Pipeline
 
 USER_CODE = """
 from torch import nn
@@ -590,3 +591,15 @@ def test_resnets_refuse_cuts_that_do_not_exist(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(expected)):
         resnet50_module(channels, **options)
+
+
+@pytest.mark.parametrize(("own", "first"), [("[5, 7]", 4), ("[3, 7]", 4)])
+def test_blocks_of_modules_follow_on(tiny: Path, own: str, first: int) -> None:
+    text = tiny.read_text().partition("[module.1]")[0]
+    for number, blocks in enumerate(("[1, 3]", own), start=1):
+        text += f'[module.{number}]\nbuild = "resnet34"\n'
+        text += f"options = {{ blocks = {blocks}, width = 4 }}\n"
+    tiny.write_text(text)
+    with pytest.raises(ConfigError, match=f"let it begin with block {first}") as caught:
+        Pipeline.from_file(tiny, device="cpu").check()
+    assert caught.value.key == "module.2.options.blocks"

@@ -24,6 +24,7 @@ from gim_stagewise.plan import plan_joint
 from gim_stagewise.report.record import save_record
 from gim_stagewise.seeds import derive_seed
 from gim_stagewise.sources import Request, read_stacked
+from gim_stagewise.stage.assemble import assemble
 from gim_stagewise.stage.checkpoint import FrozenWeights
 from gim_stagewise.stage.metrics import read_metrics
 from gim_stagewise.stage.optimize import WeightAverage, make_optimizer
@@ -96,6 +97,20 @@ def test_contexts_know_rows_above_and_their_own_but_none_below() -> None:
     # Two layers see two rows up and two columns to either side.
     assert seen[1:4, 1:6].any(1).all()
     assert not seen[0].any()
+
+
+def test_context_network_and_projections_are_drawn_apart(tiny: Path) -> None:
+    edit(tiny, "[module.1]", CONTEXT)
+    pipeline = Pipeline.from_file(tiny, device="cpu", mode="cpc")
+    shapes = pipeline.check()
+    _, objective = assemble(pipeline.workspace, [*pipeline.config.module], shapes)
+    assert isinstance(objective, Joint)
+    (cpc,) = objective.parts
+    assert isinstance(cpc, CPC)
+    narrow = cpc.context.layers[0].narrow.weight.flatten()  # type: ignore[index, union-attr]
+    count = min(narrow.numel(), cpc.infonce.W.numel())
+    same = narrow[:count] == cpc.infonce.W.flatten()[:count]
+    assert not same.any()
 
 
 def test_cpc_is_infonce_from_contexts_to_embeddings() -> None:

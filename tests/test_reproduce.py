@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import edit, one_error
+from helpers import LOOKS_AT_VALUES, edit, one_error
 from numpy.typing import NDArray
 from PIL import Image
 from warm import gim_stage
@@ -226,6 +226,27 @@ def test_what_one_mode_cannot_have_is_said_before_any_is_trained(
     with pytest.raises(ConfigError, match=r"module\.2\.train\.max_epochs"):
         table_1(own)
     assert heard.tasks == []
+
+
+@pytest.mark.parametrize("make", [table_1, figure_3])
+def test_what_caches_cannot_have_is_said_before_other_modes_are_trained(
+    tiny: Path, tmp_path: Path, make: Callable[[Reproduction], Path]
+) -> None:
+    edit(tiny, "[train]", '[train]\nshuffle_window = "1kB"')
+    heard = Heard()
+    own = Reproduction(tiny, tmp_path / "runs", tmp_path / "results", progress=heard)
+    with pytest.raises(ConfigError, match=r"shuffle_window"):
+        make(own)
+    assert heard.tasks == []
+
+
+def test_a_step_that_cannot_be_counted_is_measured(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "looking_nets.py").write_text(LOOKS_AT_VALUES)
+    text = tiny.read_text().partition("[module.1]")[0]
+    tiny.write_text(f'{text}[module.1]\nbuild = "looking_nets:Own"\n')
+    found = table_2(Reproduction(tiny, tmp_path / "runs", tmp_path / "results", device="cpu"))
+    row = r"\| GIM, 1st module \| 2.5 \| cannot be counted \| [\d.]+ [kM]B \|"
+    assert re.search(row, found.read_text())
 
 
 def test_a_step_that_is_over_the_budget_is_not_measured(work: Reproduction) -> None:

@@ -225,9 +225,19 @@ def no_number(path: Path) -> None:
     soundfile.write(path, values, 16000, subtype="FLOAT")
 
 
+def endless(path: Path) -> None:
+    """As encoders write that send FLAC down a pipe: the header has no number of samples."""
+    soundfile.write(path, sound(3000, 1), 16000)
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+
+
 BROKEN: dict[str, Callable[[Path], None]] = {
     "cut.flac": cut_off,
     "cut.wav": cut_off,
+    "endless.flac": endless,
     "lossy.ogg": lambda path: soundfile.write(path, sound(20_000, 0), 16000),
     "empty.wav": lambda path: soundfile.write(path, np.zeros(0), 16000),
     "text.wav": no_sound,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torchaudio.datasets import LIBRISPEECH
 
 from gim_stagewise.config import AugmentConfig, SourceConfig
 from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
+from gim_stagewise.labels import NO_LABEL
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.progress import Silent
 from gim_stagewise.sources import RegionSource, Request, StepLabelled, Subset, open_source
@@ -227,6 +229,23 @@ def test_phones_are_those_of_the_file(root: Path) -> None:
         assert len(labels) == whole
 
 
+def test_phones_can_be_aligned_with_the_end(root: Path) -> None:
+    """As the paper's released code does it with labels that are fewer than steps."""
+    fewer = dict(zip(STEPS, [-320, 0, 160, 320, -160, 0, 0, 0], strict=True))
+    write_phones(root / "labels" / "phones.txt", {n: STEPS[n] + fewer[n] for n in STEPS})
+    found = opened(root, splits=LISTS, phones="labels/phones.txt", phones_align="end")
+    lines = (root / "labels" / "phones.txt").read_text().splitlines()
+    stated = {line.split()[0]: [int(n) for n in line.split()[1:]] for line in lines}
+    for item in found.items():
+        labels, name = found.step_labels(item.id).tolist(), item.id.partition("/")[2]
+        assert len(labels) == item.extent[0] // 160
+        for back in range(1, len(labels) + 1):  # from the end, step by step
+            known = back <= len(stated[name])
+            assert labels[-back] == (stated[name][-back] if known else NO_LABEL)
+    start = opened(root, splits=LISTS, phones="labels/phones.txt")
+    assert start.content_digest() != found.content_digest()
+
+
 def test_what_is_made_of_a_source_passes_labels_and_notices_on(root: Path) -> None:
     write(root / "recordings" / place("84-121-0000"), 22050, rate=44100)
     source = opened(root, splits=LISTS, phones="labels/phones.txt")
@@ -296,6 +315,7 @@ def test_a_few_labels_more_or_fewer_do_not_matter(root: Path) -> None:
         ("84-121-0000 1 2 x3", "line 9: 'x' is no class"),
         ("84-121-0000 1 -2", "line 9: '-' is no class"),
         ("lonely", "line 9: there are no labels"),
+        ("two words 1 2", "line 9: 'words' is no class; expected is the name of a recording, w"),
         ("84-121-0000 1 2", "line 9: labels of 84-121-0000 are in line 1 already"),
     ],
 )
@@ -490,6 +510,12 @@ def test_a_recording_in_training_and_test_is_refused(root: Path) -> None:
         opened(root, splits=LISTS)
 
 
+def test_what_is_for_test_is_not_trained_on_unlabeled_either(root: Path) -> None:
+    splits = {**LISTS, "unlabeled": {"list": "labels/test.txt"}}
+    with pytest.raises(DataError, match=r"in the lists of source\.splits\.unlabeled and of "):
+        opened(root, splits=splits)
+
+
 @pytest.mark.parametrize(
     ("options", "key"),
     [
@@ -499,6 +525,7 @@ def test_a_recording_in_training_and_test_is_refused(root: Path) -> None:
         ({"mono": 1}, "mono"),
         ({"test": 1.5}, "test"),
         ({"phones": 3}, "phones"),
+        ({"phones_align": "middle"}, "phones_align"),
     ],
 )
 def test_options_are_checked(root: Path, options: dict[str, Any], key: str) -> None:
@@ -516,6 +543,26 @@ def test_tables_are_checked(root: Path) -> None:
         opened(root, splits=LISTS, test=0.5)
     with pytest.raises(ConfigError, match=r"openslr"):
         open_source(SourceConfig(kind="speech", root=str(root), download=True))
+
+
+def test_several_threads_may_read(root: Path) -> None:
+    """One reads samples ahead while another looks whether windows are blank."""
+    source = opened(root)
+    requests = [
+        Request(item.id, region=(Span(start, start + 100),))
+        for item in source.items()
+        for start in range(0, 3900, 50)
+    ]
+    expected = source.read(requests)
+    orders = [np.random.default_rng(n).permutation(len(requests)) for n in range(4)]
+
+    def in_order(order: NDArray[np.int64]) -> list[NDArray[Any]]:
+        return [source.read([requests[number]])[0] for number in order]
+
+    with ThreadPoolExecutor(4) as threads:
+        for order, found in zip(orders, threads.map(in_order, orders), strict=True):
+            for number, values in zip(order, found, strict=True):
+                np.testing.assert_array_equal(values, expected[number])
 
 
 # Identity

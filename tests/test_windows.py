@@ -69,16 +69,6 @@ def test_pixels_of_a_run_are_those_of_its_patches(
 
 
 @quick
-@given(sizes, sizes)
-def test_overlapping_steps_counts_the_following_patches_that_share_pixels(
-    size: int, stride: int
-) -> None:
-    first = set(range(size))
-    sharing = [n for n in range(1, 20) if first & set(range(n * stride, n * stride + size))]
-    assert PatchGrid(size, stride).overlapping_steps == len(sharing)
-
-
-@quick
 @given(st.integers(0, 200), st.integers(1, 250))
 def test_even_ranges_tile_without_gap_or_overlap(count: int, size: int) -> None:
     spans = even_ranges(count, size)
@@ -87,10 +77,8 @@ def test_even_ranges_tile_without_gap_or_overlap(count: int, size: int) -> None:
     assert all(1 <= len(span) <= size for span in spans)
 
 
-def test_the_papers_grid_is_seven_by_seven_with_one_overlapping_row() -> None:
-    grid = PatchGrid(size=16, stride=8)
-    assert grid.extent(64, 64) == (7, 7)
-    assert grid.overlapping_steps == 1
+def test_the_papers_grid_is_seven_by_seven() -> None:
+    assert PatchGrid(size=16, stride=8).extent(64, 64) == (7, 7)
 
 
 def test_a_full_region_covers_the_extent() -> None:

@@ -33,7 +33,9 @@ def _check_mode(config: PipelineConfig) -> None:
         return
     first = config.module[1].train
     for number, module in config.module.items():
-        for name in set(TrainConfig.model_fields) - _OWN:
+        for name in TrainConfig.model_fields:
+            if name in _OWN:
+                continue
             own, shared = getattr(module.train, name), getattr(first, name)
             if own != shared:
                 raise ConfigError(

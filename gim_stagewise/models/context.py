@@ -40,7 +40,7 @@ class PixelCNN(nn.Module):
         c = rearrange(z, "s r c ch -> s ch r c")
         for layer in self.layers:
             c = c + layer(c)
-        return rearrange(c, "s ch r c -> s r c ch")
+        return rearrange(F.relu(c), "s ch r c -> s r c ch")
 
 
 class _Layer(nn.Module):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from gim_stagewise.config import ObjectiveConfig
-from gim_stagewise.objectives.contract import NO_LABEL, Objective
+from gim_stagewise.objectives.contract import Objective
 from gim_stagewise.objectives.cpc import CPC
 from gim_stagewise.objectives.infonce import InfoNCE, check_rows
 from gim_stagewise.objectives.joint import Joint
@@ -18,7 +18,6 @@ from gim_stagewise.seeds import derive_seed
 
 __all__ = [
     "CPC",
-    "NO_LABEL",
     "CrossEntropy",
     "InfoNCE",
     "Joint",
@@ -33,10 +32,10 @@ __all__ = [
 
 
 @contextmanager
-def seeded(seed: int, index: int) -> Iterator[None]:
-    """Draw initial projections of module ``index``'s objective inside."""
+def seeded(seed: int, index: int, purpose: str = "projections") -> Iterator[None]:
+    """Draw initial weights of module ``index``'s objective inside, of one purpose."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "projections", index))
+        torch.manual_seed(derive_seed(seed, purpose, index))
         yield
 
 

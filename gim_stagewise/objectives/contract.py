@@ -8,9 +8,6 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-# Of a step without a label, which no supervised objective looks at.
-NO_LABEL = -1
-
 
 class Objective(nn.Module):
     """A loss with its own projections, which are discarded once the module is frozen."""
@@ -21,7 +18,7 @@ class Objective(nn.Module):
         z: Float[Tensor, "sample *cell channel"],
         *,
         generator: torch.Generator,
-        labels: Int64[Tensor, " sample"] | None = None,
+        labels: Int64[Tensor, " sample *step"] | None = None,
     ) -> Tensor:
         """The loss of a batch, or losses of several modules.
 

@@ -32,7 +32,7 @@ class CPC(Objective):
         z: Float[Tensor, "sample row *column channel"],
         *,
         generator: torch.Generator,
-        labels: Int64[Tensor, " sample"] | None = None,
+        labels: Int64[Tensor, " sample *step"] | None = None,
     ) -> Float[Tensor, ""]:
         """The loss of a batch."""
         loss: Tensor = self.infonce(torch.cat([self.context(z), z], -1), generator=generator)

@@ -80,7 +80,7 @@ class InfoNCE(Objective):
         z: Float[Tensor, "sample row *column channel"],
         *,
         generator: torch.Generator,
-        labels: Int64[Tensor, " sample"] | None = None,
+        labels: Int64[Tensor, " sample *step"] | None = None,
     ) -> Float[Tensor, ""]:
         """The loss of a batch.
 

@@ -33,7 +33,7 @@ class Joint(Objective):
         z: Float[Tensor, "sample *grid feature"],
         *,
         generator: torch.Generator,
-        labels: Int64[Tensor, " sample"] | None = None,
+        labels: Int64[Tensor, " sample *step"] | None = None,
     ) -> Float[Tensor, " objective"]:
         """The losses of a batch, one for each objective."""
         seen = torch.split(z, [math.prod(shape) for shape in self.shapes], dim=-1)

@@ -8,7 +8,8 @@ from einops import einsum
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from gim_stagewise.objectives.contract import NO_LABEL, Objective
+from gim_stagewise.labels import NO_LABEL
+from gim_stagewise.objectives.contract import Objective
 
 
 class CrossEntropy(Objective):

@@ -94,15 +94,8 @@ def _check_options(pipeline: Pipeline, workers: Workers) -> None:
 def _run_stages(pipeline: Pipeline, start: int | None, last: int, workers: Workers) -> RunResult:
     """Stage by stage, through caches."""
     space = pipeline.workspace
-    shapes = pipeline.check()
+    shapes, caches = check_stages(pipeline, start=start, last=last, workers=workers)
     _say_what_was_done_with_data(pipeline)
-    first = min(start or last + 1, pipeline.first_to_make(last))
-    caches: list[CacheSize] = []
-    if first <= last:
-        pipeline.check_budget(shapes[:last], first=first, workers=workers)
-        disk = pipeline.plan_disk(shapes, first=first, last=last)
-        disk.check(space)
-        caches = disk.caches
     with exclusive(space.folder):
         if start is not None:
             pipeline.stage(start).outputs.require_input()  # what the first forgotten module needs
@@ -126,6 +119,40 @@ def _run_stages(pipeline: Pipeline, start: int | None, last: int, workers: Worke
             ),
         )
     return _result(pipeline, stages, scores)
+
+
+def check_stages(
+    pipeline: Pipeline, *, start: int | None = None, last: int, workers: Workers | None = None
+) -> tuple[list[Shape], list[CacheSize]]:
+    """Refuse stages up to ``last`` that cannot be made, before any work.
+
+    Parameters
+    ----------
+    pipeline : Pipeline
+        Of the iterative mode.
+    start : int, optional
+        The first module that is made again.
+    last : int
+    workers : Workers, optional
+
+    Returns
+    -------
+    (list of Shape, list of CacheSize)
+        Of all modules; and what is going to be stored.
+
+    Raises
+    ------
+    GimStageError
+        For whatever does not fit: data, geometry, memory, disk.
+    """
+    shapes = pipeline.check()
+    first = min(start or last + 1, pipeline.first_to_make(last))
+    if first > last:
+        return shapes, []
+    pipeline.check_budget(shapes[:last], first=first, workers=workers)
+    disk = pipeline.plan_disk(shapes, first=first, last=last)
+    disk.check(pipeline.workspace)
+    return shapes, disk.caches
 
 
 def _run_stage(

@@ -122,8 +122,11 @@ def figure_3(work: Reproduction) -> Path:
         If matplotlib is not installed.
     CacheNotFoundError
         If a run has no log.
+    GimStageError
+        If one of the two cannot be trained.
     """
     colours = {"simultaneous": "tab:blue", "iterative": "tab:red"}
+    work.check([*colours])
     count = len(work.pipeline("iterative").config.module)
     figure = matplotlib_figure(4 * count, 3.8)
     panels = figure.subplots(1, count, squeeze=False)[0]

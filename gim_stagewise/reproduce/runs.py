@@ -15,7 +15,7 @@ from gim_stagewise.config import load_pipeline
 from gim_stagewise.durable import write_atomic
 from gim_stagewise.errors import OverBudgetError
 from gim_stagewise.memory import Budget
-from gim_stagewise.pipeline import Pipeline, RunResult, run_name
+from gim_stagewise.pipeline import Pipeline, RunResult, check_stages, run_name
 from gim_stagewise.processes import usable_cores
 from gim_stagewise.progress import Progress, Silent
 from gim_stagewise.report.record import save_record, versions
@@ -88,7 +88,9 @@ class Reproduction:
         """
         for mode in modes:
             pipeline = self.pipeline(mode)
-            if not pipeline.config.iterative:
+            if pipeline.config.iterative:
+                check_stages(pipeline, last=len(pipeline.config.module))
+            else:
                 pipeline.joint_stage().check()
 
     def run(self, mode: str, number: int = 0, *, labels: str | None = None) -> RunResult:

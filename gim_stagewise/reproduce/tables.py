@@ -126,7 +126,10 @@ def _spec(work: Reproduction, mode: str, module: int | None) -> StepSpec:
 
 def _memory(work: Reproduction, spec: StepSpec) -> list[str]:
     """What a step is counted to take, and what it takes."""
-    counted = count_step(spec).count
+    try:
+        counted = count_step(spec).count
+    except Exception:  # the user's module looks at values, which are not there when it is counted
+        return ["cannot be counted", format_bytes(in_fresh_process(measure_step, spec, steps=2))]
     measured = "does not fit here"
     device = torch.device(spec.device)
     room = work.budget.device_bytes(device)

@@ -18,6 +18,8 @@ from gim_stagewise.sources.large import LargeSource, find_files
 from gim_stagewise.sources.resampled import Mono, Resampled
 from gim_stagewise.windows import Region
 
+# Frames that libsndfile gives where a header does not say how many there are.
+_UNKNOWN_FRAMES = 2**62
 _LOSSY = re.compile("VORBIS|OPUS|MPEG")
 # What libsndfile says of samples that are not there; sizes of all ones, as programs write that do
 # not know them yet, are left alone.
@@ -102,6 +104,11 @@ class Recording:
             )
         if cut := _CUT_OFF.search(self._file.extra_info):
             raise DataError(f"{path} is cut off ({cut[0].strip()})")
+        if self._file.frames >= _UNKNOWN_FRAMES:
+            raise DataError(
+                f"{path} does not say how long it is, as what is written to a pipe; write it again "
+                "to a file"
+            )
         self.rate = int(self._file.samplerate)
         self.extent: tuple[int, ...] = (int(self._file.frames),)
         self.channels = int(self._file.channels)

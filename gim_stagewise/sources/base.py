@@ -120,7 +120,8 @@ class StepLabelled(Protocol):
 
     def step_labels(self, item_id: str) -> NDArray[np.int64]:
         """Labels of a recording, [step]: the one at ``step`` is that of the samples from
-        ``step * step_label_hop`` on. The last samples may have none.
+        ``step * step_label_hop`` on, or `gim_stagewise.labels.NO_LABEL`. The last samples may have
+        none.
         """
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -184,6 +185,9 @@ class LargeSource:
         self._opener = opener
         self._digest = digest
         self._open: OrderedDict[str, RegionFile] = OrderedDict()
+        # Of open files, whose positions move: samples are read ahead while their labels are found,
+        # for which blank windows are read too.
+        self._reading = Lock()
         self._paths = {
             f"{split}/{name}": path
             for split in SPLITS
@@ -307,7 +311,7 @@ class LargeSource:
         return self._region(request.id, request.region or full_region(item.extent))
 
     def _region(self, item_id: str, region: Region) -> NDArray[Any]:
-        with self._naming(item_id):
+        with self._naming(item_id), self._reading:
             return self._file(item_id).read(region)
 
     def content_digest(self) -> str:

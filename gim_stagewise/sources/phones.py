@@ -139,8 +139,8 @@ def _indexed(path: Path, corpus: Corpus) -> Iterator[tuple[str, _Line]]:
                 raise DataError(f"{where}: {written[:80]!r} is no name in UTF-8") from None
             if problem := _problem(labels):
                 raise DataError(
-                    f"{where}: {problem}; expected is the name of a recording, and a class for "
-                    "every 10 ms, with spaces between them"
+                    f"{where}: {problem}; expected is the name of a recording, without spaces in "
+                    "it, and a class for every 10 ms, with spaces between them"
                 )
             if name is not None:
                 yield name, _Line(number, start - len(rest[0]), len(labels), len(labels.split()))

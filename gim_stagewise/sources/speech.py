@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from gim_stagewise.config import SourceConfig
 from gim_stagewise.errors import ConfigError, DataError
+from gim_stagewise.labels import NO_LABEL
 from gim_stagewise.sources.audio import RecordingForm
 from gim_stagewise.sources.base import SEQUENCE_AXES, Item, Split
 from gim_stagewise.sources.corpus import Corpus, read_list, refuse_missing, split_speakers
@@ -28,8 +29,9 @@ def open_speech(config: SourceConfig) -> SpeechSource:
     case without suffix. Without lists, every speaker's recordings are split by a hash of their
     names. Options: ``recordings``, the folder of recordings below ``source.root`` ("."); ``test``,
     the part of them for test where there are no lists (0.2); ``phones``, a file of phone labels
-    below ``source.root`` (see `gim_stagewise.sources.phones.PhoneLabels`); ``rate`` in Hz (16000),
-    ``resample`` (true) and ``mono`` (false), see `RecordingForm`.
+    below ``source.root`` (see `gim_stagewise.sources.phones.PhoneLabels`), and ``phones_align``,
+    the end of a recording at which its labels are aligned with it ("start"); ``rate`` in Hz
+    (16000), ``resample`` (true) and ``mono`` (false), see `RecordingForm`.
 
     Raises
     ------
@@ -58,6 +60,7 @@ def open_speech(config: SourceConfig) -> SpeechSource:
         splits,
         form=RecordingForm(options["rate"], options["resample"], options["mono"]),
         phones=None if phones is None else PhoneLabels(root / phones, corpus),
+        phones_align=options["phones_align"],
         digest=config.digest,
         on_error=config.on_error,
         missing=missing,
@@ -67,6 +70,7 @@ def open_speech(config: SourceConfig) -> SpeechSource:
 _DEFAULTS: dict[str, Any] = {
     "recordings": ".",
     "phones": None,
+    "phones_align": "start",
     "rate": 16_000,
     "resample": True,
     "mono": False,
@@ -85,6 +89,7 @@ def _options(config: SourceConfig) -> dict[str, Any]:
     expected = {
         "recordings": (isinstance(options["recordings"], str), "a folder below source.root"),
         "phones": (isinstance(options["phones"], str | None), "a file below source.root"),
+        "phones_align": (options["phones_align"] in ("start", "end"), '"start" or "end"'),
         "resample": (type(options["resample"]) is bool, "true or false"),
         "mono": (type(options["mono"]) is bool, "true or false"),
         "rate": (type(options["rate"]) is int and options["rate"] > 0, "samples per second"),
@@ -133,11 +138,12 @@ def _splits(
             )
         splits[split], lacking = read_list(root / stated, corpus)
         missing |= {f"{split}/{name}": why for name, why in lacking.items()}
-    if both := sorted(set(splits.get("train", [])) & set(splits.get("test", []))):
-        raise DataError(
-            f"{both[0]} is in the lists of source.splits.train and of source.splits.test, and so "
-            f"are {len(both) - 1} more; a recording for test must not be in training"
-        )
+    for name in ("train", "unlabeled"):
+        if both := sorted(set(splits.get(name, [])) & set(splits.get("test", []))):
+            raise DataError(
+                f"{both[0]} is in the lists of source.splits.{name} and of source.splits.test, and "
+                f"so are {len(both) - 1} more; a recording for test must not be in training"
+            )
     return splits, missing
 
 
@@ -155,6 +161,9 @@ class SpeechSource(LargeSource):
     form : RecordingForm
     phones : PhoneLabels, optional
         Of which all training and test recordings need some.
+    phones_align : {"start", "end"}
+        Whether a recording's first label is that of its first step, or its last that of its last
+        whole step.
     digest, on_error
         As in `LargeSource`.
     missing : mapping, optional
@@ -188,6 +197,7 @@ class SpeechSource(LargeSource):
         *,
         form: RecordingForm,
         phones: PhoneLabels | None = None,
+        phones_align: Literal["start", "end"] = "start",
         digest: Literal["full", "sampled"] = "full",
         on_error: Literal["stop", "skip"] = "stop",
         missing: Mapping[str, str] | None = None,
@@ -196,6 +206,7 @@ class SpeechSource(LargeSource):
         self._corpus = corpus
         self._form = form
         self._phones = phones
+        self._phones_align = phones_align
         self._stored_rates: dict[str, int] = {}
         super().__init__(
             {split: {name: corpus.paths[name] for name in own} for split, own in splits.items()},
@@ -250,7 +261,8 @@ class SpeechSource(LargeSource):
     def step_labels(self, item_id: str) -> NDArray[np.int64]:
         """Phones of a recording, [step] of ``step_label_hop`` samples each.
 
-        There are at most as many as the recording has whole steps, and up to three fewer.
+        There are at most as many as the recording has whole steps, and up to three fewer; aligned
+        at its end there are as many, and the first of them may be `NO_LABEL`.
 
         Raises
         ------
@@ -268,7 +280,11 @@ class SpeechSource(LargeSource):
             )
         with self._naming(item_id):
             labels = self._phones.read(_name(item_id))
-        return labels[: item.extent[0] // self.step_label_hop]
+        steps = item.extent[0] // self.step_label_hop
+        if self._phones_align == "start":
+            return labels[:steps]
+        lacking = max(0, steps - len(labels))
+        return np.pad(labels[max(0, len(labels) - steps) :], (lacking, 0), constant_values=NO_LABEL)
 
     def content_digest(self) -> str:
         return self._labelled_content

@@ -68,7 +68,7 @@ def _objective(space: Workspace, index: int, shape: Shape, classes: int) -> Obje
         return _infonce(space, index, shape)
     infonce = _infonce(space, index, shape, targets=shape.embedding)
     context = space.config.context
-    with seeded(space.config.seed, index):
+    with seeded(space.config.seed, index, "context"):
         network = PixelCNN(shape.embedding, hidden=context.channels, layers=context.layers)
     return CPC(network, infonce)
 

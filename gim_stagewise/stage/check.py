@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gim_stagewise.config import PipelineConfig
 from gim_stagewise.errors import ConfigError
 from gim_stagewise.sources import PatchSource, RegionSource
 from gim_stagewise.stage.chain import windowed_shapes
@@ -40,6 +41,8 @@ def check_chain(space: Workspace, source: PatchSource | RegionSource) -> list[Sh
     GimStageError
         For whatever does not fit.
     """
+    for index in space.config.module:
+        _check_blocks(space.config, index)
     if isinstance(source, RegionSource):
         return _check_windowed(space, source)
     source.check_sizes()
@@ -54,6 +57,21 @@ def check_chain(space: Workspace, source: PatchSource | RegionSource) -> list[Sh
         _check_loading(space, index, len(source.split("unlabeled")), chunk_bytes)
         chunk_bytes = shapes[-1].chunk_bytes(module.cache, len(source.ids))
     return shapes
+
+
+def _check_blocks(config: PipelineConfig, index: int) -> None:
+    """Refuse modules that leave out or repeat blocks of a network that they are cut from."""
+    if index == 1 or config.stage(index).build != config.stage(index - 1).build:
+        return
+    own, below = (config.stage(n).options.get("blocks") for n in (index, index - 1))
+    if not isinstance(own, list) or not isinstance(below, list) or not own or not below:
+        return
+    if own[0] != below[-1] + 1:
+        raise ConfigError(
+            f"is {own}, and module {index - 1} has blocks {below}; let it begin with block "
+            f"{below[-1] + 1}",
+            key=f"module.{index}.options.blocks",
+        )
 
 
 def check_joint(space: Workspace, samples: int, shapes: Sequence[Shape]) -> None:

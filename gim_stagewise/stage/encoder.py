@@ -63,6 +63,7 @@ def load_encoder(path: str | Path, *, pipeline: str | Path | None = None) -> Enc
         return _load_exported(path, pipeline)
     found = frozen_chain(path)
     space = _workspace(path, found[-1].pipeline_text, pipeline)
+    found = found[: len(space.config.module)]  # more may be left of an earlier file
     return _frozen(Encoder(*(_build(space, weights, found) for weights in found)))
 
 

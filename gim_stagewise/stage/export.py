@@ -62,7 +62,7 @@ def export_encoder(space: Workspace, target: Path, *, pipeline: Path) -> Encoder
             raise StaleCacheError(
                 f"{space.weights_path(weights.module)} is stale: {reason}; run the pipeline first"
             )
-    encoder = Encoder(*list(load_encoder(space.folder, pipeline=pipeline))[: len(chain)])
+    encoder = load_encoder(space.folder, pipeline=pipeline)
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".safetensors":
         channels = [weights.in_shape[0] for weights in chain]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gim_stagewise.config import PipelineConfig
 from gim_stagewise.errors import ConfigError
-from gim_stagewise.objectives import NO_LABEL
+from gim_stagewise.labels import NO_LABEL
 from gim_stagewise.sources import (
     Request,
     Source,

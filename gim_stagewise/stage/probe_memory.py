@@ -14,7 +14,7 @@ from gim_stagewise.stage.probe import ProbeScores
 from gim_stagewise.stage.workspace import Workspace
 
 # To be raised when probes are computed in another way.
-VERSION = 4
+VERSION = 5
 
 
 def remembered_scores(

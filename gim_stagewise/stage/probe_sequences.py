@@ -38,7 +38,7 @@ from gim_stagewise.stage.workspace import Workspace
 MOST_KEPT, KEPT_PART = 4_000_000_000, 4
 MFCC, MFCC_STATISTICS = "MFCC", "MFCC statistics"
 # As mel-frequency cepstral coefficients are usually taken.
-LABELS_PER_SECOND = 100
+MFCC_A_SECOND = 100
 
 
 def cached_walk(paths: Sequence[Path]) -> Walk:
@@ -95,8 +95,9 @@ def mfcc_walk(source: Source, rate: int) -> Walk:
         melkwargs={
             "n_fft": 2 ** math.ceil(math.log2(rate / 40)),
             "win_length": rate // 40,
-            "hop_length": rate // LABELS_PER_SECOND,
+            "hop_length": rate // MFCC_A_SECOND,
             "n_mels": 40,
+            "pad_mode": "constant",  # however short a recording is
         },
     )
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gim_stagewise.config import ProbeConfig
 from gim_stagewise.errors import DataError
+from gim_stagewise.labels import NO_LABEL
 from gim_stagewise.seeds import derive_seed
 from gim_stagewise.stage.classifier import Accuracy
 from gim_stagewise.stage.order import held_out_count
@@ -39,8 +40,8 @@ def step_accuracies(
     walk : callable
         Gives features of recordings.
     train, test : mapping
-        Labels [step] of recordings by id. Of what features and labels differ in length, the shorter
-        one counts.
+        Labels [step] of recordings by id; steps with `NO_LABEL` are left out. Of what features and
+        labels differ in length, the shorter one counts.
     config : ProbeConfig
     seed : int
 
@@ -140,9 +141,10 @@ class _Fit:
             labels = []
             for item_id, features in zip(own, self._walk(own), strict=True):
                 steps = min(len(self._labels[item_id]), *(len(part) for part in features))
-                labels.append(self._labels[item_id][:steps])
+                known = np.flatnonzero(self._labels[item_id][:steps] != NO_LABEL)
+                labels.append(self._labels[item_id][known])
                 for kept, part in zip(parts, features, strict=True):
-                    kept.append(part[:steps])
+                    kept.append(part[known])
             yield (
                 [
                     torch.from_numpy((np.concatenate(kept) - mean) / std)
