@@ -29,7 +29,7 @@ format: $(INSTALLED)
 test-latest:
 	$(PYTHON) -m venv .venv-latest
 	.venv-latest/bin/python -m pip install --quiet "pip>=25.1"
-	.venv-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --group dev --editable ".[plot]"
+	.venv-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --group dev --editable ".[fast,large,plot]" soundfile
 	.venv-latest/bin/pytest -n auto
 
 # For benchmarks/cache_io.py: other stores, which want an older numpy than constraints.txt has.

@@ -613,9 +613,9 @@ def test_figure_4_has_the_errors_of_all_modules(
     with Image.open(figure_4(work)) as picture:
         assert picture.size == (900, 600)
     lines = {line.get_label(): line for line in drawn[0].axes[0].get_lines()}
-    assert set(lines) == {"Greedy InfoMax", "CPC", "Supervised", "Greedy Supervised"}
+    assert set(lines) == {"Greedy InfoMax, iterative", "CPC", "Supervised", "Greedy Supervised"}
     run = work.run("iterative")
-    shown = lines["Greedy InfoMax"].get_xydata().tolist()
+    shown = lines["Greedy InfoMax, iterative"].get_xydata().tolist()
     for module, (x, y) in enumerate(shown, start=1):
         accuracy = run.accuracy(module, labels="speaker")
         assert accuracy is not None

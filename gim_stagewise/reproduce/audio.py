@@ -32,7 +32,7 @@ from gim_stagewise.stage.probe_sequences import (
 
 # Lines of figure 4.
 _SHOWN: tuple[tuple[str, Mode, str], ...] = (
-    ("Greedy InfoMax", "iterative", "o-"),
+    ("Greedy InfoMax, iterative", "iterative", "o-"),
     ("CPC", "cpc", "s--"),
     ("Supervised", "supervised", "^:"),
     ("Greedy Supervised", "greedy_supervised", "v-."),

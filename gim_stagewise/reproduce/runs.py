@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gim_stagewise.config import load_pipeline
+from gim_stagewise.config import PipelineConfig, load_pipeline
 from gim_stagewise.durable import write_atomic
 from gim_stagewise.errors import OverBudgetError
 from gim_stagewise.memory import Budget
@@ -154,6 +154,24 @@ def spread(values: Sequence[float]) -> str:
 def over_seeds(seeds: int) -> str:
     """What a caption says of them."""
     return f" Mean ± standard deviation over {seeds} seeds." if seeds > 1 else ""
+
+
+def how_iterative(config: PipelineConfig) -> str:
+    """What a caption says of iterative training, which is not all as in the paper."""
+    upper = [number for number in config.module if number > 1]
+    if not upper:
+        return ""
+    means = {
+        f"{config.stage(n - 1).cache.precision} with dropout {config.stage(n).train.dropout:g} and "
+        f"noise {config.stage(n).train.noise:g}"
+        for n in upper
+    }
+    views = config.augment.views
+    seen = "1 view" if views == 1 else f"{views} views"
+    return (
+        f"In iterative training, modules above the first see {seen} of a sample, stored as "
+        f"{'; '.join(sorted(means))}."
+    )
 
 
 def markdown_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

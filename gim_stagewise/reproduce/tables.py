@@ -15,6 +15,7 @@ from gim_stagewise.reproduce.paper import TABLE_1, TABLE_2
 from gim_stagewise.reproduce.runs import (
     DOES_NOT_FIT,
     Reproduction,
+    how_iterative,
     markdown_table,
     over_seeds,
     spread,
@@ -69,7 +70,8 @@ def table_1(work: Reproduction) -> Path:
         f"# Table 1: {name}\n\n"
         "Test accuracy in percent of a linear classifier on frozen features; the paper's column is "
         "STL-10, top module. Every row has the same pooling, probe and splits; all modes have the "
-        "file's epochs, which supervised ones take over labelled samples alone."
+        "file's epochs, which supervised ones take over labelled samples alone. "
+        f"{how_iterative(work.pipeline('iterative').config)}"
         f"{over_seeds(work.seeds)}\n\n"
         + markdown_table(["method", "paper", *modules], rows)
         + f"\n{work.conditions()}\n"
