@@ -192,7 +192,7 @@ def test_librispeech(tmp_path: Path) -> None:
     (labels / "converted_aligned_phones.txt").write_text("\n".join(lines) + "\n")
     file = shortened(tmp_path, "librispeech")
     edit(file, 'root = "data"', f'root = "{tmp_path}"')
-    edit(file, "[windows]", 'on_error = "skip"\n\n[windows]')
+    edit(file, "[augment]", 'on_error = "skip"\n\n[augment]')
     edit(file, "samples = 22830", "samples = 36")
     edit(file, "validation = 0.02", "validation = 0.2")
     edit(file, "batch = 32", "batch = 16")
