@@ -36,7 +36,8 @@ def known(file: Path) -> list[Run]:
 
 def device_name(device: str) -> str:
     """What runs say they were made on."""
-    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    about = conditions()
+    return about["GPU"] if device == "cuda" else f"a core of {about['processor']}"
 
 
 def make(
@@ -102,7 +103,13 @@ def show(given: argparse.Namespace, runs: list[Run], text: str, target: Path) ->
     """Print the result, and write its table unless it is a quick one."""
     devices = Counter(run.get("device", "cpu") for run in runs)
     made = ", ".join(f"{count} on {name}" for name, count in devices.most_common())
-    about = conditions() | {"runs": made}
+    # Machines are those of the runs, which need not be this one.
+    about = {
+        name: value
+        for name, value in conditions().items()
+        if name not in ("processor", "cores", "GPU")
+    }
+    about |= {"runs": made}
     text += "\nConditions: " + "; ".join(f"{name} {value}" for name, value in about.items()) + ".\n"
     if not given.quick:
         target.write_text(text)

@@ -50,6 +50,7 @@ class Reproduction:
     device: str = "auto"
     progress: Progress = field(default_factory=Silent)
     budget: Budget = field(default_factory=Budget)
+    _made: list[RunResult] = field(default_factory=list, init=False, repr=False)
 
     def pipeline(
         self,
@@ -104,6 +105,7 @@ class Reproduction:
         self.progress.note(f"{mode}, seed {pipeline.config.seed}: {pipeline.workspace.folder}")
         result = pipeline.run()
         save_record(pipeline, result)
+        self._made.append(result)
         return result
 
     def runs(self, mode: str, *, labels: str | None = None) -> list[RunResult]:
@@ -129,14 +131,24 @@ class Reproduction:
         return path
 
     def conditions(self) -> str:
-        """Under which a result was measured, for its last line."""
+        """Under which a result was measured, for its last line.
+
+        Devices are those that modules were trained on, which may have been elsewhere.
+        """
         pipeline = self.pipeline("iterative")
         device = pipeline.workspace.device
+        own = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        trained = {
+            str(stage.record.numerics["device"])
+            for result in self._made
+            for stage in result.stages
+            if stage.record.epochs
+        }
         first = pipeline.config.seed
         parts = {
             "pipeline": str(self.file),
             "seeds": f"{first} to {first + self.seeds - 1}" if self.seeds > 1 else f"{first}",
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "device": ", ".join(sorted(trained)) or own,
             "cores": str(usable_cores()),
             **versions(),
             "date": datetime.now(UTC).date().isoformat(),
