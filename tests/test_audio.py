@@ -19,8 +19,9 @@ from PIL import Image
 from warm import gim_stage
 
 from gim_stagewise.config import ProbeConfig, SourceConfig, load_pipeline
-from gim_stagewise.errors import ConfigError, DataError
+from gim_stagewise.errors import ConfigError, DataError, OverBudgetError
 from gim_stagewise.labels import NO_LABEL
+from gim_stagewise.memory import Budget, PeakMeter, resident_bytes
 from gim_stagewise.models import CellMean, Stack, embed
 from gim_stagewise.models.sequence import conv1d_module, gru_module
 from gim_stagewise.objectives import CrossEntropy
@@ -30,12 +31,14 @@ from gim_stagewise.reproduce.figures import save_figure
 from gim_stagewise.reproduce.runs import Reproduction
 from gim_stagewise.sources import RegionSource, Request, open_source
 from gim_stagewise.stage.chain import windowed_shapes
+from gim_stagewise.stage.freeze import FrozenModule
 from gim_stagewise.stage.labels import training_labels
 from gim_stagewise.stage.probe import probe_cache
 from gim_stagewise.stage.probe_sequences import (
     RecordingProbe,
     cached_walk,
     chain_walk,
+    check_probe_memory,
     mfcc_walk,
 )
 from gim_stagewise.stage.project import count_step, measure_step
@@ -663,6 +666,40 @@ def test_one_speaker_is_nothing_to_learn(alone: Path, command: list[str]) -> Non
     done = gim_stage(*command, *file, "--dir", alone.parent / "run")
     assert "all training samples have the same 'speaker'" in one_error(done, 2)
     assert not list((alone.parent / "run").rglob("*.safetensors"))
+
+
+def test_recordings_too_long_for_the_probe_are_refused_before_any_work(speech: Path) -> None:
+    file = next(speech.parent.rglob("2-1-0003.flac"))
+    wave = np.tile(soundfile.read(file)[0], 20)
+    soundfile.write(file, wave, 16_000)
+    labels = speech.parent / "corpus" / "phones.txt"
+    lines = labels.read_text().splitlines()
+    name, *phones = lines[-1].split()
+    labels.write_text("\n".join([*lines[:-1], " ".join([name, *phones * 20])]))
+    edit(speech, "channels = 6, kernel", "channels = 64, kernel")
+    pipeline = Pipeline.from_file(speech, device="cpu")
+    space, source, shapes = pipeline.workspace, pipeline.source, pipeline.check()
+    longest = max(source.items(), key=lambda item: item.extent)
+    assert longest.extent == (len(wave),)
+    chain = [
+        FrozenModule(space.build(index, shape.cell_in[0], storing=True), space.device)
+        for index, shape in enumerate(shapes, start=1)
+    ]
+    walk = chain_walk(chain, source, space)
+    for _ in walk([source.ids[0]]):  # what a first one loads
+        pass
+    with PeakMeter(space.device) as meter:
+        for _ in walk([longest.id]):
+            pass
+    few = replace(space, budget=Budget(host=resident_bytes() + meter.peak // 2))
+    with pytest.raises(OverBudgetError, match=f"for the longest, {longest.id}; allowed") as caught:
+        check_probe_memory(few, source, shapes)
+    assert meter.peak < 1.1 * (caught.value.needed - resident_bytes())
+    check_probe_memory(space, source, shapes)
+    small: list[str | Path] = ["--allowed-host-mem", "10MB", "--dir", speech.parent / "out"]
+    for mode in ("iterative", "random"):
+        found = gim_stage("run", speech, "--mode", mode, *small)
+        assert f"for the longest, {longest.id}" in one_error(found, 3)
 
 
 def test_what_mfcc_need_is_wanted_from_the_start(

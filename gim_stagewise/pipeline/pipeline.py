@@ -39,6 +39,7 @@ from gim_stagewise.stage.identity import cache_recipe, recipe_differences
 from gim_stagewise.stage.joint import JointStage
 from gim_stagewise.stage.lineage import foreign_content
 from gim_stagewise.stage.needs import chain_needs
+from gim_stagewise.stage.probe_sequences import check_probe_memory
 from gim_stagewise.stage.shape import Shape, windowed_input
 from gim_stagewise.stage.stage import Stage
 from gim_stagewise.stage.workspace import Workspace, open_data
@@ -269,8 +270,9 @@ class Pipeline:
         Raises
         ------
         OverBudgetError
-            Of several stages, for the one that needs most.
+            Of several stages, for the one that needs most; or for the probe.
         """
+        check_probe_memory(self.workspace, self.source, shapes)
         budget = self.workspace.budget
         errors = []
         stored = {index: self._is_materialized(index) for index in range(1, first)}

@@ -23,7 +23,12 @@ from gim_stagewise.stage.probe import (
     probe_chain,
 )
 from gim_stagewise.stage.probe_memory import remembered_scores
-from gim_stagewise.stage.probe_sequences import cached_walk, chain_walk, probe_recordings
+from gim_stagewise.stage.probe_sequences import (
+    cached_walk,
+    chain_walk,
+    check_probe_memory,
+    probe_recordings,
+)
 from gim_stagewise.stage.removing import drop_outputs, forget
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.step_classifier import Walk
@@ -181,6 +186,7 @@ def _run_joint(pipeline: Pipeline) -> RunResult:
     shapes = pipeline.check()
     stage = pipeline.joint_stage(shapes)
     stage.check()
+    check_probe_memory(space, pipeline.source, shapes)
     _say_what_was_done_with_data(pipeline)
     with exclusive(space.folder):
         weights, trained = stage.train()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gim_stagewise.cache import TiledCache
 from gim_stagewise.config import PipelineConfig
-from gim_stagewise.errors import ConfigError
+from gim_stagewise.errors import ConfigError, OverBudgetError
 from gim_stagewise.memory import resident_bytes
 from gim_stagewise.sources import RegionSource, Request, Source, StepLabelled, step_labelled
 from gim_stagewise.stage.classifier import Accuracy
@@ -32,6 +32,7 @@ from gim_stagewise.stage.probe import (
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.step_classifier import Walk, step_accuracies
 from gim_stagewise.stage.workspace import Workspace
+from gim_stagewise.units import format_bytes
 
 # Bytes of features that are kept in memory rather than read or computed for each epoch, at most;
 # and what part of the memory that may be used.
@@ -79,6 +80,55 @@ def check_mfcc(source: Source) -> None:
             f'({error}); install it with `pip install "gim-stagewise[audio]"`',
             key="source.kind",
         ) from None
+
+
+def check_probe_memory(space: Workspace, source: Source, shapes: Sequence[Shape]) -> None:
+    """Refuse recordings too long for the probe of modules, which takes each as a whole.
+
+    Parameters
+    ----------
+    space : Workspace
+    source : Source
+        The dataset.
+    shapes : sequence of Shape
+        Of the modules, from module 1 on.
+
+    Raises
+    ------
+    OverBudgetError
+        That names the longest recording.
+    """
+    splits = probe_splits(source)
+    if splits is None or not space.config.sequences:
+        return
+    probed = {*splits[0].ids, *splits[1].ids}
+    longest = max((own for own in source.items() if own.id in probed), key=lambda own: own.extent)
+    needed = resident_bytes() + _probe_bytes(longest.extent, longest.channels, shapes, space)
+    allowed = space.budget.host_bytes()
+    if needed > allowed:
+        raise OverBudgetError(
+            f"the probe takes recordings as a whole, and projects {format_bytes(needed)} of host "
+            f"memory for the longest, {longest.id}; allowed {format_bytes(allowed)}: cut it into "
+            f"several, or allow --allowed-host-mem {-(-needed // 1_000_000)}MB",
+            needed=needed,
+        )
+
+
+def _probe_bytes(
+    extent: tuple[int, ...], channels: int, shapes: Sequence[Shape], space: Workspace
+) -> int:
+    """What `chain_walk` holds at once of a recording: float32 throughout."""
+    most = embeddings = 0
+    inputs = 4 * channels * math.prod(extent)
+    for index, shape in enumerate(shapes, start=1):
+        extent = shape.extent_out(extent)
+        steps = math.prod(extent)
+        outputs = 4 * shape.cell_out[0] * steps
+        # Outputs before and after an activation, and those that are kept.
+        most = max(most, inputs + 3 * outputs + embeddings)
+        embeddings += 4 * shape.embedding * -(-steps // space.config.stored_pool(index))
+        inputs = outputs
+    return max(most, embeddings)
 
 
 def mfcc_walk(source: Source, rate: int) -> Walk:
