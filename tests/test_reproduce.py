@@ -26,6 +26,7 @@ from gim_stagewise.reproduce.figures import figure_2, figure_3
 from gim_stagewise.reproduce.paper import TABLE_1
 from gim_stagewise.reproduce.runs import Reproduction, spread
 from gim_stagewise.reproduce.tables import table_1, table_2
+from gim_stagewise.stage.probe import ProbeScores
 
 
 class Heard(Silent):
@@ -215,6 +216,50 @@ def test_what_cannot_be_drawn_is_said(work: Reproduction, tiny: Path, tmp_path: 
     tiny.write_text(tiny.read_text().partition("[module.2]")[0])
     with pytest.raises(DataError, match="there are none"):
         figure_2(Reproduction(tiny, tmp_path / "runs", tmp_path / "results", device="cpu"))
+
+
+def test_what_no_mode_trains_is_probed_once(tiny: Path, tmp_path: Path) -> None:
+    heard = Heard()
+    own = Reproduction(tiny, tmp_path / "runs", tmp_path / "results", progress=heard)
+
+    def probed(mode: str) -> tuple[list[str], ProbeScores]:
+        heard.tasks.clear()
+        (scores,) = own.run(mode).probes
+        return [label for label in heard.tasks if label.startswith("probe")], scores
+
+    everything = ["probe", "probe: random modules", "probe: pixels"]
+    tasks, first = probed("iterative")
+    assert tasks == everything
+    tasks, second = probed("simultaneous")
+    assert tasks == ["probe"]
+    assert (second.random, second.baselines) == (first.random, first.baselines)
+    (alone,) = replace(own, base=tmp_path / "alone").run("simultaneous").probes
+    assert alone == second
+    for file in own.base.glob("*/probe.json"):
+        file.write_text(file.read_text().replace("0.", "0.9"))
+    tasks, third = probed("supervised")
+    assert tasks == everything
+    assert (third.random, third.baselines) == (first.random, first.baselines)
+
+
+class Interrupted(Heard):
+    """Until the part of a probe that is called so."""
+
+    def task(self, label: str, **numbers: Any) -> Any:
+        if label == "probe: pixels":
+            raise KeyboardInterrupt
+        return super().task(label, **numbers)
+
+
+def test_parts_of_a_probe_that_are_done_stay(tiny: Path, tmp_path: Path) -> None:
+    own = Reproduction(tiny, tmp_path / "runs", tmp_path / "results")
+    with pytest.raises(KeyboardInterrupt):
+        replace(own, progress=Interrupted()).run("random")
+    heard = Heard()
+    found = replace(own, progress=heard).run("random").probes
+    assert heard.tasks == ["probe: pixels"]
+    assert found[0].trained == found[0].random
+    assert replace(own, base=tmp_path / "again").run("random").probes == found
 
 
 def test_what_one_mode_cannot_have_is_said_before_any_is_trained(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,9 @@ from gim_stagewise.sources import PatchSource
 from gim_stagewise.stage.disk import CacheSize, folder_bytes
 from gim_stagewise.stage.extraction_plan import Workers
 from gim_stagewise.stage.probe import (
+    RANDOM,
+    TRAINED,
+    Probes,
     ProbeScores,
     cached_features,
     chain_features,
@@ -106,22 +110,25 @@ def _run_stages(pipeline: Pipeline, start: int | None, last: int, workers: Worke
             pipeline.stage(start).outputs.require_input()  # what the first forgotten module needs
             for index in range(start, len(pipeline.config.module) + 1):
                 forget(space, index)
-        features = [pipeline.source.content_digest()]
-        stages = []
+        features, fresh, stages = [], [], []
         for index in range(1, last + 1):
-            stage, content = _run_stage(pipeline, index, workers, above=caches[index:])
+            stage, content, training = _run_stage(pipeline, index, workers, above=caches[index:])
             stages.append(stage)
             features.append(content)
+            fresh.append(training)
         paths = [space.cache_path(index) for index in range(1, last + 1)]
+        probes = _probes(
+            pipeline,
+            shapes[:last],
+            lambda ids: (cached_features(path, ids, pipeline.config) for path in paths),
+            lambda: cached_walk(paths),
+        )
         scores = remembered_scores(
             space,
-            features,
-            lambda: _probe(
-                pipeline,
-                shapes[:last],
-                lambda ids: (cached_features(path, ids, pipeline.config) for path in paths),
-                lambda: cached_walk(paths),
-            ),
+            probes,
+            dataset=pipeline.source.content_digest(),
+            features=features,
+            fresh=fresh,
         )
     return _result(pipeline, stages, scores)
 
@@ -162,8 +169,8 @@ def check_stages(
 
 def _run_stage(
     pipeline: Pipeline, index: int, workers: Workers, above: list[CacheSize]
-) -> tuple[StageResult, str]:
-    """What became of a stage, and its cache's content digest."""
+) -> tuple[StageResult, str, str]:
+    """What became of a stage; digests of its cache's content, and of its module when fresh."""
     space, keep = pipeline.workspace, pipeline.config.keep
     stage = pipeline.stage(index)
     weights, trained = stage.train()
@@ -177,7 +184,7 @@ def _run_stage(
     if not trained and not extracted:
         space.progress.note(f"module {index}: nothing to do, weights and cache match")
     result = StageResult(index, weights.record, trained, extracted, path, folder_bytes(path))
-    return result, manifest.content.value
+    return result, manifest.content.value, weights.training
 
 
 def _run_joint(pipeline: Pipeline) -> RunResult:
@@ -196,17 +203,24 @@ def _run_joint(pipeline: Pipeline) -> RunResult:
             features += [own.digest, own.behaviour]
         if not trained:
             space.progress.note(f"{stage.label}: nothing to do, weights match")
+        probes = _probes(
+            pipeline,
+            shapes,
+            lambda ids: chain_features(
+                stage.frozen(weights), pipeline.source, ids, pipeline.config
+            ),
+            lambda: chain_walk(stage.frozen(weights), pipeline.source, space),
+        )
+        if pipeline.config.mode == "random" and probes.parts:
+            # They are what they were; once is enough.
+            probes.parts[TRAINED] = cache(probes.parts[RANDOM])
+            probes.parts[RANDOM] = probes.parts[TRAINED]
         scores = remembered_scores(
             space,
-            features,
-            lambda: _probe(
-                pipeline,
-                shapes,
-                lambda ids: chain_features(
-                    stage.frozen(weights), pipeline.source, ids, pipeline.config
-                ),
-                lambda: chain_walk(stage.frozen(weights), pipeline.source, space),
-            ),
+            probes,
+            dataset=pipeline.source.content_digest(),
+            features=features,
+            fresh=[own.training for own in weights],
         )
     stages = [
         StageResult(own.module, own.record, trained, extracted=False, cache=None, cache_bytes=0)
@@ -215,19 +229,19 @@ def _run_joint(pipeline: Pipeline) -> RunResult:
     return _result(pipeline, stages, scores)
 
 
-def _probe(
+def _probes(
     pipeline: Pipeline,
     shapes: Sequence[Shape],
     features: Callable[[list[str]], Iterable[NDArray[np.float32]]],
     embeddings: Callable[[], Walk],
-) -> list[ProbeScores]:
-    """Probe modules by features of samples, or of recordings by embeddings of their steps."""
+) -> Probes:
+    """Modules are probed by features of samples, or of recordings by embeddings of steps."""
     space, source = pipeline.workspace, pipeline.source
     if isinstance(source, PatchSource):
         return probe_chain(space, source, [shape.cell_in[0] for shape in shapes], features)
     if pipeline.config.sequences:
-        return probe_recordings(space, source, shapes, embeddings())
-    return []
+        return probe_recordings(space, source, shapes, embeddings)
+    return Probes([], {})
 
 
 def _say_what_was_done_with_data(pipeline: Pipeline) -> None:

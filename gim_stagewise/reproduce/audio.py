@@ -20,7 +20,7 @@ from gim_stagewise.reproduce.runs import (
 )
 from gim_stagewise.sources import Source, labels_of, step_labelled
 from gim_stagewise.stage.extraction_plan import Workers
-from gim_stagewise.stage.probe import ProbeScores, probe_splits
+from gim_stagewise.stage.probe import TRAINED, Probes, Rows, probe_splits
 from gim_stagewise.stage.probe_memory import remembered_scores
 from gim_stagewise.stage.probe_sequences import (
     MFCC,
@@ -246,15 +246,23 @@ def accuracies_without_bptt(pipeline: Pipeline, run: RunResult) -> dict[str, flo
     manifest, _ = stage.extract(weights, workers=Workers(0))
     space, source = pipeline.workspace, pipeline.source
 
-    def compute() -> list[ProbeScores]:
-        probe = RecordingProbe.of(space, source)
-        if probe is None or probe.stepped is None:
-            raise DataError("the dataset has no labels of recordings and of their steps")
-        fitting = modules_with_steps(space, pipeline.check(), probe.stepped)
-        found = probe(cached_walk([space.cache_path(top)]), [0] if top - 1 in fitting else [])
-        names = [source.label_names[0], str(probe.stepped.step_label_name)]
-        return [ProbeScores(name, own, [], {}) for name, own in zip(names, found, strict=True)]
+    probe = RecordingProbe.of(space, source)
+    if probe is None or probe.stepped is None:
+        raise DataError("the dataset has no labels of recordings and of their steps")
+    stepped = probe.stepped
 
-    scores = remembered_scores(space, [source.content_digest(), manifest.content.value], compute)
+    def probed() -> list[Rows]:
+        fitting = modules_with_steps(space, pipeline.check(), stepped)
+        found = probe(cached_walk([space.cache_path(top)]), [0] if top - 1 in fitting else [])
+        return [{str(top): accuracy} for (accuracy,) in found]
+
+    names = [source.label_names[0], str(stepped.step_label_name)]
+    scores = remembered_scores(
+        space,
+        Probes(names, {TRAINED: probed}),
+        dataset=source.content_digest(),
+        features=[manifest.content.value],
+        fresh=[],
+    )
     found = {own.labels: own.trained[0] for own in scores}
     return {labels: None if own is None else own.test for labels, own in found.items()}

@@ -37,6 +37,9 @@ Pooling = Literal["mean", "all"]
 # With more raw pixels than this, a classifier on them takes longer than training modules does.
 MOST_RAW = 1024
 PIXEL_STATISTICS, RAW_PIXELS = "pixel statistics", "raw pixels"
+# Of what is probed.
+PARTS = TRAINED, RANDOM, BASELINES = "trained", "random", "baselines"
+Rows = dict[str, Accuracy | None]
 
 
 @dataclass(frozen=True)
@@ -138,13 +141,30 @@ class ProbeScores:
     baselines: dict[str, Accuracy]
 
 
+@dataclass(frozen=True)
+class Probes:
+    """What is to be probed, in parts that are computed, and remembered, one by one.
+
+    Parameters
+    ----------
+    labels : list of str
+        Names of the kinds of labels.
+    parts : dict
+        Of `PARTS` those that there are: each gives accuracies, for each kind of labels, by row: the
+        number of a module, or the name of a baseline.
+    """
+
+    labels: list[str]
+    parts: dict[str, Callable[[], list[Rows]]]
+
+
 def probe_chain(
     workspace: Workspace,
     source: PatchSource,
     in_channels: Sequence[int],
     trained: Callable[[list[str]], Iterable[NDArray[np.float32]]],
-) -> list[ProbeScores]:
-    """Probe trained modules, the same modules before training, statistics of pixels, and pixels.
+) -> Probes:
+    """Trained modules, the same modules before training, statistics of pixels, and pixels.
 
     Parameters
     ----------
@@ -155,42 +175,52 @@ def probe_chain(
         Channels of the input of each module to probe, from module 1 on.
     trained : callable
         Features of samples, [sample, feature], by module.
-
-    Returns
-    -------
-    list of ProbeScores
-        For the dataset's labels; empty where it has none.
     """
     splits = probe_splits(source)
     if splits is None:
-        return []
+        return Probes([], {})
     train, test = splits
     if not train.differ:
         workspace.progress.note(nothing_to_probe(source))
-        return []
+        return Probes([], {})
     ids = [*train.ids, *test.ids]
     config = workspace.config
-    few = source.image_values <= MOST_RAW
-    rows = 2 * len(in_channels) + 1 + few
-    with workspace.progress.task("probe", total=rows, unit="row") as task:
+    numbers = [str(number) for number in range(1, 1 + len(in_channels))]
 
-        def score(features: NDArray[np.float32]) -> Accuracy:
-            accuracy = probe_accuracy(features, train, test, config.probe, seed=config.seed)
-            task.advance()
-            return accuracy
+    def scored(
+        what: str, names: Sequence[str], features: Iterable[NDArray[np.float32]]
+    ) -> list[Rows]:
+        found: Rows = {}
+        with workspace.progress.task(what, total=len(names), unit="row") as task:
+            for name, own in zip(names, features, strict=True):
+                found[name] = probe_accuracy(own, train, test, config.probe, seed=config.seed)
+                task.advance()
+        return [found]
 
-        own = [score(part) for part in trained(ids)]
+    def random() -> list[NDArray[np.float32]]:
         chain = [
             FrozenModule(workspace.build(index, channels), workspace.device)
             for index, channels in enumerate(in_channels, start=1)
         ]
-        random = [score(part) for part in chain_features(chain, source, ids, config)]
+        return chain_features(chain, source, ids, config)
+
+    def pixels(names: Sequence[str]) -> Iterator[NDArray[np.float32]]:
         batches = _read_in_batches(source, ids)
         seen = [pool_features(pixel_statistics(batch), config) for batch in batches]
-        baselines = {PIXEL_STATISTICS: score(np.concatenate(seen))}
-        if few:
-            baselines[RAW_PIXELS] = score(_raw_pixels(source, ids, config))
-    return [ProbeScores(source.label_names[0], [*own], [*random], baselines)]
+        yield np.concatenate(seen)
+        if RAW_PIXELS in names:
+            yield _raw_pixels(source, ids, config)
+
+    few = source.image_values <= MOST_RAW
+    names = [PIXEL_STATISTICS, RAW_PIXELS] if few else [PIXEL_STATISTICS]
+    return Probes(
+        [source.label_names[0]],
+        {
+            TRAINED: lambda: scored("probe", numbers, trained(ids)),
+            RANDOM: lambda: scored("probe: random modules", numbers, random()),
+            BASELINES: lambda: scored("probe: pixels", names, pixels(names)),
+        },
+    )
 
 
 def pixel_statistics(

@@ -6,8 +6,9 @@ A recording as a whole is classified by the mean of its embeddings over time, a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,12 @@ from gim_stagewise.sources import RegionSource, Request, Source, StepLabelled, s
 from gim_stagewise.stage.classifier import Accuracy
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
 from gim_stagewise.stage.probe import (
-    ProbeScores,
+    BASELINES,
+    RANDOM,
+    TRAINED,
+    Probes,
     ProbeSplit,
+    Rows,
     mean_feature,
     nothing_to_probe,
     probe_accuracy,
@@ -124,8 +129,9 @@ def _probe_bytes(
         extent = shape.extent_out(extent)
         steps = math.prod(extent)
         outputs = 4 * shape.cell_out[0] * steps
-        # Outputs before and after an activation, and those that are kept.
-        most = max(most, inputs + 3 * outputs + embeddings)
+        # Outputs before and after an activation, those that are kept, and what a convolution makes
+        # of its own in another order.
+        most = max(most, inputs + 5 * outputs + embeddings)
         embeddings += 4 * shape.embedding * -(-steps // space.config.stored_pool(index))
         inputs = outputs
     return max(most, embeddings)
@@ -139,22 +145,29 @@ def mfcc_walk(source: Source, rate: int) -> Walk:
     from torchaudio import transforms
     from torchaudio.functional import compute_deltas
 
-    transform = transforms.MFCC(
-        sample_rate=rate,
-        n_mfcc=13,
-        melkwargs={
-            "n_fft": 2 ** math.ceil(math.log2(rate / 40)),
-            "win_length": rate // 40,
-            "hop_length": rate // MFCC_A_SECOND,
-            "n_mels": 40,
-            "pad_mode": "constant",  # however short a recording is
-        },
-    )
+    size = 2 ** math.ceil(math.log2(rate / 40))
+
+    def transform(pad_mode: str) -> transforms.MFCC:
+        return transforms.MFCC(
+            sample_rate=rate,
+            n_mfcc=13,
+            melkwargs={
+                "n_fft": size,
+                "win_length": rate // 40,
+                "hop_length": rate // MFCC_A_SECOND,
+                "n_mels": 40,
+                "pad_mode": pad_mode,
+            },
+        )
+
+    mirrored, filled = transform("reflect"), transform("constant")
 
     def walk(ids: Sequence[str]) -> Iterator[list[NDArray[np.float32]]]:
         for item_id in ids:
             (samples,) = source.read([Request(item_id)])
-            plain = transform(torch.from_numpy(samples.mean(0)))
+            # What is shorter than half a frame has too little to be mirrored at its ends.
+            own = mirrored if samples.shape[1] > size // 2 else filled
+            plain = own(torch.from_numpy(samples.mean(0)))
             first = compute_deltas(plain)
             yield [torch.cat([plain, first, compute_deltas(first)]).T.numpy()]
 
@@ -247,9 +260,16 @@ class RecordingProbe:
 
 
 def probe_recordings(
-    space: Workspace, source: RegionSource, shapes: Sequence[Shape], trained: Walk
-) -> list[ProbeScores]:
-    """Probe trained modules, the same before training, and MFCC, for each kind of labels.
+    space: Workspace,
+    source: RegionSource,
+    shapes: Sequence[Shape],
+    trained: Callable[[], Walk],
+) -> Probes:
+    """Trained modules, the same before training, and MFCC, for each kind of labels.
+
+    Labels of recordings come first, then those of steps, where there are any. Modules whose
+    embeddings lie closer together than labels of steps, or further apart, have no accuracy for
+    those.
 
     Parameters
     ----------
@@ -259,43 +279,46 @@ def probe_recordings(
     shapes : sequence of Shape
         Of the modules to probe, from module 1 on.
     trained : callable
-        Embeddings of the trained modules.
-
-    Returns
-    -------
-    list of ProbeScores
-        For the labels of recordings, and for those of steps; empty where there are none. Modules
-        whose embeddings lie closer together than labels of steps, or further apart, have no
-        accuracy for those.
+        Gives the embeddings of the trained modules.
     """
     probe = RecordingProbe.of(space, source)
     if probe is None:
-        return []
-    chain = [
-        FrozenModule(space.build(index, shape.cell_in[0], storing=True), space.device)
-        for index, shape in enumerate(shapes, start=1)
-    ]
-    stepped, rate = probe.stepped, sample_rate(source)
+        return Probes([], {})
     if not probe.splits[0].differ:
         space.progress.note(nothing_to_probe(source))
-    names = [source.label_names[0], *([str(stepped.step_label_name)] if stepped else [])]
-    fitting = [] if stepped is None else modules_with_steps(space, shapes, stepped)
-    with space.progress.task("probe", total=2 + (rate > 0), unit="encoder") as task:
-        found = probe(trained, fitting)
-        task.advance()
-        random = probe(chain_walk(chain, source, space), fitting)
-        task.advance()
-        baselines: list[dict[str, Accuracy]] = [{} for _ in names]
-        if rate:
-            walk = mfcc_walk(source, rate)
-            for own, (accuracy,) in zip(baselines, probe(walk, [0]), strict=True):
-                if accuracy is not None:
-                    own[MFCC] = accuracy
-            (accuracy,) = probe.of_recordings(walk, deviation=True)
-            if accuracy is not None:
-                baselines[0][MFCC_STATISTICS] = accuracy
+    stepped, rate = probe.stepped, sample_rate(source)
+
+    @cache
+    def fitting() -> list[int]:
+        return [] if stepped is None else modules_with_steps(space, shapes, stepped)
+
+    def of_modules(what: str, walk: Callable[[], Walk]) -> list[Rows]:
+        with space.progress.task(what, total=1, unit="encoder") as task:
+            found = probe(walk(), fitting())
             task.advance()
-    return [ProbeScores(*own) for own in zip(names, found, random, baselines, strict=True)]
+        return [{str(n): own for n, own in enumerate(kind, start=1)} for kind in found]
+
+    def random() -> Walk:
+        chain = [
+            FrozenModule(space.build(index, shape.cell_in[0], storing=True), space.device)
+            for index, shape in enumerate(shapes, start=1)
+        ]
+        return chain_walk(chain, source, space)
+
+    def mfcc() -> list[Rows]:
+        with space.progress.task("probe: MFCC", total=1, unit="encoder") as task:
+            walk = mfcc_walk(source, rate)
+            found: list[Rows] = [{MFCC: accuracy} for (accuracy,) in probe(walk, [0])]
+            (found[0][MFCC_STATISTICS],) = probe.of_recordings(walk, deviation=True)
+            task.advance()
+        return found
+
+    parts = {
+        TRAINED: lambda: of_modules("probe", trained),
+        RANDOM: lambda: of_modules("probe: random modules", random),
+    }
+    names = [source.label_names[0], *([str(stepped.step_label_name)] if stepped else [])]
+    return Probes(names, parts | ({BASELINES: mfcc} if rate else {}))
 
 
 def sample_rate(source: Source) -> int:
