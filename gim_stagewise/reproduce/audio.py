@@ -44,6 +44,15 @@ def table_3(work: Reproduction) -> Path:
 
     Supervised modes are trained for each of the two by itself. A second table has all modules.
 
+    Parameters
+    ----------
+    work : Reproduction
+
+    Returns
+    -------
+    Path
+        A file of Markdown, ``table3.md``.
+
     Raises
     ------
     ConfigError
@@ -92,6 +101,15 @@ def table_4(work: Reproduction) -> Path:
 
     All of them stand on the same modules: those of the iterative run.
 
+    Parameters
+    ----------
+    work : Reproduction
+
+    Returns
+    -------
+    Path
+        A file of Markdown, ``table4.md``.
+
     Raises
     ------
     ConfigError
@@ -139,6 +157,15 @@ def table_4(work: Reproduction) -> Path:
 
 def figure_4(work: Reproduction) -> Path:
     """Error rates of speakers by module, on a log scale (figure 4).
+
+    Parameters
+    ----------
+    work : Reproduction
+
+    Returns
+    -------
+    Path
+        A picture, ``figure4.png``.
 
     Raises
     ------

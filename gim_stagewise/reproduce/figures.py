@@ -33,6 +33,15 @@ def figure_2(work: Reproduction) -> Path:
 
     Read from the caches of the iterative run; of each module the most selective neurons are shown.
 
+    Parameters
+    ----------
+    work : Reproduction
+
+    Returns
+    -------
+    Path
+        A picture, ``figure2.png``.
+
     Raises
     ------
     ConfigError
@@ -115,6 +124,15 @@ def _visible(pixels: NDArray[np.float32], augment: AugmentConfig) -> NDArray[np.
 
 def figure_3(work: Reproduction) -> Path:
     """Training and validation curves of modules, simultaneous against iterative (figure 3).
+
+    Parameters
+    ----------
+    work : Reproduction
+
+    Returns
+    -------
+    Path
+        A picture, ``figure3.png``.
 
     Raises
     ------

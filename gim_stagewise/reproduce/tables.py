@@ -33,10 +33,21 @@ _MARGIN = 1.5
 def table_1(work: Reproduction) -> Path:
     """Test accuracies of all modes, by the same probe (table 1; section 4.1).
 
+    Parameters
+    ----------
+    work : Reproduction
+
+    Returns
+    -------
+    Path
+        A file of Markdown, ``table1.md``.
+
     Raises
     ------
     DataError
         If the dataset has no labels.
+    GimStageError
+        For whatever a mode cannot have, before any is trained.
     """
     work.check([mode for _, mode, _ in TABLE_1 if mode is not None])
     count = len(work.pipeline("iterative").config.module)
@@ -85,6 +96,20 @@ def table_2(work: Reproduction) -> Path:
     A step is counted, tensor by tensor, and where it fits measured in a fresh process. Steps take a
     batch in one pass, of ``negatives_group`` samples where that is given: what one of the paper's
     GPUs had. The last rows are what stages take in micro-batches.
+
+    Parameters
+    ----------
+    work : Reproduction
+
+    Returns
+    -------
+    Path
+        A file of Markdown, ``table2.md``.
+
+    Raises
+    ------
+    GimStageError
+        If the pipeline's data, geometry or modules do not fit together.
     """
     rows = []
     for name, mode, module, paper in TABLE_2:
