@@ -30,14 +30,10 @@ from gim_stagewise.processes import in_fresh_process
 from gim_stagewise.reproduce.audio import accuracies_without_bptt
 from gim_stagewise.reproduce.runs import spread
 from gim_stagewise.stage.chain import windowed_shapes
-from gim_stagewise.stage.probe_sequences import (
-    MFCC,
-    MFCC_STATISTICS,
-    RecordingProbe,
-    cached_walk,
-)
+from gim_stagewise.stage.probe_sequences import MFCC, MFCC_STATISTICS, RecordingProbe
 from gim_stagewise.stage.project import count_step, measure_step
 from gim_stagewise.stage.spec import step_spec
+from gim_stagewise.stage.walks import cached_walk
 from gim_stagewise.stage.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -30,20 +30,14 @@ from gim_stagewise.reproduce.audio import figure_4, table_3, table_4
 from gim_stagewise.reproduce.figures import save_figure
 from gim_stagewise.reproduce.runs import Reproduction
 from gim_stagewise.sources import RegionSource, Request, open_source
-from gim_stagewise.stage.chain import windowed_shapes
-from gim_stagewise.stage.freeze import FrozenModule
+from gim_stagewise.stage.chain import fresh_chain, windowed_shapes
 from gim_stagewise.stage.labels import training_labels
 from gim_stagewise.stage.probe import probe_cache
-from gim_stagewise.stage.probe_sequences import (
-    RecordingProbe,
-    cached_walk,
-    chain_walk,
-    check_probe_memory,
-    mfcc_walk,
-)
+from gim_stagewise.stage.probe_sequences import RecordingProbe
 from gim_stagewise.stage.project import count_step, measure_step
 from gim_stagewise.stage.spec import step_spec
 from gim_stagewise.stage.step_classifier import step_accuracies
+from gim_stagewise.stage.walks import cached_walk, chain_walk, check_probe_memory, mfcc_walk
 from gim_stagewise.stage.windowed import WindowSource, training_windows
 from gim_stagewise.stage.workspace import Workspace
 
@@ -681,10 +675,7 @@ def test_recordings_too_long_for_the_probe_are_refused_before_any_work(speech: P
     space, source, shapes = pipeline.workspace, pipeline.source, pipeline.check()
     longest = max(source.items(), key=lambda item: item.extent)
     assert longest.extent == (len(wave),)
-    chain = [
-        FrozenModule(space.build(index, shape.cell_in[0], storing=True), space.device)
-        for index, shape in enumerate(shapes, start=1)
-    ]
+    chain = fresh_chain(space, [shape.cell_in[0] for shape in shapes])
     walk = chain_walk(chain, source, space)
     for _ in walk([source.ids[0]]):  # what a first one loads
         pass

@@ -593,10 +593,12 @@ def test_resnets_refuse_cuts_that_do_not_exist(
         resnet50_module(channels, **options)
 
 
-@pytest.mark.parametrize(("own", "first"), [("[5, 7]", 4), ("[3, 7]", 4)])
-def test_blocks_of_modules_follow_on(tiny: Path, own: str, first: int) -> None:
+@pytest.mark.parametrize(
+    ("below", "own", "first"), [("[1, 3]", "[3, 7]", 4), ("[1, 4]", "[6, 7]", 5)]
+)
+def test_blocks_of_modules_follow_on(tiny: Path, below: str, own: str, first: int) -> None:
     text = tiny.read_text().partition("[module.1]")[0]
-    for number, blocks in enumerate(("[1, 3]", own), start=1):
+    for number, blocks in enumerate((below, own), start=1):
         text += f'[module.{number}]\nbuild = "resnet34"\n'
         text += f"options = {{ blocks = {blocks}, width = 4 }}\n"
     tiny.write_text(text)

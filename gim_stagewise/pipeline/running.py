@@ -27,15 +27,11 @@ from gim_stagewise.stage.probe import (
     probe_chain,
 )
 from gim_stagewise.stage.probe_memory import remembered_scores
-from gim_stagewise.stage.probe_sequences import (
-    cached_walk,
-    chain_walk,
-    check_probe_memory,
-    probe_recordings,
-)
+from gim_stagewise.stage.probe_sequences import probe_recordings
 from gim_stagewise.stage.removing import drop_outputs, forget
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.step_classifier import Walk
+from gim_stagewise.stage.walks import cached_walk, chain_walk, check_probe_memory
 
 if TYPE_CHECKING:
     from gim_stagewise.pipeline.pipeline import Pipeline
@@ -212,9 +208,8 @@ def _run_joint(pipeline: Pipeline) -> RunResult:
             lambda: chain_walk(stage.frozen(weights), pipeline.source, space),
         )
         if pipeline.config.mode == "random" and probes.parts:
-            # They are what they were; once is enough.
-            probes.parts[TRAINED] = cache(probes.parts[RANDOM])
-            probes.parts[RANDOM] = probes.parts[TRAINED]
+            once = cache(probes.parts[RANDOM])  # modules are what they were
+            probes = replace(probes, parts=probes.parts | {TRAINED: once, RANDOM: once})
         scores = remembered_scores(
             space,
             probes,

@@ -1,4 +1,7 @@
-"""Tables 3 and 4 and figure 4 of the paper: who speaks, and what (section 4.2)."""
+"""Tables 3 and 4 and figure 4 of the paper: who speaks, and what (section 4.2).
+
+Each is written to a file below ``work.target``, whose path is given.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,9 @@ from gim_stagewise.stage.probe_sequences import (
     MFCC,
     MFCC_STATISTICS,
     RecordingProbe,
-    cached_walk,
     modules_with_steps,
 )
+from gim_stagewise.stage.walks import cached_walk
 
 # Lines of figure 4.
 _SHOWN: tuple[tuple[str, Mode, str], ...] = (
@@ -43,15 +46,6 @@ def table_3(work: Reproduction) -> Path:
     """Test accuracies of phones and of speakers, by the same probes (table 3; section 4.2).
 
     Supervised modes are trained for each of the two by itself. A second table has all modules.
-
-    Parameters
-    ----------
-    work : Reproduction
-
-    Returns
-    -------
-    Path
-        A file of Markdown, ``table3.md``.
 
     Raises
     ------
@@ -101,15 +95,6 @@ def table_4(work: Reproduction) -> Path:
 
     All of them stand on the same modules: those of the iterative run.
 
-    Parameters
-    ----------
-    work : Reproduction
-
-    Returns
-    -------
-    Path
-        A file of Markdown, ``table4.md``.
-
     Raises
     ------
     ConfigError
@@ -157,15 +142,6 @@ def table_4(work: Reproduction) -> Path:
 
 def figure_4(work: Reproduction) -> Path:
     """Error rates of speakers by module, on a log scale (figure 4).
-
-    Parameters
-    ----------
-    work : Reproduction
-
-    Returns
-    -------
-    Path
-        A picture, ``figure4.png``.
 
     Raises
     ------

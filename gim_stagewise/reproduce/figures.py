@@ -1,4 +1,7 @@
-"""Figures 2 and 3 of the paper."""
+"""Figures 2 and 3 of the paper.
+
+Each is written to a file below ``work.target``, whose path is given.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +35,6 @@ def figure_2(work: Reproduction) -> Path:
     """Groups of patches that excite a neuron most, at every level (figure 2).
 
     Read from the caches of the iterative run; of each module the most selective neurons are shown.
-
-    Parameters
-    ----------
-    work : Reproduction
-
-    Returns
-    -------
-    Path
-        A picture, ``figure2.png``.
 
     Raises
     ------
@@ -124,15 +118,6 @@ def _visible(pixels: NDArray[np.float32], augment: AugmentConfig) -> NDArray[np.
 
 def figure_3(work: Reproduction) -> Path:
     """Training and validation curves of modules, simultaneous against iterative (figure 3).
-
-    Parameters
-    ----------
-    work : Reproduction
-
-    Returns
-    -------
-    Path
-        A picture, ``figure3.png``.
 
     Raises
     ------

@@ -1,4 +1,7 @@
-"""Tables 1 and 2 of the paper."""
+"""Tables 1 and 2 of the paper.
+
+Each is written to a file below ``work.target``, whose path is given.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +35,6 @@ _MARGIN = 1.5
 
 def table_1(work: Reproduction) -> Path:
     """Test accuracies of all modes, by the same probe (table 1; section 4.1).
-
-    Parameters
-    ----------
-    work : Reproduction
-
-    Returns
-    -------
-    Path
-        A file of Markdown, ``table1.md``.
 
     Raises
     ------
@@ -96,15 +90,6 @@ def table_2(work: Reproduction) -> Path:
     A step is counted, tensor by tensor, and where it fits measured in a fresh process. Steps take a
     batch in one pass, of ``negatives_group`` samples where that is given: what one of the paper's
     GPUs had. The last rows are what stages take in micro-batches.
-
-    Parameters
-    ----------
-    work : Reproduction
-
-    Returns
-    -------
-    Path
-        A file of Markdown, ``table2.md``.
 
     Raises
     ------

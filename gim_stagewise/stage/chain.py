@@ -8,6 +8,7 @@ from itertools import pairwise
 from gim_stagewise.config import PipelineConfig
 from gim_stagewise.errors import DataError
 from gim_stagewise.sources import RegionSource, Source, Subset, open_source
+from gim_stagewise.stage.freeze import FrozenModule
 from gim_stagewise.stage.shape import Shape, check_shape, window_of, windowed_input
 from gim_stagewise.stage.workspace import Workspace, patch_grid
 
@@ -144,3 +145,14 @@ def _size_problem(space: Workspace, shapes: Sequence[Shape], extent: tuple[int, 
         if 0 in outputs:
             return f"too small to give module {index} a single output"
     return ""
+
+
+def fresh_chain(space: Workspace, in_channels: Sequence[int]) -> list[FrozenModule]:
+    """Modules before training, from module 1 on, with embeddings as they are stored.
+
+    ``in_channels`` are those of each module's input.
+    """
+    return [
+        FrozenModule(space.build(index, channels, storing=True), space.device)
+        for index, channels in enumerate(in_channels, start=1)
+    ]

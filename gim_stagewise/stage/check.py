@@ -11,10 +11,13 @@ from gim_stagewise.stage.chain import windowed_shapes
 from gim_stagewise.stage.loader import check_loading
 from gim_stagewise.stage.needs import chain_needs
 from gim_stagewise.stage.order import held_out_count
-from gim_stagewise.stage.probe_sequences import check_mfcc
 from gim_stagewise.stage.shape import Cell, Shape, check_shape, window_of, windowed_input
+from gim_stagewise.stage.walks import check_mfcc
 from gim_stagewise.stage.windowed import extents_of, training_zones, window_count
 from gim_stagewise.stage.workspace import Workspace
+
+# Builders of parts of one network.
+RESNETS = ("resnet34", "resnet50")
 
 
 def first_input(
@@ -41,8 +44,6 @@ def check_chain(space: Workspace, source: PatchSource | RegionSource) -> list[Sh
     GimStageError
         For whatever does not fit.
     """
-    for index in space.config.module:
-        _check_blocks(space.config, index)
     if isinstance(source, RegionSource):
         return _check_windowed(space, source)
     source.check_sizes()
@@ -51,6 +52,7 @@ def check_chain(space: Workspace, source: PatchSource | RegionSource) -> list[Sh
     chunk_bytes = 0
     for index, module in space.config.module.items():
         shapes.append(check_shape(space, index, grid, cell))
+        _check_blocks(space.config, index)
         cell = shapes[-1].cell_out
         if not space.config.iterative:
             continue
@@ -60,16 +62,18 @@ def check_chain(space: Workspace, source: PatchSource | RegionSource) -> list[Sh
 
 
 def _check_blocks(config: PipelineConfig, index: int) -> None:
-    """Refuse modules that leave out or repeat blocks of a network that they are cut from."""
-    if index == 1 or config.stage(index).build != config.stage(index - 1).build:
+    """Refuse modules that leave out or repeat blocks of a network that they are cut from.
+
+    The module was built before, so that its options are right.
+    """
+    build = config.stage(index).build
+    if index == 1 or build not in RESNETS or config.stage(index - 1).build != build:
         return
-    own, below = (config.stage(n).options.get("blocks") for n in (index, index - 1))
-    if not isinstance(own, list) or not isinstance(below, list) or not own or not below:
-        return
-    if own[0] != below[-1] + 1:
+    own, below = (config.stage(n).options["blocks"] for n in (index, index - 1))
+    if own[0] != below[1] + 1:
         raise ConfigError(
             f"is {own}, and module {index - 1} has blocks {below}; let it begin with block "
-            f"{below[-1] + 1}",
+            f"{below[1] + 1}",
             key=f"module.{index}.options.blocks",
         )
 
@@ -95,6 +99,8 @@ def check_joint(space: Workspace, samples: int, shapes: Sequence[Shape]) -> None
 
 def _check_windowed(space: Workspace, source: RegionSource) -> list[Shape]:
     shapes = windowed_shapes(space, source.channels)
+    for index in space.config.module:
+        _check_blocks(space.config, index)
     if space.config.iterative:
         chain_needs(space, source, shapes)  # windows.tile fits all of them
     check_mfcc(source)

@@ -26,6 +26,7 @@ from gim_stagewise.sources import (
     labels_of,
     read_stacked,
 )
+from gim_stagewise.stage.chain import fresh_chain
 from gim_stagewise.stage.classifier import Accuracy, classify
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
 from gim_stagewise.stage.shape import trained_part
@@ -198,11 +199,7 @@ def probe_chain(
         return [found]
 
     def random() -> list[NDArray[np.float32]]:
-        chain = [
-            FrozenModule(workspace.build(index, channels), workspace.device)
-            for index, channels in enumerate(in_channels, start=1)
-        ]
-        return chain_features(chain, source, ids, config)
+        return chain_features(fresh_chain(workspace, in_channels), source, ids, config)
 
     def pixels(names: Sequence[str]) -> Iterator[NDArray[np.float32]]:
         batches = _read_in_batches(source, ids)
