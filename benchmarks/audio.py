@@ -72,6 +72,8 @@ def measure(
 ) -> dict[str, Any]:
     """One run; accuracies in percent. A quick one is of few recordings."""
     mode, labels = ROWS[row]
+    # Runs of a seed lie side by side: modules before training, and MFCC, are probed once for all.
+    beside = folder.parent / f"seed-{seed}"
     changes: dict[str, Any] = {
         "labels": labels,
         "source.root": str(ROOT / "cache"),
@@ -86,7 +88,7 @@ def measure(
             file, folder=own, device=device, mode=mode, seed=seed, changes=stated
         )
 
-    pipeline = opened(folder / "run", {})
+    pipeline = opened(beside / row, {})
     result = pipeline.run()
     run: dict[str, Any] = {
         "row": row,
@@ -99,14 +101,15 @@ def measure(
     }
     if mode == "iterative":
         top = result.stages[-1].module
-        blocked = opened(folder / "blocked", {f"module.{top}.options.bptt": False})
+        blocked = opened(beside / "blocked", {f"module.{top}.options.bptt": False})
         found = accuracies_without_bptt(blocked, result)
         run["without_bptt"] = {name: 100 * (own or 0) for name, own in found.items()}
         run["mfcc"] = {name: 100 * (result.baseline(MFCC, labels=name) or 0) for name in LABELS}
         simple = result.baseline(MFCC_STATISTICS, labels="speaker")
         run["mfcc_statistics"] = 100 * (simple or 0)
         run["statistics"] = 100 * speakers_by_statistics(pipeline, top)
-    shutil.rmtree(folder)
+    for cache in beside.joinpath(row).glob("*/"):
+        shutil.rmtree(cache)
     return run
 
 
@@ -125,9 +128,10 @@ def by_module(result: RunResult, labels: str) -> list[float]:
 
 
 def make_missing(*, device: str) -> None:
-    """Run what is missing, seed by seed."""
+    """Run what is missing, first what the goals are about."""
     there = {(run["row"], run["seed"]) for run in known(RUNS)}
-    wanted = [(row, seed) for seed in SEEDS for row in ROWS if (row, seed) not in there]
+    rows = sorted(ROWS, key=(ITERATIVE, RANDOM).__contains__, reverse=True)
+    wanted = [(row, seed) for row in rows for seed in SEEDS if (row, seed) not in there]
     make(RUNS, measure, wanted, device=device)
 
 
