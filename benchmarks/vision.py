@@ -114,20 +114,19 @@ def table(runs: list[dict[str, Any]], data: str) -> list[str]:
     lines = [
         f"## {data.capitalize()}",
         "",
-        "| method | module 1 | module 2 | module 3 | seeds | seconds |",
-        "|---|---|---|---|---|---|",
+        "| method | module 1 | module 2 | module 3 | seeds |",
+        "|---|---|---|---|---|",
     ]
     for row in ROWS:
         if own := chosen(runs, data, row):
             by_module = zip(*(run["accuracy"] for run in own), strict=True)
             cells = [spread(values) for values in by_module]
-            seconds = statistics.median(run["seconds"] for run in own)
-            lines.append(f"| {row} | {' | '.join(cells)} | {len(own)} | {seconds:.0f} |")
+            lines.append(f"| {row} | {' | '.join(cells)} | {len(own)} |")
     for row, key in (("pixel statistics", "statistics"), ("raw pixels", "raw")):
         by_seed = {run["seed"]: run[key] for run in runs if run["data"] == data}
         values = [value for value in by_seed.values() if value is not None]
         if values:
-            lines.append(f"| {row} | | | {spread(values)} | {len(values)} | |")
+            lines.append(f"| {row} | | | {spread(values)} | {len(values)} |")
     return [*lines, "", *judged(runs, data), ""]
 
 
