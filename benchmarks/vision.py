@@ -32,6 +32,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 RUNS = RESULTS / "vision.jsonl"
 SEEDS = range(40, 45)
 DATA = ("digits", "photos")
+ITERATIVE, TOGETHER = "GIM, iterative", "GIM, simultaneous"
+LONGER = "GIM, iterative, twice the epochs"
 # Name of a row, its mode, and what is changed in the file.
 ROWS = {
     "randomly initialized, PyTorch's": ("random", ""),
@@ -39,13 +41,16 @@ ROWS = {
     "supervised": ("supervised", ""),
     "greedy supervised": ("greedy_supervised", ""),
     "CPC": ("cpc", ""),
-    "GIM, simultaneous": ("simultaneous", ""),
-    "GIM, iterative": ("iterative", ""),
+    TOGETHER: ("simultaneous", ""),
+    ITERATIVE: ("iterative", ""),
+    # Photos alone: the shipped file has no more epochs than fit into ten minutes on two cores.
+    LONGER: ("iterative", ""),
 }
-ITERATIVE, TOGETHER = "GIM, iterative", "GIM, simultaneous"
 RANDOM = tuple(ROWS)[:2]
 # Photos: points of modules 2 and 3 above the random encoders, and above pixel statistics.
 ABOVE_RANDOM, ABOVE_STATISTICS = 5.0, 10.0
+MODULES = "module 3 less module 1"
+MODES = "module 3 less that of simultaneous training"
 # Unlabeled samples over labelled ones.
 MORE_EPOCHS = {"digits": 1, "photos": 3.2}
 
@@ -64,7 +69,7 @@ def measure(
     text = (ROOT / "pipelines" / f"{data}.toml").read_text()
     if options:
         text = re.sub(r"(?m)^(options = \{ (?:stem|channels).*) \}", rf"\1, {options} }}", text)
-    factor = MORE_EPOCHS[data] if mode.endswith("supervised") else 1
+    factor = MORE_EPOCHS[data] if mode.endswith("supervised") else 2 if row == LONGER else 1
     text = re.sub(
         r"(?m)^max_epochs = (\d+)",
         lambda found: f"max_epochs = {epochs or round(factor * int(found[1]))}",
@@ -100,7 +105,7 @@ def make_missing(data: list[str], *, device: str) -> None:
         for seed in SEEDS
         for name in data
         for row in ROWS
-        if (name, row, seed) not in there
+        if (name, row, seed) not in there and (name, row) != ("digits", LONGER)
     ]
     make(RUNS, measure, wanted, device=device)
 
@@ -132,36 +137,51 @@ def table(runs: list[dict[str, Any]], data: str) -> list[str]:
 
 def judged(runs: list[dict[str, Any]], data: str) -> list[str]:
     """What was wanted, and what came out."""
-    trained = chosen(runs, data, ITERATIVE)
-    if not trained:
-        return []
-    # Differences in points by seed, and the goal.
-    rows: dict[str, tuple[list[float], float]] = {
-        "module 3 less module 1": ([r["accuracy"][2] - r["accuracy"][0] for r in trained], 0),
-        "module 3 less that of simultaneous training": (
-            over(trained, chosen(runs, data, TOGETHER), 2),
-            0,
-        ),
+    found = {
+        row: differences(runs, data, own)
+        for row in (ITERATIVE, LONGER)
+        if (own := chosen(runs, data, row))
     }
-    if data == "photos":
-        for n in (1, 2):
-            for row in RANDOM:
-                gain = over(trained, chosen(runs, data, row), n)
-                rows[f"module {n + 1} less {row}"] = (gain, ABOVE_RANDOM)
-            gain = [run["accuracy"][n] - run["statistics"] for run in trained]
-            rows[f"module {n + 1} less pixel statistics"] = (gain, ABOVE_STATISTICS)
-    return [
+    if not found:
+        return []
+    lines = [
         *generalisation(runs, data),
-        "Iterative, paired by seed; mean ± half of a 95 % interval (Student's t):",
+        "Differences in points, paired by seed; mean ± half of a 95 % interval (Student's t):",
         "",
-        "| difference | points | seeds | goal |",
-        "|---|---|---|---|",
-        *(
-            f"| {name} | {interval(own, 1)} | {len(own)} | {goal:g} |"
-            for name, (own, goal) in rows.items()
-            if own
-        ),
+        f"| difference | goal | {' | '.join(found)} |",
+        "|---|---|" + "---|" * len(found),
     ]
+    for name, goal in goals(data).items():
+        cells = (interval(own[name], 1) if own[name] else "" for own in found.values())
+        lines.append(f"| {name} | {goal:g} | {' | '.join(cells)} |")
+    return lines
+
+
+def goals(data: str) -> dict[str, float]:
+    """Least differences that were aimed at."""
+    wanted = {MODULES: 0.0, MODES: 0.0}
+    if data == "photos":
+        for n in (2, 3):
+            wanted |= {f"module {n} less {row}": ABOVE_RANDOM for row in RANDOM}
+            wanted[f"module {n} less pixel statistics"] = ABOVE_STATISTICS
+    return wanted
+
+
+def differences(
+    runs: list[dict[str, Any]], data: str, trained: list[dict[str, Any]]
+) -> dict[str, list[float]]:
+    """What `goals` are about, in points by seed."""
+    found = {
+        MODULES: [run["accuracy"][2] - run["accuracy"][0] for run in trained],
+        MODES: over(trained, chosen(runs, data, TOGETHER), 2),
+    }
+    for n in (1, 2):
+        for row in RANDOM:
+            found[f"module {n + 1} less {row}"] = over(trained, chosen(runs, data, row), n)
+        found[f"module {n + 1} less pixel statistics"] = [
+            run["accuracy"][n] - run["statistics"] for run in trained
+        ]
+    return found
 
 
 def generalisation(runs: list[dict[str, Any]], data: str) -> list[str]:
