@@ -80,6 +80,7 @@ def run(
 @options.allowed_host_mem_option
 @options.allowed_disk_option
 @options.device_option
+@options.quiet_option
 @options.json_option
 def plan(
     pipeline_file: Path,
@@ -89,6 +90,7 @@ def plan(
     allowed_host_mem: str | None,
     allowed_disk: str | None,
     device: str,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Say what a pipeline FILE will need of memory, disk and work, before anything runs.
@@ -109,7 +111,10 @@ def plan(
         plan_report,
     )
 
-    pipeline = Pipeline.from_file(pipeline_file, folder=folder, device=device, mode=mode)
+    progress = options.progress_for(quiet=quiet, verbose=False)
+    pipeline = Pipeline.from_file(
+        pipeline_file, folder=folder, device=device, progress=progress, mode=mode
+    )
     with options.naming(pipeline_file):
         sizes = options.Sizes(allowed_mem, allowed_host_mem, allowed_disk)
         pipeline = options.limited(pipeline, sizes, lambda: smallest_budget(pipeline))
