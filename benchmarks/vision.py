@@ -49,8 +49,6 @@ ROWS = {
 RANDOM = tuple(ROWS)[:2]
 # Photos: points of modules 2 and 3 above the random encoders, and above pixel statistics.
 ABOVE_RANDOM, ABOVE_STATISTICS = 5.0, 10.0
-MODULES = "module 3 less module 1"
-MODES = "module 3 less that of simultaneous training"
 # Unlabeled samples over labelled ones.
 MORE_EPOCHS = {"digits": 1, "photos": 3.2}
 
@@ -151,36 +149,29 @@ def judged(runs: list[dict[str, Any]], data: str) -> list[str]:
         f"| difference | goal | {' | '.join(found)} |",
         "|---|---|" + "---|" * len(found),
     ]
-    for name, goal in goals(data).items():
-        cells = (interval(own[name], 1) if own[name] else "" for own in found.values())
+    for same in zip(*found.values(), strict=True):
+        name, goal, _ = same[0]
+        cells = (interval(points, 1) if points else "" for *_, points in same)
         lines.append(f"| {name} | {goal:g} | {' | '.join(cells)} |")
     return lines
 
 
-def goals(data: str) -> dict[str, float]:
-    """Least differences that were aimed at."""
-    wanted = {MODULES: 0.0, MODES: 0.0}
-    if data == "photos":
-        for n in (2, 3):
-            wanted |= {f"module {n} less {row}": ABOVE_RANDOM for row in RANDOM}
-            wanted[f"module {n} less pixel statistics"] = ABOVE_STATISTICS
-    return wanted
-
-
 def differences(
     runs: list[dict[str, Any]], data: str, trained: list[dict[str, Any]]
-) -> dict[str, list[float]]:
-    """What `goals` are about, in points by seed."""
-    found = {
-        MODULES: [run["accuracy"][2] - run["accuracy"][0] for run in trained],
-        MODES: over(trained, chosen(runs, data, TOGETHER), 2),
-    }
-    for n in (1, 2):
-        for row in RANDOM:
-            found[f"module {n + 1} less {row}"] = over(trained, chosen(runs, data, row), n)
-        found[f"module {n + 1} less pixel statistics"] = [
-            run["accuracy"][n] - run["statistics"] for run in trained
-        ]
+) -> list[tuple[str, float, list[float]]]:
+    """What is compared, the least that was aimed at, and points by seed."""
+    together = over(trained, chosen(runs, data, TOGETHER), 2)
+    found = [
+        ("module 3 less module 1", 0.0, [r["accuracy"][2] - r["accuracy"][0] for r in trained]),
+        ("module 3 less that of simultaneous training", 0.0, together),
+    ]
+    if data == "photos":
+        for n in (1, 2):
+            for row in RANDOM:
+                gain = over(trained, chosen(runs, data, row), n)
+                found.append((f"module {n + 1} less {row}", ABOVE_RANDOM, gain))
+            gain = [run["accuracy"][n] - run["statistics"] for run in trained]
+            found.append((f"module {n + 1} less pixel statistics", ABOVE_STATISTICS, gain))
     return found
 
 

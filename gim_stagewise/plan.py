@@ -194,39 +194,37 @@ def plan_pipeline(pipeline: Pipeline) -> PipelinePlan:
     stages = []
     chunk_items = 1
     unlabeled = positions_of(source, source.split("unlabeled"))
-    with space.progress.task("plan", total=len(shapes), unit="module") as task:
-        for needs, shape, cache in zip(
-            chain_needs(space, source, shapes, stored), shapes, disk.caches, strict=True
-        ):
-            spec = needs.spec
-            index = spec.index
-            train = space.module_config(index).train
-            training = plan_training(needs, recorded=None, budget=space.budget)
-            patches = math.prod(shape.trained_grid)
-            forwards = 1 if training.micro_batch >= spec.rows else 2
-            stages.append(
-                StagePlan(
-                    module=index,
-                    training=training,
-                    extraction=plan_extraction(needs, budget=space.budget),
-                    cache_bytes=cache.bytes,
-                    cache_basis=cache.basis,
-                    forward_flops=forwards * patches * training.step.forward_flops,
-                    backward_flops=patches * training.step.backward_flops,
-                    shuffle_quality=loading_quality(
-                        unlabeled,
-                        batch=train.batch,
-                        window=train.shuffle_window,
-                        item_bytes=needs.item_bytes,
-                        chunk_items=chunk_items,
-                        seed=space.config.seed,
-                    ),
-                    choice=choices.get(index),
-                    windows=_windows(pipeline, shapes, index, needs.layout),
-                )
+    for needs, shape, cache in zip(
+        chain_needs(space, source, shapes, stored), shapes, disk.caches, strict=True
+    ):
+        spec = needs.spec
+        index = spec.index
+        train = space.module_config(index).train
+        training = plan_training(needs, recorded=None, budget=space.budget)
+        patches = math.prod(shape.trained_grid)
+        forwards = 1 if training.micro_batch >= spec.rows else 2
+        stages.append(
+            StagePlan(
+                module=index,
+                training=training,
+                extraction=plan_extraction(needs, budget=space.budget),
+                cache_bytes=cache.bytes,
+                cache_basis=cache.basis,
+                forward_flops=forwards * patches * training.step.forward_flops,
+                backward_flops=patches * training.step.backward_flops,
+                shuffle_quality=loading_quality(
+                    unlabeled,
+                    batch=train.batch,
+                    window=train.shuffle_window,
+                    item_bytes=needs.item_bytes,
+                    chunk_items=chunk_items,
+                    seed=space.config.seed,
+                ),
+                choice=choices.get(index),
+                windows=_windows(pipeline, shapes, index, needs.layout),
             )
-            chunk_items = needs.layout.chunk if isinstance(needs.layout, CacheLayout) else 1
-            task.advance()
+        )
+        chunk_items = needs.layout.chunk if isinstance(needs.layout, CacheLayout) else 1
     disk.check(space)
     return PipelinePlan(space.config.name, str(space.device), stages, disk, pipeline.skipped)
 

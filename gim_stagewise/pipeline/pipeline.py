@@ -276,12 +276,18 @@ class Pipeline:
         budget = self.workspace.budget
         errors = []
         stored = {index: self._is_materialized(index) for index in range(1, first)}
-        for needs in chain_needs(self.workspace, self.source, shapes, stored)[first - 1 :]:
-            try:
-                plan_training(needs, recorded=None, budget=budget)
-                plan_extraction(needs, budget=budget, workers=workers)
-            except OverBudgetError as error:
-                errors.append(error)
+        asked = chain_needs(self.workspace, self.source, shapes, stored)[first - 1 :]
+        if not asked:
+            return
+        # Steps of large modules are measured, which may take minutes.
+        with self.workspace.progress.task("memory", total=len(asked), unit="module") as task:
+            for needs in asked:
+                try:
+                    plan_training(needs, recorded=None, budget=budget)
+                    plan_extraction(needs, budget=budget, workers=workers)
+                except OverBudgetError as error:
+                    errors.append(error)
+                task.advance()
         if errors:
             raise max(errors, key=lambda error: error.needed)
 

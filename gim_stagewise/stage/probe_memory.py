@@ -68,8 +68,8 @@ def remembered_scores(
             write_json(path, content | {"checksum": json_checksum(content)})
         found[name] = _from_json(own["rows"])
     return [
-        _scores(probes.labels[n], {name: rows[n] for name, rows in found.items()})
-        for n in range(len(probes.labels))
+        _scores(labels, {name: rows[n] for name, rows in found.items()})
+        for n, labels in enumerate(probes.labels)
     ]
 
 
