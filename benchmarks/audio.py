@@ -53,7 +53,7 @@ ROWS = {
 }
 ITERATIVE, RANDOM = "GIM, iterative", "randomly initialized"
 QUICK = {
-    "source.options": {"speakers": 3, "train": 8, "test": 2},
+    "source.options": {"speakers": 2, "train": 6, "test": 2},
     "windows.samples": 32,
     "train.max_epochs": 1,
     "train.validation": 0.5,
