@@ -240,7 +240,7 @@ def assert_equal(found: Arrays, expected: Arrays) -> None:
 
 TestFolder = Folder.TestCase
 TestFolder.settings = settings(
-    max_examples=6,
+    max_examples=4,
     stateful_step_count=14,
     deadline=None,
     # The same every time; and what fails is long to make smaller, and clear enough as it is.

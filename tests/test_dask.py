@@ -266,7 +266,7 @@ def test_a_coordinator_that_is_killed_leaves_blocks_that_stay(
     assert Cache(cache).manifest.sealed
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_ctrl_c_ends_at_once_with_130_and_says_how_to_go_on(
     slow: Path, tmp_path: Path, undisturbed: Path, workers: str
 ) -> None:

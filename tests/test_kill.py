@@ -39,7 +39,7 @@ def test_a_run_is_the_same_twice(small: Path, undisturbed: Path) -> None:
     assert_same_files(small.parent / "twice", undisturbed)
 
 
-PARTS = 5
+PARTS = 7
 
 
 @pytest.mark.parametrize(

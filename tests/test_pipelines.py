@@ -54,6 +54,7 @@ def test_large_image(tmp_path: Path) -> None:
     assert values.std() > 0
 
 
+@pytest.mark.slow
 def test_long_audio(tmp_path: Path) -> None:
     file = shortened(tmp_path, "long_audio")
     recordings = tmp_path / "recordings"

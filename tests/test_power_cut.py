@@ -135,7 +135,7 @@ def small(tiny: Path) -> Path:
     return shorten(tiny, modules=1, batch=18, epochs=1, chunk=26, probe=False)
 
 
-PARTS = 2
+PARTS = 4
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,9 @@ def test_the_state_after_each_chunk_is_kept(done: Path) -> None:
         np.testing.assert_array_equal(state, z[:, span.stop - 1])
 
 
-@pytest.mark.parametrize("share", [0.72, pytest.param(0.9, marks=pytest.mark.slow), 0.97])
+@pytest.mark.parametrize(
+    "share", [*(pytest.param(share, marks=pytest.mark.slow) for share in (0.72, 0.9)), 0.97]
+)
 def test_a_killed_run_goes_on_to_the_same_bytes(done: Path, tmp_path: Path, share: float) -> None:
     log = done.parent / "log"
     if not log.exists():

@@ -46,7 +46,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
         assert left.content_digest() == right.content_digest()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_stored_and_computed_inputs_give_the_same_bits(
     tiny: Path, tmp_path: Path, workers: int
 ) -> None:

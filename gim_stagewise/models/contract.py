@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from gim_stagewise.errors import ModuleRefusedError
 from gim_stagewise.models.embedding import pool
 from gim_stagewise.models.operations import INPUT_OPERATIONS, input_operation
+from gim_stagewise.seeds import seeded
 
 
 def state_size(module: nn.Module, in_shape: tuple[int, ...], *, key: str) -> int:
@@ -71,8 +72,7 @@ def state_size(module: nn.Module, in_shape: tuple[int, ...], *, key: str) -> int
 @torch.no_grad()
 def _in_two_parts(module: Any, in_shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Outputs of random sequences, the same from two parts, and the states before and after."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         x = torch.randn(2, in_shape[0], max(2, min(in_shape[1], 16)))
         cut, before = x.shape[2] // 2, module.initial_state(2)
         first, between = module(x[:, :, :cut], before)
@@ -109,8 +109,7 @@ def output_shape(
     """
     training = module.training
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         rows = torch.randn(2, *in_shape, requires_grad=True)
         try:
             module.train()
@@ -127,9 +126,9 @@ def output_shape(
 
 def _forward(module: nn.Module, rows: Tensor, key: str) -> tuple[Tensor, Tensor]:
     """Outputs and embeddings, always with the same draws (dropout)."""
-    torch.manual_seed(1)
     try:
-        z = module(rows)
+        with seeded(1):
+            z = module(rows)
     except Exception as error:
         size = "×".join(map(str, rows.shape[1:]))
         axes = "channels×height×width" if rows.ndim == 4 else "channels×time"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gim_stagewise.errors import ModuleRefusedError
+from gim_stagewise.seeds import seeded
 from gim_stagewise.windows import Geometry, Region, Window, tiles
 
 # Lengths that are tried, by the number of axes, until one is long enough to see some outputs with
@@ -75,8 +76,7 @@ def check_windows(
     training = module.training
     module.eval()
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded(0):
             extent = tuple(own.inputs(_OUTPUTS_COMPARED) for own in geometry)
             x = torch.randn(1, channels, *extent)
             whole = module(x)

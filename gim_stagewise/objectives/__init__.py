@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
-
 from gim_stagewise.config import ObjectiveConfig
 from gim_stagewise.objectives.contract import Objective
 from gim_stagewise.objectives.cpc import CPC
@@ -14,7 +9,7 @@ from gim_stagewise.objectives.infonce import InfoNCE, check_rows
 from gim_stagewise.objectives.joint import Joint
 from gim_stagewise.objectives.streamed import Parts, streamed_gradients, streamed_loss
 from gim_stagewise.objectives.supervised import CrossEntropy
-from gim_stagewise.seeds import derive_seed
+from gim_stagewise.seeds import derive_seed, seeded
 
 __all__ = [
     "CPC",
@@ -25,18 +20,9 @@ __all__ = [
     "Parts",
     "build_objective",
     "check_rows",
-    "seeded",
     "streamed_gradients",
     "streamed_loss",
 ]
-
-
-@contextmanager
-def seeded(seed: int, index: int, purpose: str = "projections") -> Iterator[None]:
-    """Draw initial weights of module ``index``'s objective inside, of one purpose."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, purpose, index))
-        yield
 
 
 def build_objective(
@@ -46,7 +32,7 @@ def build_objective(
 
     ``channels`` and ``targets`` are those of `InfoNCE`.
     """
-    with seeded(seed, index):
+    with seeded(derive_seed(seed, "projections", index)):
         return InfoNCE(
             channels,
             targets=targets,

@@ -14,8 +14,8 @@ from gim_stagewise.objectives import (
     Joint,
     Objective,
     build_objective,
-    seeded,
 )
+from gim_stagewise.seeds import derive_seed, seeded
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.workspace import Workspace
 
@@ -61,14 +61,14 @@ def assemble(
 
 def _objective(space: Workspace, index: int, shape: Shape, classes: int) -> Objective:
     if space.config.supervised:
-        with seeded(space.config.seed, index):
+        with seeded(derive_seed(space.config.seed, "projections", index)):
             return CrossEntropy(shape.embedding, classes=classes)
     # On sequences the context network is the top module itself (equation 6).
     if space.config.mode != "cpc" or space.config.dense:
         return _infonce(space, index, shape)
     infonce = _infonce(space, index, shape, targets=shape.embedding)
     context = space.config.context
-    with seeded(space.config.seed, index, "context"):
+    with seeded(derive_seed(space.config.seed, "context", index)):
         network = PixelCNN(shape.embedding, hidden=context.channels, layers=context.layers)
     return CPC(network, infonce)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from gim_stagewise.config import ProbeConfig
 from gim_stagewise.errors import DataError
-from gim_stagewise.seeds import derive_seed
+from gim_stagewise.seeds import derive_seed, seeded
 
 # Up to so many weights Newton's method, whose steps are few, is several times as fast as L-BFGS.
 MOST_NEWTON = 1000
@@ -146,8 +146,7 @@ def _train_linear(
     # Labels may be any numbers; one that is not among those to fit is never given.
     classes = np.unique(y)
     targets = torch.from_numpy(np.searchsorted(classes, y))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "classifier"))
+    with seeded(derive_seed(seed, "classifier")):
         linear = nn.Linear(x.shape[1], len(classes))
     optimizer = torch.optim.Adam(linear.parameters(), lr=config.lr)
     for epoch in range(epochs):

@@ -24,6 +24,7 @@ from gim_stagewise.cache import codec_implementation
 from gim_stagewise.config import CacheConfig, ExtractConfig
 from gim_stagewise.errors import ConfigError, StaleCacheError
 from gim_stagewise.models import pool
+from gim_stagewise.seeds import seeded
 
 _one_forward_at_a_time = threading.Lock()
 # Of a stateful module, which takes several times its input; part of what decides its bits.
@@ -262,8 +263,7 @@ def training_digest(module: nn.Module, in_shape: tuple[int, ...]) -> str:
     """
     digest = hashlib.sha256()
     module.train()
-    with intra_op_threads(1), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with intra_op_threads(1), seeded(0):
         pooled = pool(module, module(torch.randn(2, *in_shape)))
         scalar: Tensor = (pooled * torch.randn_like(pooled)).sum()
         scalar.backward()  # type: ignore[no-untyped-call]

@@ -103,9 +103,13 @@ class StepSpec:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """All of it, hashable."""
-        own = (value for name, value in vars(self).items() if name != "config")
-        return (self.config.model_dump_json(), *own)
+        """What two steps have in common that take the same, hashable."""
+        users_code = any(":" in module.build for module in self.config.module.values())
+        own = vars(self) | {
+            "config": self.config.model_dump_json(exclude={"name", "seed", "source"}),
+            "code_folder": self.code_folder if users_code else None,
+        }
+        return tuple(own.values())
 
     @property
     def input_precision(self) -> Precision:

@@ -32,6 +32,7 @@ from gim_stagewise.objectives import (
     streamed_gradients,
     streamed_loss,
 )
+from gim_stagewise.seeds import seeded
 from gim_stagewise.windows import Span, even_ranges
 
 
@@ -107,10 +108,7 @@ class MicroBatches:
         """What the objective sees of one micro-batch (see `gim_stagewise.models.embed`)."""
         release_freed()
         rows = self.of(batch)[number]
-        # On the CPU nothing but its generator draws; on a GPU, that of the GPU.
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.seed(number))
+        with seeded(self.seed(number), self.device):
             corrupt = self.corruption if module.training and self.corruption else None
             return embed(module, batch.read(rows, self.device), corrupt)
 

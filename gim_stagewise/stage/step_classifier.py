@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gim_stagewise.config import ProbeConfig
 from gim_stagewise.errors import DataError
 from gim_stagewise.labels import NO_LABEL
-from gim_stagewise.seeds import derive_seed
+from gim_stagewise.seeds import derive_seed, seeded
 from gim_stagewise.stage.classifier import Accuracy
 from gim_stagewise.stage.order import held_out_count
 
@@ -86,8 +86,7 @@ class _Fit:
         self._walk, self._labels, self._ids, self._config = walk, labels, ids, config
         self._draw = np.random.default_rng(derive_seed(seed, "order of recordings"))
         self._scalings = [scaling.found() for scaling in _scalings(walk(ids))]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "step classifiers"))
+        with seeded(derive_seed(seed, "step classifiers")):
             self._layers = [nn.Linear(len(mean), classes) for mean, _ in self._scalings]
         self._optimizers = [
             torch.optim.Adam(layer.parameters(), lr=config.step_lr) for layer in self._layers
