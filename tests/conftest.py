@@ -28,10 +28,6 @@ try:
 except (ImportError, OSError):
     collect_ignore = ["test_audio.py", "test_speech.py", "test_synthetic_speech.py"]
 
-# Runs collect garbage before they measure memory; what all tests share need not be looked at.
-gc.collect()
-gc.freeze()
-
 TINY = """
 name = "tiny"
 seed = 3
@@ -94,6 +90,12 @@ def write_tiny(folder: Path) -> Path:
     file = folder / "tiny.toml"
     file.write_text(TINY.format(root=folder))
     return file
+
+
+def pytest_collection_finish() -> None:
+    # Runs collect garbage before they measure memory; what all tests share need not be looked at.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

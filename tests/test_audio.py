@@ -429,7 +429,8 @@ def test_features_that_are_not_kept_give_the_same_scores(
 
 def test_modules_between_labels_are_left_out(speech: Path) -> None:
     edit(speech, "cache.pool = 32", "cache.pool = 16")
-    done = gim_stage("run", speech, "--dir", speech.parent / "out", "--device", "cpu", "--json")
+    out = speech.parent / "out"
+    done = gim_stage("run", speech, "--dir", out, "--device", "cpu", "--workers", "0", "--json")
     assert done.returncode == 0, done.stderr
     assert "set module.1.cache.pool" in done.stderr
     _, phone = json.loads(done.stdout)["probes"]

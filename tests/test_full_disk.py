@@ -138,7 +138,7 @@ cp -r "$DISK/out" "$COPY"
         pytest.param(
             False, 3_000_000, id="no room for chunks, without zarrs", marks=pytest.mark.slow
         ),
-        pytest.param(True, 200_000, id="no room for a checkpoint"),
+        pytest.param(True, 200_000, id="no room for a checkpoint", marks=pytest.mark.slow),
     ],
 )
 def test_a_disk_that_is_really_full(small: Path, tmp_path: Path, zarrs: bool, left: int) -> None:

@@ -118,6 +118,7 @@ def with_dask(small: Path, undisturbed: Path) -> list[int]:
     return [n for n in range(len(points)) if any(abs(n - commit) < 10 for commit in commits[2:])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(WITH_DASK))
 def test_killed_with_dask_workers(
     small: Path, undisturbed: Path, with_dask: list[int], tmp_path: Path, seed: int

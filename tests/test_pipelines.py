@@ -158,6 +158,7 @@ def test_options_of_a_mosaic_are_checked(tmp_path: Path, options: dict[str, obje
         mosaic(tmp_path, **options)
 
 
+@pytest.mark.slow
 def test_speech(tmp_path: Path) -> None:
     pytest.importorskip("espeakng_loader")
     pytest.importorskip("torchaudio")  # probes

@@ -12,15 +12,18 @@ import importlib
 import json
 import multiprocessing
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import traceback
+from collections.abc import Callable
 from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 def serve() -> None:
@@ -32,6 +35,11 @@ def serve() -> None:
     import torch._dynamo
     import torch._subclasses
 
+    import gim_stagewise
+
+    for module in pkgutil.walk_packages(gim_stagewise.__path__, "gim_stagewise."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     torch.set_num_threads(1)
     share_forkserver()
     for line in sys.stdin:
@@ -48,13 +56,29 @@ def serve() -> None:
                     os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), number)
             if request["cwd"]:
                 os.chdir(request["cwd"])
-            function(request["argument"])
-            return
+            end(function, request["argument"])
         timer = threading.Timer(request["kill_after"], os.kill, (child, signal.SIGKILL))
         timer.start()
         _, status = os.waitpid(child, 0)
         timer.cancel()
         print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def end(function: Callable[[Any], None], argument: Any) -> NoReturn:
+    """Call it, and exit as an interpreter does, but for taking down all that was imported."""
+    status: Any = 0
+    try:
+        function(argument)
+    except SystemExit as exit_:
+        status = exit_.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def share_forkserver() -> None:
