@@ -355,6 +355,13 @@ def markdown(runs: list[dict[str, Any]]) -> str:
         "something to overfit. Crops are held out at random and overlap with those that are "
         "trained on, so that gaps are smaller on photos than they would be on other photographs.",
         "",
+        "What came out: dropout of 0.5 with noise of 0.6, the default, reaches the goal on digits "
+        "in both regimes and on photos at equal work. On photos until losses stall nothing does in "
+        "full: the default takes most of what plain iterative training loses (in generalisation "
+        "of both modules, and in test accuracy), and noise of 1.0 with a patience of 2 misses by "
+        "the gap of module 3 alone, within its interval. Averaged weights, views and a narrow "
+        "shuffle window do not reach it.",
+        "",
     ]
     for data in DATA:
         for regime in EPOCHS:
