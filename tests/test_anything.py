@@ -238,13 +238,23 @@ def assert_equal(found: Arrays, expected: Arrays) -> None:
         np.testing.assert_array_equal(found[name], values, err_msg=name)
 
 
+def examples(count: int) -> settings:
+    return settings(
+        max_examples=count,
+        stateful_step_count=14,
+        deadline=None,
+        # The same every time; and what fails is long to make smaller, and clear enough as it is.
+        derandomize=True,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+class LongerFolder(Folder):
+    """The same, with more that happens."""
+
+
 TestFolder = Folder.TestCase
-TestFolder.settings = settings(
-    max_examples=4,
-    stateful_step_count=14,
-    deadline=None,
-    # The same every time; and what fails is long to make smaller, and clear enough as it is.
-    derandomize=True,
-    phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
+TestFolder.settings = examples(4)
+TestLongerFolder = pytest.mark.slow(LongerFolder.TestCase)
+TestLongerFolder.settings = examples(20)

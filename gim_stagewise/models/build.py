@@ -121,6 +121,7 @@ def build_module(
     if _takes_in_channels(builder):
         arguments.setdefault("in_channels", in_channels)
     with torch.random.fork_rng(devices=[]):
+        # Not `seeds.seeded`: users' code may draw on a GPU before the module is moved.
         torch.manual_seed(derive_seed(seed, "weights", index))
         try:
             with _noting_imports(set(_imported.values())):  # of what it imports only now

@@ -103,7 +103,7 @@ class StepSpec:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What two steps have in common that take the same, hashable."""
+        """What decides memory, hashable: equal for steps that take the same."""
         users_code = any(":" in module.build for module in self.config.module.values())
         own = vars(self) | {
             "config": self.config.model_dump_json(exclude={"name", "seed", "source"}),
