@@ -176,10 +176,10 @@ def judged(runs: list[dict[str, Any]], data: str) -> list[str]:
         name, goal, _ = same[0]
         cells = (interval(points, 1) if points else "" for *_, points in same)
         lines.append(f"| {name} | {goal:g} | {' | '.join(cells)} |")
-    for row, own in found.items():
+    for row, differing in found.items():
         short = [
             f"{name} ({statistics.mean(points):+.1f} of {goal:g})"
-            for name, goal, points in own
+            for name, goal, points in differing
             if points and statistics.mean(points) < goal
         ]
         lines += ["", f"Short of the goal in the mean, *{row}*: {'; '.join(short) or 'nothing'}."]
