@@ -148,8 +148,9 @@ def collapsed(runs: list[dict[str, Any]], data: str) -> list[str]:
             seeds = " and ".join(str(run["seed"]) for run in failed)
             lines += [
                 f"Of *{row}*, training with seeds {seeds} stayed at a loss next to that of "
-                f"guessing, {guessing:.2f} nats, at the learning rate that all modes share, and was "
-                f"stopped early; why was not looked into. Module 3 of the other seeds: {spread(left)}.",
+                f"guessing, {guessing:.2f} nats, at the learning rate that all modes share, and "
+                "was stopped early; why was not looked into. "
+                f"Module 3 of the other seeds: {spread(left)}.",
                 "",
             ]
     return lines
