@@ -14,6 +14,7 @@ from torch.func import functional_call
 from gim_stagewise.config import ObjectiveConfig
 from gim_stagewise.errors import ConfigError
 from gim_stagewise.objectives import InfoNCE, build_objective, check_rows
+from gim_stagewise.objectives.rows import add_weighted_rows, row_products
 from gim_stagewise.objectives.scores import Draw, Scores
 from gim_stagewise.windows import Span
 
@@ -257,43 +258,38 @@ def test_advice_can_be_followed(rows: int) -> None:
     assert "use 0" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("steps", "shape"), [(2, (3, 6, 2, 4)), (3, (2, 9, 4))])
-def test_many_candidates_are_scored_like_few(
-    steps: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("piece", [1, 10**6])
+@pytest.mark.parametrize("entries", [0, 3, 200])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_rows_are_multiplied_and_added_where_they_lie(
+    contiguous: bool, entries: int, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    z = embeddings(*shape, dtype=torch.float64).requires_grad_()
-    objective = infonce(4, steps=steps, negatives=5).double()
-
-    def loss_and_gradients() -> list[Tensor]:
-        objective.W.grad = z.grad = None
-        loss = objective(z, generator=generator())
-        loss.backward()
-        assert z.grad is not None
-        assert objective.W.grad is not None
-        return [loss.detach(), z.grad, objective.W.grad]
-
-    expected = loss_and_gradients()
-    monkeypatch.setattr("gim_stagewise.objectives.scores.MATRIX_CANDIDATES_PER_NEGATIVE", 0)
-    for piece in (1, 400, 10**6):
-        monkeypatch.setattr("gim_stagewise.objectives.scores.GATHERED_BYTES", piece)
-        for own, reference in zip(loss_and_gradients(), expected, strict=True):
-            torch.testing.assert_close(own, reference, rtol=1e-12, atol=1e-15)
+    monkeypatch.setattr("gim_stagewise.objectives.rows.SUMMED_BYTES", piece)
+    wide = 2 if contiguous else 3
+    left, right, sums = (
+        embeddings(rows, 21 * wide, dtype=torch.float64)[:, : 21 * 2] for rows in (7, 11, 9)
+    )
+    left_rows, right_rows, sum_rows = (
+        torch.randint(rows, (entries,), generator=generator(rows)) for rows in (7, 11, 9)
+    )
+    products = row_products(left, left_rows, right, right_rows)
+    torch.testing.assert_close(products, (left[left_rows] * right[right_rows]).sum(1))
+    expected = sums.index_add(0, sum_rows, products[:, None] * right[right_rows])
+    add_weighted_rows(sums, sum_rows, right, right_rows, products)
+    torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("matrix", [0, 1000])
+@pytest.mark.parametrize("pairs", [1, 4])
 @pytest.mark.parametrize("own_targets", [False, True])
-def test_gradients_of_scores_are_right(
-    matrix: int, own_targets: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("gim_stagewise.objectives.scores.MATRIX_CANDIDATES_PER_NEGATIVE", matrix)
+def test_gradients_of_scores_are_right(own_targets: bool, pairs: int) -> None:
     z = embeddings(12, 5 if own_targets else 3, dtype=torch.float64).requires_grad_()
     weights = embeddings(2, 2 if own_targets else 3, 3, dtype=torch.float64).requires_grad_()
     draws = [
         Draw(
             step,
             Span(start, start + 6),
-            start + torch.randint(6, (4,), generator=generator(step)),
-            start + torch.randint(6, (4, 3), generator=generator(step)),
+            start + torch.randint(6, (pairs,), generator=generator(step)),
+            start + torch.randint(6, (pairs, 3), generator=generator(step)),
         )
         for start in (0, 6)
         for step in (1, 2)

@@ -2,37 +2,58 @@
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
+from zarr.storage import LocalStore, MemoryStore
 
 from gim_stagewise.cache.codecs import zarr_codecs
+from gim_stagewise.cache.layout import StoredArray
 from gim_stagewise.cache.precision import PLAIN, Precision
 from gim_stagewise.cache.tiles import Layout
 
 
 def create_arrays(path: Path, layout: Layout, precision: Precision) -> None:
-    """Create the group at ``path`` with the empty arrays that blocks are written to."""
-    group = zarr.open_group(str(path), mode="w-", zarr_format=3)
+    """Create the group at ``path`` with the empty arrays that blocks are written to.
+
+    All in one go: a cache of recordings has thousands of arrays, which differ in shape alone.
+    """
+    kinds: dict[str, Any] = {}
+    nodes: dict[str, Any] = {"": zarr.create_group(MemoryStore(), zarr_format=3).metadata}
     for name, stored in layout.arrays.items():
         kind = name.partition("/")[0]
-        own = precision if kind == "activations" else PLAIN
-        array = group.create_array(
-            name,
+        if kind not in kinds:
+            kinds[kind] = _metadata(kind, stored, layout.codec, precision)
+        nodes[name] = replace(
+            kinds[kind],
             shape=stored.shape,
-            chunks=stored.chunks,
-            dtype=stored.dtype,
-            compressors=zarr_codecs(layout.codec, np.dtype(stored.dtype).itemsize),
-            dimension_names=stored.axes,
-            fill_value=_nothing(own.name),
-            # All chunk files of an array in one folder: one folder to flush after a rename.
-            chunk_key_encoding={"name": "default", "separator": "."},
-            # All-zero chunks are data too: a chunk file that is absent is a chunk that is lost.
-            config={"write_empty_chunks": True},
+            chunk_grid={"name": "regular", "configuration": {"chunk_shape": stored.chunks}},
         )
-        if kind == "activations":
-            array.attrs.update(precision.as_json())
+    # It goes only as far as it is asked to.
+    deque(zarr.create_hierarchy(store=LocalStore(path), nodes=nodes), maxlen=0)
+
+
+def _metadata(kind: str, stored: StoredArray, codec: str, precision: Precision) -> Any:
+    """Zarr's metadata of an array."""
+    own, attributes = PLAIN, {}
+    if kind == "activations":
+        own, attributes = precision, precision.as_json()
+    return zarr.create_array(
+        MemoryStore(),
+        shape=stored.shape,
+        chunks=stored.chunks,
+        dtype=stored.dtype,
+        compressors=zarr_codecs(codec, np.dtype(stored.dtype).itemsize),
+        dimension_names=stored.axes,
+        fill_value=_nothing(own.name),
+        # All chunk files of an array in one folder: one folder to flush after a rename.
+        chunk_key_encoding={"name": "default", "separator": "."},
+        attributes=attributes,
+    ).metadata
 
 
 def _nothing(precision: str) -> float | int:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn import functional
 
+from gim_stagewise.objectives.rows import add_weighted_rows, row_products
 from gim_stagewise.windows import Span
 
 
@@ -34,15 +36,8 @@ class Draw:
     bag: Int64[Tensor, "pair bag"]
 
 
-# With more candidates per negative than this, scores of all pairs cost more time than gathering
-# those drawn (benchmarks/infonce.py; on two cores the two meet between 50 and 200).
-MATRIX_CANDIDATES_PER_NEGATIVE = 100
-# Candidates that are gathered at once.
-GATHERED_BYTES = 16_000_000
-
-
 class Scores(torch.autograd.Function):
-    """Scores of all draws, without all candidates ever gathered in memory.
+    """Scores of all draws; candidates are read where they lie, and never copied.
 
     Gradients with respect to embeddings have one buffer, whether they are contexts or candidates;
     predictions are computed again in backward rather than kept.
@@ -101,19 +96,9 @@ def context_gradients(
 def bag_scores(
     prediction: Float[Tensor, "pair channel"], candidates: Float[Tensor, "row channel"], draw: Draw
 ) -> Float[Tensor, "pair bag"]:
-    """Dot products of predictions with their bags.
-
-    Few candidates: the matrix of all scores, from which the drawn ones are picked. Many: the drawn
-    ones are gathered, some pairs at a time.
-    """
+    """Dot products of predictions with their bags."""
     bag = draw.bag.to(prediction.device)
-    if _takes_matrix(draw):
-        return (prediction @ candidates[draw.group.slice].T).gather(1, bag - draw.group.start)
-    parts = [
-        torch.bmm(_gathered(candidates, bag[pairs]), prediction[pairs].unsqueeze(2)).squeeze(2)
-        for pairs in _pieces(candidates, bag)
-    ]
-    return torch.cat(parts)
+    return row_products(prediction, _pairs(bag), candidates, bag.flatten()).view(bag.shape)
 
 
 def bag_gradients(
@@ -125,32 +110,12 @@ def bag_gradients(
 ) -> Float[Tensor, "pair channel"]:
     """Gradients of predictions; those of candidates are added to ``to_candidates``."""
     bag = draw.bag.to(prediction.device)
-    if _takes_matrix(draw):
-        group = draw.group.slice
-        matrix = prediction.new_zeros(len(prediction), len(draw.group))
-        matrix.scatter_add_(1, bag - draw.group.start, gradient)
-        to_candidates[group] += matrix.T @ prediction
-        return matrix @ candidates[group]
-    to_prediction = torch.empty_like(prediction)
-    for pairs in _pieces(candidates, bag):
-        gathered = _gathered(candidates, bag[pairs])
-        to_prediction[pairs] = torch.bmm(gradient[pairs].unsqueeze(1), gathered).squeeze(1)
-        torch.mul(gradient[pairs].unsqueeze(2), prediction[pairs].unsqueeze(1), out=gathered)
-        to_candidates.index_add_(0, bag[pairs].flatten(), gathered.flatten(0, 1))
-    return to_prediction
+    rows = bag.flatten() - draw.group.start
+    own = to_candidates[draw.group.slice]
+    add_weighted_rows(own, rows, prediction, _pairs(bag), gradient.flatten())
+    return functional.embedding_bag(bag, candidates, per_sample_weights=gradient, mode="sum")
 
 
-def _gathered(candidates: Tensor, bag: Tensor) -> Float[Tensor, "pair bag channel"]:
-    """Candidates of bags; whole rows are copied faster so than by an index of two axes."""
-    return candidates.index_select(0, bag.flatten()).reshape(*bag.shape, -1)
-
-
-def _takes_matrix(draw: Draw) -> bool:
-    return len(draw.group) <= MATRIX_CANDIDATES_PER_NEGATIVE * (draw.bag.shape[1] - 1)
-
-
-def _pieces(candidates: Tensor, bag: Tensor) -> list[slice]:
-    """Pairs whose candidates are gathered together."""
-    pair_bytes = bag.shape[1] * candidates.shape[1] * candidates.element_size()
-    step = max(1, GATHERED_BYTES // pair_bytes)
-    return [slice(start, start + step) for start in range(0, len(bag), step)]
+def _pairs(bag: Int64[Tensor, "pair bag"]) -> Int64[Tensor, " entry"]:
+    """The pair of each entry of the flattened bags."""
+    return torch.arange(len(bag), device=bag.device).repeat_interleave(bag.shape[1])

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from gim_stagewise.objectives.infonce import InfoNCE
-from gim_stagewise.objectives.scores import GATHERED_BYTES, Draw, contexts_of, targets
+from gim_stagewise.objectives.rows import add_weighted_rows, row_products
+from gim_stagewise.objectives.scores import Draw, contexts_of, targets
 from gim_stagewise.windows import Span
 
 Numbers = NDArray[np.int64]
@@ -65,11 +66,16 @@ class _Plan:
         self._entries: Numbers = np.argsort(bag, axis=None, kind="stable")
         self._rows: Numbers = bag.flatten()[self._entries]
 
-    def of(self, part: Span) -> tuple[Tensor, Tensor]:
-        """Entries of the flattened bags whose rows are in a part, and these rows in it."""
+    def of(self, part: Span, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Entries of the flattened bags whose rows are in a part, their pairs, and rows in it.
+
+        In the order of rows.
+        """
         start, stop = np.searchsorted(self._rows, [part.start, part.stop])
         own = slice(int(start), int(stop))
-        return torch.from_numpy(self._entries[own]), torch.from_numpy(self._rows[own] - part.start)
+        entries = torch.from_numpy(self._entries[own]).to(device)
+        rows = torch.from_numpy(self._rows[own] - part.start).to(device)
+        return entries, entries // self.shape[1], rows
 
 
 def _values(rows: Tensor, group: Span) -> Numbers:
@@ -167,11 +173,8 @@ class _Streamed:
         for span, z in self._parts:
             candidates = targets(z, self._weights)
             for plan, prediction, own in zip(self._plans, predictions, scores, strict=True):
-                for entries, rows in _pieces(plan, span, candidates):
-                    pairs = entries // plan.shape[1]
-                    own.view(-1)[entries] = (
-                        prediction.index_select(0, pairs) * candidates.index_select(0, rows)
-                    ).sum(1)
+                entries, pairs, rows = plan.of(span, z.device)
+                own.view(-1)[entries] = row_products(prediction, pairs, candidates, rows)
         return scores
 
     def loss(self) -> tuple[Tensor, list[Tensor]]:
@@ -192,11 +195,8 @@ class _Streamed:
         for span, z in self._parts:
             candidates = targets(z, self._weights)
             for plan, gradient, own in zip(self._plans, gradients, to_predictions, strict=True):
-                for entries, rows in _pieces(plan, span, candidates):
-                    weighted = candidates.index_select(0, rows).mul_(
-                        gradient.view(-1)[entries, None]
-                    )
-                    own.index_add_(0, entries // plan.shape[1], weighted)
+                entries, pairs, rows = plan.of(span, z.device)
+                add_weighted_rows(own, pairs, candidates, rows, gradient.view(-1)[entries])
         to_contexts = torch.zeros_like(self._contexts)
         to_weights = torch.zeros_like(self._weights)
         for plan, own in zip(self._plans, to_predictions, strict=True):
@@ -216,21 +216,10 @@ class _Streamed:
         contexts_of(to_z, self._weights).index_add_(0, rows, to_contexts[own])
         to_candidates = targets(to_z, self._weights)
         for plan, gradient in zip(self._plans, gradients, strict=True):
-            prediction = self._prediction(plan)
-            for entries, candidates in _pieces(plan, span, to_candidates):
-                pairs = entries // plan.shape[1]
-                weighted = prediction.index_select(0, pairs).mul_(gradient.view(-1)[entries, None])
-                to_candidates.index_add_(0, candidates, weighted)
+            entries, pairs, rows = plan.of(span, z.device)
+            weights = gradient.view(-1)[entries]
+            add_weighted_rows(to_candidates, rows, self._prediction(plan), pairs, weights)
         return to_z
-
-
-def _pieces(plan: _Plan, part: Span, candidates: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Entries of a part and their rows, as many at a time as may be gathered."""
-    entries, rows = plan.of(part)
-    step = max(1, GATHERED_BYTES // (2 * candidates.shape[1] * candidates.element_size()))
-    for start in range(0, len(entries), step):
-        piece = slice(start, start + step)
-        yield entries[piece].to(candidates.device), rows[piece].to(candidates.device)
 
 
 def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
