@@ -14,6 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True)
 class Span:
@@ -103,7 +106,7 @@ class PatchGrid:
         return Span(patches.start * self.stride, (patches.stop - 1) * self.stride + self.size)
 
 
-def mirrored(wanted: Span, length: int) -> tuple[Span, list[int]]:
+def mirrored(wanted: Span, length: int) -> tuple[Span, NDArray[np.int64]]:
     """What to read for a run of positions that may reach beyond the end.
 
     Parameters
@@ -114,16 +117,14 @@ def mirrored(wanted: Span, length: int) -> tuple[Span, list[int]]:
 
     Returns
     -------
-    (Span, list of int)
-        What to read, and for each position wanted its place in that. Beyond the end positions are
-        those before it in reverse, the last one first.
+    (Span, array)
+        What to read, and for each position wanted its place in that, int64. Beyond the end
+        positions are those before it in reverse, the last one first.
     """
-    places = [
-        place if place < length else 2 * length - 1 - place
-        for place in range(wanted.start, wanted.stop)
-    ]
-    read = Span(min(places), max(places) + 1)
-    return read, [place - read.start for place in places]
+    places = np.arange(wanted.start, wanted.stop)
+    places = np.where(places < length, places, 2 * length - 1 - places)
+    read = Span(int(places.min()), int(places.max()) + 1)
+    return read, places - read.start
 
 
 def even_ranges(count: int, size: int) -> list[Span]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -287,7 +288,8 @@ def _sample_bytes(shape: Shape) -> int:
 def folder_bytes(path: Path) -> int:
     """Bytes of all files below a folder."""
     total = 0
-    for file in path.rglob("*"):
-        with suppress(FileNotFoundError):  # a run that is at work moves files
-            total += file.stat().st_size if file.is_file() else 0
+    for folder, _, files in os.walk(path):
+        for file in files:
+            with suppress(FileNotFoundError):  # a run that is at work moves files
+                total += (Path(folder) / file).stat().st_size
     return total

@@ -8,8 +8,9 @@ committed with that one.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -33,13 +34,30 @@ class Lanes:
         groups: dict[int, dict[int, list[Block]]] = defaultdict(lambda: defaultdict(list))
         for block in blocks:
             groups[block.samples.start // worker.lanes][block.tile[0]].append(block)
-        for tiles in groups.values():
-            for _, together in sorted(tiles.items()):
-                yield from worker.stage(together)
+        in_order = [own for tiles in groups.values() for _, own in sorted(tiles.items())]
+        staging: deque[Future[StagedBlock]] = deque()
+        executor = ThreadPoolExecutor(1, "blocks")
+        try:
+            for together in in_order:
+                try:
+                    outputs = worker.outputs(together)
+                except Exception:
+                    # What was computed before it is not lost with the tile that failed.
+                    for future in staging:
+                        yield future.result()
+                    raise
+                while staging:
+                    yield staging.popleft().result()
+                for block, own in zip(together, outputs, strict=True):
+                    staging.append(executor.submit(worker.stage, block, *own))
+            while staging:
+                yield staging.popleft().result()
+        finally:
+            executor.shutdown(cancel_futures=True)
 
 
 class LaneWorker:
-    """Computes and stages the same tile of some recordings, each in its lane.
+    """Computes the same tile of some recordings, each in its lane, and stages them.
 
     Parameters
     ----------
@@ -56,12 +74,13 @@ class LaneWorker:
         # Of each recording: the tile that was computed last, and the state after it.
         self._last: dict[int, tuple[int, NDArray[np.float32]]] = {}
 
-    def stage(self, blocks: list[Block]) -> list[StagedBlock]:
-        """Read, compute and stage blocks, of different lanes."""
-        outputs = self._outputs(blocks)
-        return [self._worker.stage(block, *own) for block, own in zip(blocks, outputs, strict=True)]
+    @property
+    def stage(self) -> Callable[..., StagedBlock]:
+        """What stages a block's outputs."""
+        return self._worker.stage
 
-    def _outputs(self, blocks: list[Block]) -> list[Outputs]:
+    def outputs(self, blocks: list[Block]) -> list[Outputs]:
+        """Read and compute blocks, of different lanes."""
         layout = self._layout
         inputs = [self._worker.read(block)[0] for block in blocks]
         rows = np.zeros((self.lanes, len(inputs[0]), layout.tile[0]), np.float32)
@@ -120,4 +139,4 @@ def block_stager(worker: BlockWorker) -> Callable[[Block], StagedBlock]:
     if not isinstance(layout, TiledLayout) or not layout.state:
         return worker
     lanes = LaneWorker(worker)
-    return lambda block: lanes.stage([block])[0]
+    return lambda block: worker.stage(block, *lanes.outputs([block])[0])

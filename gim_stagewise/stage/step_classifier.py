@@ -89,7 +89,8 @@ class _Fit:
         with seeded(derive_seed(seed, "step classifiers")):
             self._layers = [nn.Linear(len(mean), classes) for mean, _ in self._scalings]
         self._optimizers = [
-            torch.optim.Adam(layer.parameters(), lr=config.step_lr) for layer in self._layers
+            torch.optim.Adam(layer.parameters(), lr=config.step_lr, fused=True)
+            for layer in self._layers
         ]
 
     def epochs(self, judged: Sequence[str], count: int) -> Iterator[list[float]]:
@@ -136,21 +137,23 @@ class _Fit:
         size = self._config.step_batch
         for start in range(0, len(ids), size):
             own = ids[start : start + size]
-            parts: list[list[NDArray[np.float32]]] = [[] for _ in self._layers]
-            labels = []
-            for item_id, features in zip(own, self._walk(own), strict=True):
+            recordings = list(zip(own, self._walk(own), strict=True))
+            known, labels = [], []
+            for item_id, features in recordings:
                 steps = min(len(self._labels[item_id]), *(len(part) for part in features))
-                known = np.flatnonzero(self._labels[item_id][:steps] != NO_LABEL)
-                labels.append(self._labels[item_id][known])
-                for kept, part in zip(parts, features, strict=True):
-                    kept.append(part[known])
-            yield (
-                [
-                    torch.from_numpy((np.concatenate(kept) - mean) / std)
-                    for kept, (mean, std) in zip(parts, self._scalings, strict=True)
-                ],
-                torch.from_numpy(np.concatenate(labels).astype(np.int64)),
-            )
+                known.append(np.flatnonzero(self._labels[item_id][:steps] != NO_LABEL))
+                labels.append(self._labels[item_id][known[-1]])
+            standardised = []
+            for number, (mean, std) in enumerate(self._scalings):
+                rows = np.empty((sum(map(len, known)), len(mean)), np.float32)
+                first = 0
+                for (_, features), chosen in zip(recordings, known, strict=True):
+                    features[number].take(chosen, 0, rows[first : first + len(chosen)], "clip")
+                    first += len(chosen)
+                rows -= mean
+                rows /= std
+                standardised.append(torch.from_numpy(rows))
+            yield standardised, torch.from_numpy(np.concatenate(labels).astype(np.int64))
 
 
 @dataclass
