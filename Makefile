@@ -29,19 +29,19 @@ format: $(INSTALLED)
 test-latest:
 	$(PYTHON) -m venv .venv-latest
 	.venv-latest/bin/python -m pip install --quiet "pip>=25.1"
-	.venv-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --group dev --editable ".[fast,large,plot]" soundfile
+	.venv-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --group dev --editable ".[large,plot]" soundfile
 	.venv-latest/bin/pytest -n auto
 
 # For benchmarks/cache_io.py: other stores, which want an older numpy than constraints.txt has.
 bench-env:
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet "pip>=25.1"
-	.venv-bench/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt --editable ".[bench,fast]"
+	.venv-bench/bin/python -m pip install --quiet --constraint benchmarks/constraints.txt --editable ".[bench]"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[audio,fast,large,plot,synth]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[audio,large,plot,synth]"
 	touch $@
 
 clean: ## Remove what was made here; caches under cache/ stay

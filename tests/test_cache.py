@@ -32,7 +32,8 @@ from gim_stagewise.cache import (
     read_manifest,
     stage_block,
 )
-from gim_stagewise.cache.codecs import codec_pipeline
+from gim_stagewise.cache.codecs import zarr_codecs
+from gim_stagewise.cache.frames import write_frame
 from gim_stagewise.config import AugmentConfig, ExtractConfig
 from gim_stagewise.errors import (
     CacheNotFoundError,
@@ -389,24 +390,36 @@ def test_the_one_forward_gives_a_row_the_same_bits_in_any_company() -> None:
 
 
 @pytest.mark.parametrize("codec", ["lz4", "zstd", "none"])
-def test_both_codec_pipelines_write_the_same_bytes(
-    tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("zarrs")
-    with_zarrs = build(tmp_path / "one.zarr", codec=codec)
-    assert "Zarrs" in pipeline_in_use(with_zarrs)
-    monkeypatch.setattr("gim_stagewise.cache.codecs._has_zarrs", lambda: False)
-    without = build(tmp_path / "other.zarr", codec=codec)
-    assert "Zarrs" not in pipeline_in_use(without)
-    for file in with_zarrs.path.rglob("*"):
-        other = without.path / file.relative_to(with_zarrs.path)
-        assert file.is_dir() or file.read_bytes() == other.read_bytes(), file
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint16", "uint8"])
+def test_zarr_writes_the_same_chunks(tmp_path: Path, codec: str, dtype: str) -> None:
+    values = np.random.default_rng(0).integers(0, 9, (300, 200)).astype(dtype)
+    write_frame(tmp_path / "c.0.0", values, codec)
+    zarr.create_array(
+        tmp_path / "array",
+        data=values,
+        chunks=values.shape,
+        compressors=zarr_codecs(codec, values.itemsize),
+    )
+    written = (tmp_path / "array" / "c" / "0" / "0").read_bytes()
+    assert (tmp_path / "c.0.0").read_bytes() == written
 
 
-def pipeline_in_use(cache: Cache) -> str:
-    with codec_pipeline():
-        array: Any = zarr.open_array(str(cache.path / "activations"), mode="r")
-    return type(array._async_array.codec_pipeline).__name__
+@pytest.mark.parametrize("codec", ["lz4", "zstd", "none"])
+def test_zarr_writes_the_same_cache(tmp_path: Path, codec: str) -> None:
+    cache = build(tmp_path / "m1.zarr", codec=codec)
+    shutil.copytree(cache.path, tmp_path / "copy.zarr")
+    group: Any = zarr.open_group(str(tmp_path / "copy.zarr"), mode="r+")
+    for name in ("activations", "pooled"):
+        array = group[name].with_config({"write_empty_chunks": True})
+        values = array[...]
+        for file in (tmp_path / "copy.zarr" / name).glob("c.*"):
+            file.unlink()
+        array[...] = values
+    files = sorted(cache.path.glob("*/c.*"))
+    assert len(files) > 4
+    for file in files:
+        other = tmp_path / "copy.zarr" / file.relative_to(cache.path)
+        assert file.read_bytes() == other.read_bytes(), file
 
 
 @pytest.mark.parametrize("size", [0, 3, 4, 20])

@@ -141,13 +141,9 @@ PARTS = 4
 @pytest.mark.parametrize(
     "part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))]
 )
-@pytest.mark.parametrize("zarrs", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_power_cut_after_any_operation_loses_no_truth(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zarrs: bool, part: int
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
-    if zarrs:
-        pytest.importorskip("zarrs")
-    monkeypatch.setattr("gim_stagewise.cache.codecs._has_zarrs", lambda: zarrs)
     run_and_record(small, tmp_path / "undisturbed")
     (tmp_path / "watched").mkdir()
     disk = Disk(tmp_path / "watched")

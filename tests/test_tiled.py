@@ -24,6 +24,7 @@ from gim_stagewise.cache import (
     read_manifest,
     stage_block,
 )
+from gim_stagewise.cache.layout import BlockPart
 from gim_stagewise.errors import CorruptCacheError, DataError
 from gim_stagewise.progress import Silent
 from gim_stagewise.sources import Request
@@ -81,8 +82,18 @@ def write(writer: CacheWriter, count: int | None = None) -> None:
     for block in writer.pending[:count]:
         arrays = {}
         for kind, part in layout.parts(block).items():
-            arrays[kind] = values[part.array][part.place]
+            arrays[kind] = values[part.array][place_of(layout, part)]
         writer.commit(stage_block(writer.path, writer.staging, writer.manifest, block, arrays))
+
+
+def place_of(layout: TiledLayout, part: BlockPart) -> tuple[slice, ...]:
+    """Where in its array the only chunk file of a part has the block's values."""
+    (file,), (inside,) = part.files, part.inside
+    array = layout.arrays[part.array]
+    numbers = map(int, file.rpartition("c.")[2].split("."))
+    starts = [number * size for number, size in zip(numbers, array.chunks, strict=True)]
+    counts = np.empty(array.chunks)[inside].shape
+    return tuple(slice(start, start + count) for start, count in zip(starts, counts, strict=True))
 
 
 def build(path: Path, layout: TiledLayout) -> TiledCache:
@@ -150,7 +161,7 @@ def test_blocks_have_every_place_of_every_array_once(
     for number, block in enumerate(blocks):
         assert block.index == number == layout.index(block.samples.start, block.tile)
         for part in layout.parts(block).values():
-            seen[part.array][part.place] += 1
+            seen[part.array][place_of(layout, part)] += 1
             files += part.files
     assert all((count == 1).all() for count in seen.values())
     assert len(files) == len(set(files))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gim_stagewise.cache.codecs import codec_implementation, encoded_bytes
+from gim_stagewise.cache.codecs import codec_implementation, encode
 from gim_stagewise.cache.columns import metadata_problem, write_checksums, write_samples
 from gim_stagewise.cache.create import create_arrays
 from gim_stagewise.cache.digests import Digest, files_digest, flatten
@@ -54,7 +54,7 @@ __all__ = [
     "create_arrays",
     "discard_cache",
     "drop_activations",
-    "encoded_bytes",
+    "encode",
     "files_digest",
     "find_damage",
     "flatten",

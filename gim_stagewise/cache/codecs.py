@@ -1,17 +1,11 @@
-"""Compression of chunks: which codecs there are, and what carries them out."""
+"""Compression of chunks: which codecs there are, and what they make of values."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import numcodecs
 import numpy as np
-import zarr
 from numcodecs import blosc
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
@@ -19,6 +13,8 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 # Level of each Blosc compressor; benchmarks/results/precision.md has the alternatives.
 _LEVELS: dict[str, int] = {"lz4": 5, "zstd": 1}
 CODECS = (*_LEVELS, "none")
+# The order of what several threads of Blosc compressed is that in which they were done.
+blosc.use_threads = False
 # Blosc takes no more at a time.
 MOST_CHUNK_BYTES = 2**31 - 1 - 16
 
@@ -34,41 +30,16 @@ def zarr_codecs(codec: str, itemsize: int) -> list[Any]:
     return [compress, Crc32cCodec()]
 
 
-def encoded_bytes(values: NDArray[Any], codec: str) -> int:
-    """Bytes of values once they are compressed."""
+def encode(values: NDArray[Any], codec: str) -> bytes:
+    """Bytes of values in C order, little-endian, once they are compressed."""
+    values = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
     if codec == "none":
-        return values.nbytes
+        return values.tobytes()
     shuffle = blosc.SHUFFLE if values.itemsize > 1 else blosc.NOSHUFFLE
-    contiguous = np.ascontiguousarray(values)
-    return len(blosc.compress(contiguous, codec.encode(), _LEVELS[codec], shuffle))
-
-
-# Zarr's settings are those of the process: two threads that set and reset them at once would
-# leave the setting of one behind.
-_opening = threading.Lock()
-
-
-def _has_zarrs() -> bool:
-    return find_spec("zarrs") is not None
-
-
-@contextmanager
-def codec_pipeline() -> Iterator[None]:
-    """Open arrays with the ``zarrs`` codec pipeline, in Rust, where it is installed.
-
-    It writes the same bytes. It writes them in place, so that a process that is killed can leave
-    half a chunk: arrays are only ever written in the staging area.
-    """
-    if not _has_zarrs():
-        yield
-        return
-    with _opening, zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
-        yield
+    compressed: bytes = blosc.compress(values, codec.encode(), _LEVELS[codec], shuffle)
+    return compressed
 
 
 def codec_implementation(codec: str) -> str:
     """What encodes, and in which version; part of a cache's numerics."""
-    parts = [codec, f"zarr {zarr.__version__}", f"numcodecs {numcodecs.__version__}"]
-    if _has_zarrs():
-        parts.append(f"zarrs {version('zarrs')}")
-    return ", ".join(parts)
+    return f"{codec}, numcodecs {numcodecs.__version__}"

@@ -13,7 +13,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from gim_stagewise.cache.codecs import zarr_codecs
 from gim_stagewise.cache.layout import StoredArray
-from gim_stagewise.cache.precision import PLAIN, Precision
+from gim_stagewise.cache.precision import Precision
 from gim_stagewise.cache.tiles import Layout
 
 
@@ -39,9 +39,6 @@ def create_arrays(path: Path, layout: Layout, precision: Precision) -> None:
 
 def _metadata(kind: str, stored: StoredArray, codec: str, precision: Precision) -> Any:
     """Zarr's metadata of an array."""
-    own, attributes = PLAIN, {}
-    if kind == "activations":
-        own, attributes = precision, precision.as_json()
     return zarr.create_array(
         MemoryStore(),
         shape=stored.shape,
@@ -49,13 +46,18 @@ def _metadata(kind: str, stored: StoredArray, codec: str, precision: Precision) 
         dtype=stored.dtype,
         compressors=zarr_codecs(codec, np.dtype(stored.dtype).itemsize),
         dimension_names=stored.axes,
-        fill_value=_nothing(own.name),
+        fill_value=padding(kind, precision),
         # All chunk files of an array in one folder: one folder to flush after a rename.
         chunk_key_encoding={"name": "default", "separator": "."},
-        attributes=attributes,
+        attributes=precision.as_json() if kind == "activations" else {},
     ).metadata
 
 
-def _nothing(precision: str) -> float | int:
-    """What a chunk that is not stored (yet) reads as: NaN, which nobody takes for activations."""
-    return {"uint8": 0, "bfloat16": 0x7FC0, "float8_e4m3": 0x7F}.get(precision, float("nan"))
+def padding(array: str, precision: Precision) -> float | int:
+    """What an array has where there are no values.
+
+    Of a chunk that is not stored (yet) that is read: NaN, which nobody takes for activations.
+    """
+    if array.partition("/")[0] != "activations":
+        return float("nan")
+    return {"uint8": 0, "bfloat16": 0x7FC0, "float8_e4m3": 0x7F}.get(precision.name, float("nan"))

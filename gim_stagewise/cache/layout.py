@@ -76,18 +76,18 @@ class BlockPart:
     ----------
     array : str
         Name of the array.
-    place : tuple of int and slice
-        Where in it the block's values are.
     files : tuple of str
-        The chunk files that hold them, by their paths below the group.
+        The chunk files that hold the block, by their paths below the group.
     inside : tuple
-        For each file, where in its chunk they are; what else a chunk has is padding.
+        For each file, where in its chunk the block's values are; what else it has is padding.
+    values : tuple
+        For each file, which of the block's values it holds.
     """
 
     array: str
-    place: tuple[int | slice, ...]
     files: tuple[str, ...]
     inside: tuple[tuple[int | slice, ...], ...]
+    values: tuple[tuple[slice, ...], ...]
 
 
 class Listed(Protocol):
@@ -227,11 +227,11 @@ class CacheLayout:
         rows = even_ranges(self.grid[0], array.chunks[2])
         return BlockPart(
             array=name,
-            place=(block.view, block.samples.slice),
             files=tuple(
                 f"{name}/c.{block.view}.{first}.{number}{tail}" for number in range(len(rows))
             ),
             inside=tuple((0, slice(len(block.samples)), slice(len(own))) for own in rows),
+            values=tuple((slice(None), own.slice) for own in rows),
         )
 
     def chunk_files(self, block: Block) -> list[str]:

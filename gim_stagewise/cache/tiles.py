@@ -207,9 +207,7 @@ class TiledLayout:
         if kind == "states":
             (tile,) = block.tile
             whole = (slice(1), slice(None))
-            return BlockPart(
-                name, (slice(tile, tile + 1), slice(None)), (f"{name}/c.{tile}.0",), (whole,)
-            )
+            return BlockPart(name, (f"{name}/c.{tile}.0",), (whole,), ((),))
         numbers = [*block.tile]
         if kind == "pooled":
             spans = [Span(s.start // self.pool, -(-s.stop // self.pool)) for s in region]
@@ -221,9 +219,9 @@ class TiledLayout:
             lead = (slice(None),) if self.dense else ()
         return BlockPart(
             array=name,
-            place=(*lead, *(span.slice for span in spans)),
             files=(f"{name}/c.{'.'.join(map(str, numbers))}",),
             inside=((*lead, *(slice(len(span)) for span in spans)),),
+            values=((),),
         )
 
     def chunk_files(self, block: Block) -> list[str]:

@@ -8,7 +8,7 @@ in the journal is whole, and a cache that is sealed has all its blocks.
 
 from __future__ import annotations
 
-import shutil
+import math
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,15 +16,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from gim_stagewise.cache.codecs import codec_pipeline
 from gim_stagewise.cache.columns import write_checksums, write_samples
-from gim_stagewise.cache.create import create_arrays
+from gim_stagewise.cache.create import create_arrays, padding
 from gim_stagewise.cache.digests import files_digest
+from gim_stagewise.cache.frames import write_frame
 from gim_stagewise.cache.journal import BuildFolder
-from gim_stagewise.cache.layout import Block
+from gim_stagewise.cache.layout import Block, BlockPart
 from gim_stagewise.cache.manifest import (
     Manifest,
     file_digests,
@@ -74,7 +75,7 @@ def stage_block(
     Parameters
     ----------
     cache : Path
-        The cache that is being built; only its array metadata is read.
+        The cache that is being built, for messages.
     staging : Path
         The staging folder of this run.
     manifest : Manifest
@@ -99,13 +100,10 @@ def stage_block(
             with operation("mkdir", folder):
                 folder.mkdir()  # not its parent: if that is gone, another took over
             for name, part in parts.items():
-                values, own = arrays[name], folder / part.array
+                own = folder / part.array
                 own.mkdir(parents=True)
-                shutil.copyfile(cache / part.array / "zarr.json", own / "zarr.json")
-                with codec_pipeline(), operation("write", own):
-                    stored = zarr.open_array(str(own), mode="r+")
-                    target = stored.with_config({"write_empty_chunks": True})
-                    target[part.place] = values
+                with operation("write", own):
+                    _write_part(folder, manifest, part, arrays[name])
             if error is not None:
                 with operation("write", folder / "error.npy"):
                     error.save(folder / "error.npy")
@@ -117,6 +115,18 @@ def stage_block(
             remove(folder)
             raise
     return StagedBlock(block, folder, tuple(files), sha256)
+
+
+def _write_part(folder: Path, manifest: Manifest, part: BlockPart, values: NDArray[Any]) -> None:
+    """Write the chunk files that hold a block's values in one array."""
+    layout = manifest.layout
+    array = layout.arrays[part.array]
+    for file, inside, own in zip(part.files, part.inside, part.values, strict=True):
+        chunk = values[own]
+        if chunk.size < math.prod(array.chunks):
+            chunk = np.full(array.chunks, padding(part.array, manifest.precision), array.dtype)
+            chunk[inside] = values[own]
+        write_frame(folder / file, chunk, layout.codec)
 
 
 class CacheWriter:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gim_stagewise.cache import CacheLayout, Layout, Precision, TiledLayout, encoded_bytes
+from gim_stagewise.cache import CacheLayout, Layout, Precision, TiledLayout, encode
 from gim_stagewise.errors import OverBudgetError, StorageError
 from gim_stagewise.models import INPUT_OPERATIONS
 from gim_stagewise.sources import PatchSource, RegionSource, Request, Source, read_stacked
@@ -214,7 +214,7 @@ def projected_bytes(layout: Layout, source: Source, activations: NDArray[Any] | 
     pooled = pooled_bytes(layout, source)
     if activations is None:
         return pooled
-    encoded = encoded_bytes(activations, layout.codec)
+    encoded = len(encode(activations, layout.codec))
     if isinstance(layout, TiledLayout):
         places = activations.size // math.prod(layout.cell)
         return round(encoded * layout.positions / places) + pooled
