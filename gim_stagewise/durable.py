@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -43,15 +42,13 @@ def storage_errors(what: str) -> Iterator[None]:
 def _number_of(error: BaseException | None) -> int | None:
     """The system's error number behind an error; None if there is none.
 
-    Libraries in Rust, such as zarrs, say it in words; PyTorch fails again where it cleans up after
-    it.
+    Where PyTorch fails to write, it fails again when it cleans up after that.
     """
     if error is None:
         return None
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else _number_of(error.__context__)
+    return _number_of(error.__context__)
 
 
 # Called before and after every operation below, with "before" or "after", its name and its path:
