@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from numpy.typing import NDArray
 from torch import nn
 from warm import gim_stage
 
-from gim_stagewise.cache import TiledCache, TiledLayout, find_damage
-from gim_stagewise.errors import ModuleRefusedError
+from gim_stagewise.cache import BuildFolder, TiledCache, TiledLayout, find_damage
+from gim_stagewise.errors import CorruptCacheError, ModuleRefusedError
 from gim_stagewise.models import CellMean, embed, state_size
 from gim_stagewise.models.sequence import conv1d_module, gru_module
 from gim_stagewise.objectives import InfoNCE
@@ -26,6 +27,7 @@ from gim_stagewise.plan import plan_pipeline
 from gim_stagewise.progress import Silent
 from gim_stagewise.sources import Request
 from gim_stagewise.stage.encoder import load_encoder
+from gim_stagewise.stage.extraction_plan import Workers
 from gim_stagewise.verify import mend
 from gim_stagewise.windows import Span
 
@@ -193,6 +195,31 @@ def test_workers_leave_the_state_to_this_process(done: Path, tmp_path: Path) -> 
     assert found.returncode == 0, found.stderr
     assert "module 3: computed in this process" in found.stderr
     assert_same_files(tmp_path / "out", done.parent / "out")
+
+
+def test_tiles_before_one_that_fails_are_kept(done: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(done.parent / "out", folder)
+    shutil.rmtree(folder / "m3.zarr")
+    stage = Pipeline.from_file(done, folder=folder, device="cpu").stage(3)
+    weights, _ = stage.current_weights()
+    assert weights is not None
+    cache = TiledCache(folder / "m2.zarr")
+    (chunk,) = folder.glob("m2.zarr/activations/*c.wav/c.0.5")
+    content = bytearray(chunk.read_bytes())
+    content[-1] ^= 1
+    chunk.write_bytes(content)
+    with pytest.raises(CorruptCacheError, match=r"c\.wav"):
+        stage.extract(weights, workers=Workers(0))
+    # Lanes go on together: what lies before that chunk in the first three recordings.
+    start = 5 * cache.layout.tile[0]
+    before = [min(extent[0], start) for extent in cache.layout.extents[:3]]
+    manifest = stage.outputs.manifest(weights)
+    assert isinstance(manifest.layout, TiledLayout)
+    (tile,) = manifest.layout.tile
+    tiles = sum(-(-length // tile) for length in before)
+    kept, _ = BuildFolder(folder / "m3.zarr").done_blocks(manifest.content)
+    assert kept == tiles > 10
 
 
 # Recordings

@@ -195,6 +195,7 @@ def test_embeddings_that_are_streamed_have_the_same_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("gim_stagewise.objectives.rows.SUMMED_BYTES", piece)
+    monkeypatch.setattr("gim_stagewise.objectives.rows.SUMMED_CHANNELS", 1)
     torch.manual_seed(0)
     module, shape = DENSE[kind]()
     batch = Rows(torch.randn(shape, dtype=torch.float64), shape=shape[:1])

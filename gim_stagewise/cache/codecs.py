@@ -13,7 +13,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 # Level of each Blosc compressor; benchmarks/results/precision.md has the alternatives.
 _LEVELS: dict[str, int] = {"lz4": 5, "zstd": 1}
 CODECS = (*_LEVELS, "none")
-# The order of what several threads of Blosc compressed is that in which they were done.
+# Several threads of Blosc put blocks in the order in which they are done: other bytes in each run.
 blosc.use_threads = False
 # Blosc takes no more at a time.
 MOST_CHUNK_BYTES = 2**31 - 1 - 16

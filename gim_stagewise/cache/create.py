@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from zarr.storage import LocalStore, MemoryStore
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
 
 from gim_stagewise.cache.codecs import zarr_codecs
 from gim_stagewise.cache.layout import StoredArray
@@ -20,21 +20,26 @@ from gim_stagewise.cache.tiles import Layout
 def create_arrays(path: Path, layout: Layout, precision: Precision) -> None:
     """Create the group at ``path`` with the empty arrays that blocks are written to.
 
-    All in one go: a cache of recordings has thousands of arrays, which differ in shape alone.
+    A cache of recordings has thousands of arrays, which differ in shape alone: Zarr makes the first
+    of each kind, in memory.
     """
     kinds: dict[str, Any] = {}
-    nodes: dict[str, Any] = {"": zarr.create_group(MemoryStore(), zarr_format=3).metadata}
     for name, stored in layout.arrays.items():
         kind = name.partition("/")[0]
         if kind not in kinds:
             kinds[kind] = _metadata(kind, stored, layout.codec, precision)
-        nodes[name] = replace(
-            kinds[kind],
-            shape=stored.shape,
-            chunk_grid={"name": "regular", "configuration": {"chunk_shape": stored.chunks}},
-        )
-    # It goes only as far as it is asked to.
-    deque(zarr.create_hierarchy(store=LocalStore(path), nodes=nodes), maxlen=0)
+        grid = {"name": "regular", "configuration": {"chunk_shape": stored.chunks}}
+        _write(path / name, replace(kinds[kind], shape=stored.shape, chunk_grid=grid))
+    group = zarr.create_group(MemoryStore(), zarr_format=3).metadata
+    for name in {"", *(name.rpartition("/")[0] for name in layout.arrays)}:
+        _write(path / name, group)
+
+
+def _write(folder: Path, metadata: Any) -> None:
+    """Make a folder an array or a group."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = metadata.to_buffer_dict(default_buffer_prototype())["zarr.json"]
+    (folder / "zarr.json").write_bytes(content.to_bytes())
 
 
 def _metadata(kind: str, stored: StoredArray, codec: str, precision: Precision) -> Any:
@@ -53,11 +58,11 @@ def _metadata(kind: str, stored: StoredArray, codec: str, precision: Precision) 
     ).metadata
 
 
-def padding(array: str, precision: Precision) -> float | int:
-    """What an array has where there are no values.
+def padding(kind: str, precision: Precision) -> float | int:
+    """What arrays have where there are no values, or no chunk (yet).
 
-    Of a chunk that is not stored (yet) that is read: NaN, which nobody takes for activations.
+    NaN, which nobody takes for activations; 0 where the precision has none.
     """
-    if array.partition("/")[0] != "activations":
+    if kind != "activations":
         return float("nan")
     return {"uint8": 0, "bfloat16": 0x7FC0, "float8_e4m3": 0x7F}.get(precision.name, float("nan"))

@@ -8,7 +8,6 @@ in the journal is whole, and a cache that is sealed has all its blocks.
 
 from __future__ import annotations
 
-import math
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -103,7 +102,7 @@ def stage_block(
                 own = folder / part.array
                 own.mkdir(parents=True)
                 with operation("write", own):
-                    _write_part(folder, manifest, part, arrays[name])
+                    _write_part(folder, manifest, name, part, arrays[name])
             if error is not None:
                 with operation("write", folder / "error.npy"):
                     error.save(folder / "error.npy")
@@ -117,15 +116,25 @@ def stage_block(
     return StagedBlock(block, folder, tuple(files), sha256)
 
 
-def _write_part(folder: Path, manifest: Manifest, part: BlockPart, values: NDArray[Any]) -> None:
+def _write_part(
+    folder: Path, manifest: Manifest, kind: str, part: BlockPart, values: NDArray[Any]
+) -> None:
     """Write the chunk files that hold a block's values in one array."""
     layout = manifest.layout
     array = layout.arrays[part.array]
-    for file, inside, own in zip(part.files, part.inside, part.values, strict=True):
-        chunk = values[own]
-        if chunk.size < math.prod(array.chunks):
-            chunk = np.full(array.chunks, padding(part.array, manifest.precision), array.dtype)
-            chunk[inside] = values[own]
+    nothing = np.asarray(padding(kind, manifest.precision), array.dtype)
+    for file, inside, of_file in zip(part.files, part.inside, part.values, strict=True):
+        own, chunk = values[of_file], np.broadcast_to(nothing, array.chunks)
+        room = chunk[inside].shape
+        if own.dtype != chunk.dtype or own.shape != room:
+            raise ValueError(
+                f"{part.array} takes {chunk.dtype} {room} here, got {own.dtype} {own.shape}"
+            )
+        if own.size == chunk.size:
+            chunk = own
+        else:
+            chunk = chunk.copy()
+            chunk[inside] = own
         write_frame(folder / file, chunk, layout.codec)
 
 

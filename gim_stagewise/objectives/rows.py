@@ -1,4 +1,4 @@
-"""Products with rows that are given by number, without a copy of these rows."""
+"""Products with rows that are given by number, read where they lie."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
-# Bytes of sums that are made at once, and the fewest channels of them.
+# Bytes of sums and values that are made at once, and the fewest channels of them.
 SUMMED_BYTES, SUMMED_CHANNELS = 16_000_000, 16
 
 
@@ -34,12 +34,13 @@ def add_weighted_rows(
     weights: Float[Tensor, " entry"],
 ) -> None:
     """``sums.index_add_(0, sum_rows, weights[:, None] * values[value_rows])``."""
+    # Fewer terms than sums: most rows would be added nothing, and are better not looked at.
     few = len(sum_rows) < len(sums)
     if not few:
         sum_rows, order = sum_rows.sort(stable=True)
         value_rows, weights = value_rows[order], weights[order]
         starts = torch.searchsorted(sum_rows, torch.arange(len(sums), device=sum_rows.device))
-    rows = max(1, min(len(sums), len(sum_rows)))
+    rows = max(1, len(values), len(sum_rows) if few else len(sums))
     width = max(SUMMED_CHANNELS, SUMMED_BYTES // (rows * sums.element_size()))
     for first in range(0, sums.shape[1], width):
         channels = slice(first, first + width)

@@ -37,7 +37,7 @@ class Draw:
 
 
 class Scores(torch.autograd.Function):
-    """Scores of all draws; candidates are read where they lie, and never copied.
+    """Scores of all draws; candidates are read where they lie, and not copied into bags.
 
     Gradients with respect to embeddings have one buffer, whether they are contexts or candidates;
     predictions are computed again in backward rather than kept.
@@ -55,11 +55,13 @@ class Scores(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         z, weights = ctx.saved_tensors
         to_z, to_weights = torch.zeros_like(z), torch.zeros_like(weights)
+        # An embedding bag would copy what has strides itself, once for each draw.
+        candidates = targets(z, weights).contiguous()
         for draw, gradient in zip(ctx.draws, gradients, strict=True):
             to_prediction = bag_gradients(
                 gradient,
                 predictions(z, weights, draw),
-                targets(z, weights),
+                candidates,
                 draw,
                 targets(to_z, weights),
             )

@@ -67,10 +67,7 @@ class _Plan:
         self._rows: Numbers = bag.flatten()[self._entries]
 
     def of(self, part: Span, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Entries of the flattened bags whose rows are in a part, their pairs, and rows in it.
-
-        In the order of rows.
-        """
+        """Entries of the flattened bags whose rows are in a part, their pairs, and rows in it."""
         start, stop = np.searchsorted(self._rows, [part.start, part.stop])
         own = slice(int(start), int(stop))
         entries = torch.from_numpy(self._entries[own]).to(device)

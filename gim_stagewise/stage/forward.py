@@ -86,8 +86,8 @@ def _stored(spec: StepSpec, z: Tensor) -> Tensor:
 def block_bytes(inputs: int, outputs: int) -> int:
     """Bytes that one block takes on its way from the input into chunk files.
 
-    Its inputs as read and as stacked, the outputs in their stored form, and one chunk's copy while
-    it is encoded, with the encoded bytes with and without checksum.
+    Its inputs as read and as stacked, the outputs in their stored form, and one chunk while it is
+    encoded: a copy with padding, and encoded bytes before and after they are cut to their length.
 
     Parameters
     ----------

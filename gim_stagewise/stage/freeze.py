@@ -202,7 +202,7 @@ def resolve_device(name: str) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     if device.type == "cuda":
-        # Gradients of embeddings that are drawn several times are summed with index_add_, which on
+        # Gradients of embeddings that are used several times are summed with index_add_, which on
         # a GPU is repeatable only so. cuBLAS reads its variable when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -27,20 +27,21 @@ Outputs = tuple[dict[str, NDArray[np.generic]], PrecisionError | None]
 
 
 class Lanes:
-    """An executor for stateful modules, in this process."""
+    """An executor for stateful modules, in this process; a thread stages what is computed."""
 
     def run(self, job: BlockJob, source: Source, blocks: Iterable[Block]) -> Generator[StagedBlock]:
-        worker = LaneWorker(job.open(source))
+        worker = job.open(source)
+        lanes = LaneWorker(worker)
         groups: dict[int, dict[int, list[Block]]] = defaultdict(lambda: defaultdict(list))
         for block in blocks:
-            groups[block.samples.start // worker.lanes][block.tile[0]].append(block)
+            groups[block.samples.start // lanes.count][block.tile[0]].append(block)
         in_order = [own for tiles in groups.values() for _, own in sorted(tiles.items())]
         staging: deque[Future[StagedBlock]] = deque()
         executor = ThreadPoolExecutor(1, "blocks")
         try:
             for together in in_order:
                 try:
-                    outputs = worker.outputs(together)
+                    outputs = lanes.outputs(together)
                 except Exception:
                     # What was computed before it is not lost with the tile that failed.
                     for future in staging:
@@ -50,6 +51,7 @@ class Lanes:
                     yield staging.popleft().result()
                 for block, own in zip(together, outputs, strict=True):
                     staging.append(executor.submit(worker.stage, block, *own))
+                del outputs, own
             while staging:
                 yield staging.popleft().result()
         finally:
@@ -57,7 +59,7 @@ class Lanes:
 
 
 class LaneWorker:
-    """Computes the same tile of some recordings, each in its lane, and stages them.
+    """Computes the same tile of some recordings, each in its lane.
 
     Parameters
     ----------
@@ -70,23 +72,18 @@ class LaneWorker:
         assert isinstance(layout, TiledLayout)
         self._worker = worker
         self._layout = layout
-        self.lanes = worker.job.config.windows.lanes
+        self.count = worker.job.config.windows.lanes
         # Of each recording: the tile that was computed last, and the state after it.
         self._last: dict[int, tuple[int, NDArray[np.float32]]] = {}
-
-    @property
-    def stage(self) -> Callable[..., StagedBlock]:
-        """What stages a block's outputs."""
-        return self._worker.stage
 
     def outputs(self, blocks: list[Block]) -> list[Outputs]:
         """Read and compute blocks, of different lanes."""
         layout = self._layout
         inputs = [self._worker.read(block)[0] for block in blocks]
-        rows = np.zeros((self.lanes, len(inputs[0]), layout.tile[0]), np.float32)
-        states = np.zeros((self.lanes, layout.state), np.float32)
+        rows = np.zeros((self.count, len(inputs[0]), layout.tile[0]), np.float32)
+        states = np.zeros((self.count, layout.state), np.float32)
         for block, own in zip(blocks, inputs, strict=True):
-            lane = block.samples.start % self.lanes
+            lane = block.samples.start % self.count
             rows[lane, :, : own.shape[1]] = own
             states[lane] = self._state_before(block)
         config = self._worker.job.config.extract
@@ -97,7 +94,7 @@ class LaneWorker:
 
     def _of_lane(self, block: Block, z: torch.Tensor, after: torch.Tensor) -> Outputs:
         layout, manifest = self._layout, self._worker.job.manifest
-        lane, (span,) = block.samples.start % self.lanes, layout.region(block)
+        lane, (span,) = block.samples.start % self.count, layout.region(block)
         storing = Storing.of(manifest) if layout.materialized else Storing(None)
         own = z[lane : lane + 1, :, : len(span)].contiguous()
         pooled = self._worker.frozen.embeddings(own)

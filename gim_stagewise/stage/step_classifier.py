@@ -137,23 +137,30 @@ class _Fit:
         size = self._config.step_batch
         for start in range(0, len(ids), size):
             own = ids[start : start + size]
-            recordings = list(zip(own, self._walk(own), strict=True))
-            known, labels = [], []
-            for item_id, features in recordings:
+            parts: list[list[NDArray[np.float32]]] = [[] for _ in self._layers]
+            labels = []
+            for item_id, features in zip(own, self._walk(own), strict=True):
                 steps = min(len(self._labels[item_id]), *(len(part) for part in features))
-                known.append(np.flatnonzero(self._labels[item_id][:steps] != NO_LABEL))
-                labels.append(self._labels[item_id][known[-1]])
-            standardised = []
-            for number, (mean, std) in enumerate(self._scalings):
-                rows = np.empty((sum(map(len, known)), len(mean)), np.float32)
-                first = 0
-                for (_, features), chosen in zip(recordings, known, strict=True):
-                    features[number].take(chosen, 0, rows[first : first + len(chosen)], "clip")
-                    first += len(chosen)
-                rows -= mean
-                rows /= std
-                standardised.append(torch.from_numpy(rows))
-            yield standardised, torch.from_numpy(np.concatenate(labels).astype(np.int64))
+                known = self._labels[item_id][:steps] != NO_LABEL
+                labels.append(self._labels[item_id][:steps][known])
+                for kept, part in zip(parts, features, strict=True):
+                    kept.append(part[:steps] if known.all() else part[:steps][known])
+            yield (
+                [
+                    torch.from_numpy(_standardised(np.concatenate(kept), *scaling))
+                    for kept, scaling in zip(parts, self._scalings, strict=True)
+                ],
+                torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+            )
+
+
+def _standardised(
+    features: NDArray[np.float32], mean: NDArray[np.float32], std: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Features of zero mean and unit deviation, in the same memory."""
+    features -= mean
+    features /= std
+    return features
 
 
 @dataclass
