@@ -128,12 +128,13 @@ def figure_3(work: Reproduction) -> Path:
     GimStageError
         If one of the two cannot be trained.
     """
-    colours = {"simultaneous": "tab:blue", "iterative": "tab:red"}
-    work.check([*colours])
+    # Of module 1 both are the same: the wider line can be seen below the other.
+    lines = {"simultaneous": ("skyblue", 3.0), "iterative": ("tab:red", 1.5)}
+    work.check([*lines])
     count = len(work.pipeline("iterative").config.module)
     figure = matplotlib_figure(4 * count, 3.8)
     panels = figure.subplots(1, count, squeeze=False)[0]
-    for mode, colour in colours.items():
+    for mode, (colour, width) in lines.items():
         for result in work.runs(mode):  # one, or none if it does not fit in memory
             for panel, stage in zip(panels, result.stages, strict=True):
                 epochs = _epochs(result, stage.module)
@@ -143,6 +144,7 @@ def figure_3(work: Reproduction) -> Path:
                         [line[name] for line in epochs],
                         style,
                         color=colour,
+                        linewidth=width,
                         label=f"{mode}, {name.removesuffix('_loss')}",
                     )
     for number, panel in enumerate(panels, start=1):
