@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,23 @@ def test_blocks_have_every_place_of_every_array_once(
             files += part.files
     assert all((count == 1).all() for count in seen.values())
     assert len(files) == len(set(files))
+
+
+@pytest.mark.parametrize("change", [lambda own: own[:, :-1], lambda own: own.astype(np.float64)])
+def test_a_block_of_another_form_is_refused(
+    change: Callable[[NDArray[Any]], NDArray[Any]], tmp_path: Path
+) -> None:
+    layout = LAYOUTS["sequences"]
+    writer = CacheWriter(tmp_path / "m1.zarr", make_manifest(layout), Items())  # type: ignore[arg-type]
+    block, values = writer.pending[0], values_of(layout)
+    arrays = {
+        kind: values[part.array][place_of(layout, part)]
+        for kind, part in layout.parts(block).items()
+    }
+    arrays["activations"] = change(arrays["activations"])
+    with pytest.raises(ValueError, match="takes float32"):
+        stage_block(writer.path, writer.staging, writer.manifest, block, arrays)
+    assert not list(writer.staging.glob("block-*"))
 
 
 def test_a_build_goes_on_where_it_stopped(tmp_path: Path) -> None:

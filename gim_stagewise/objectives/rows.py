@@ -7,7 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
-# Bytes of sums and values that are made at once, and the fewest channels of them.
+# Bytes of terms, or of sums and values, that are held at once, and the fewest channels of them.
 SUMMED_BYTES, SUMMED_CHANNELS = 16_000_000, 16
 
 
@@ -40,8 +40,8 @@ def add_weighted_rows(
         sum_rows, order = sum_rows.sort(stable=True)
         value_rows, weights = value_rows[order], weights[order]
         starts = torch.searchsorted(sum_rows, torch.arange(len(sums), device=sum_rows.device))
-    rows = max(1, len(values), len(sum_rows) if few else len(sums))
-    width = max(SUMMED_CHANNELS, SUMMED_BYTES // (rows * sums.element_size()))
+    rows = len(sum_rows) if few else max(len(sums), len(values))
+    width = max(SUMMED_CHANNELS, SUMMED_BYTES // (max(rows, 1) * sums.element_size()))
     for first in range(0, sums.shape[1], width):
         channels = slice(first, first + width)
         own = values[:, channels]

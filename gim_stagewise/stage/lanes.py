@@ -37,6 +37,11 @@ class Lanes:
             groups[block.samples.start // lanes.count][block.tile[0]].append(block)
         in_order = [own for tiles in groups.values() for _, own in sorted(tiles.items())]
         staging: deque[Future[StagedBlock]] = deque()
+
+        def staged() -> Generator[StagedBlock]:
+            while staging:
+                yield staging.popleft().result()
+
         executor = ThreadPoolExecutor(1, "blocks")
         try:
             for together in in_order:
@@ -44,16 +49,13 @@ class Lanes:
                     outputs = lanes.outputs(together)
                 except Exception:
                     # What was computed before it is not lost with the tile that failed.
-                    for future in staging:
-                        yield future.result()
+                    yield from staged()
                     raise
-                while staging:
-                    yield staging.popleft().result()
+                yield from staged()
                 for block, own in zip(together, outputs, strict=True):
                     staging.append(executor.submit(worker.stage, block, *own))
                 del outputs, own
-            while staging:
-                yield staging.popleft().result()
+            yield from staged()
         finally:
             executor.shutdown(cancel_futures=True)
 
