@@ -135,7 +135,7 @@ def figure_3(work: Reproduction) -> Path:
     figure = matplotlib_figure(4 * count, 3.8)
     panels = figure.subplots(1, count, squeeze=False)[0]
     for mode, (colour, width) in lines.items():
-        for result in work.runs(mode):  # one, or none if it does not fit in memory
+        for result in work.runs(mode):  # none if it does not fit in memory
             for panel, stage in zip(panels, result.stages, strict=True):
                 epochs = _epochs(result, stage.module)
                 for name, style in (("train_loss", "-"), ("validation_loss", "--")):
@@ -145,6 +145,7 @@ def figure_3(work: Reproduction) -> Path:
                         style,
                         color=colour,
                         linewidth=width,
+                        marker="." if len(epochs) == 1 else "",
                         label=f"{mode}, {name.removesuffix('_loss')}",
                     )
     for number, panel in enumerate(panels, start=1):
@@ -153,7 +154,10 @@ def figure_3(work: Reproduction) -> Path:
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("InfoNCE loss (nats)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    handles, labels = panels[0].get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))  # whatever the number of seeds
+    columns = 4 if count > 2 else 2
+    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=columns)
     return save_figure(work, figure, "figure3.png")
 
 
