@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torchvision import datasets
 from warm import gim_stage
 
 from gim_stagewise.config import SourceConfig, load_pipeline
-from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
+from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError, StorageError
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.sources import Request, Source, open_source
 from gim_stagewise.sources.base import Split
@@ -97,6 +98,18 @@ def test_a_download_that_fails_is_said(root: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(datasets.STL10, "download", offline)
     (root / "stl10_binary" / "train_y.bin").unlink()
     with pytest.raises(DataNotFoundError, match=r"could not be fetched into .*no route"):
+        open_source(SourceConfig(kind="stl10", root=str(root), download=True))
+
+
+def test_a_disk_that_is_full_is_no_missing_file(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets.STL10, "download", full)
+    (root / "stl10_binary" / "train_y.bin").unlink()
+    with pytest.raises(StorageError, match=r"fetching STL-10 into .*no space left"):
         open_source(SourceConfig(kind="stl10", root=str(root), download=True))
 
 

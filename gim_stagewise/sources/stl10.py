@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gim_stagewise.config import SourceConfig
-from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
+from gim_stagewise.durable import storage_errors
+from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError, StorageError
 from gim_stagewise.sources.arrays import ArrayFile
 from gim_stagewise.sources.base import Split
 from gim_stagewise.sources.parts import PartsSource, array_digest
@@ -36,6 +37,8 @@ def open_stl10(config: SourceConfig) -> PartsSource:
         If settings are given that have no meaning here.
     DataNotFoundError
         If files are missing, or the download failed.
+    StorageError
+        If there is no room for it.
     DataError
         If one is not as large as it should be.
     """
@@ -67,7 +70,10 @@ def _download(root: Path) -> None:
     from torchvision.datasets import STL10
 
     try:
-        STL10(str(root), split="test", download=True)
+        with storage_errors(f"fetching STL-10 into {root.absolute()}"):
+            STL10(str(root), split="test", download=True)
+    except StorageError:
+        raise
     except (RuntimeError, OSError, URLError) as error:
         raise DataNotFoundError(
             f"STL-10 could not be fetched into {root.absolute()} ({' '.join(str(error).split())})"
