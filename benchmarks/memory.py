@@ -44,7 +44,7 @@ from gim_stagewise.stage.optimize import make_optimizer
 from gim_stagewise.stage.project import StepMemory, count_step, project_step
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.spec import StepSpec
-from gim_stagewise.stage.step import MicroBatches, accumulate_gradients
+from gim_stagewise.stage.step import Corruption, MicroBatches, accumulate_gradients
 from gim_stagewise.windows import Span
 
 T = TypeVar("T")
@@ -139,13 +139,14 @@ def run_steps(spec: StepSpec, *, steps: int) -> tuple[int, float]:
         module, objective = spec.parts()
         module, objective = module.to(device).train(), objective.to(device)
         optimizer = make_optimizer(module, objective, spec.trains)
+        corruptions = [Corruption.of(train) for train in spec.trains]
         for step in range(steps):
             started = time.monotonic()
             accumulate_gradients(
                 module,
                 objective,
                 RandomPatches(spec.shape, spec.cell),
-                MicroBatches(spec.micro_batch, lambda n: n, device),
+                MicroBatches(spec.micro_batch, lambda n: n, device, corruptions),
                 generator=torch.Generator().manual_seed(step),
             )
             optimizer.step()

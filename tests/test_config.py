@@ -440,6 +440,14 @@ def test_modules_on_cached_inputs_are_kept_from_overfitting() -> None:
     assert corruption(text + "train = { dropout = 0.0, noise = 0.0 }\n", 2) == (0, 0)
 
 
+def test_modules_trained_in_one_step_can_each_be_corrupted_in_their_own_way() -> None:
+    text = BASE + module(2).rstrip() + "\ntrain.dropout = 0.3\n"
+    assert corruption(text, 2) == (0.3, ON_CACHED_INPUTS["noise"])
+    together = f'mode = "simultaneous"\n{text}'
+    assert corruption(together, 1) == (0, 0)
+    assert corruption(together, 2) == (0.3, 0)
+
+
 def test_windows_and_sequences_are_not_corrupted() -> None:
     """They are placed anew in every epoch."""
     for name in ("large_image", "long_audio"):

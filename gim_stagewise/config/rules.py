@@ -24,7 +24,7 @@ def check_together(config: PipelineConfig) -> None:
 
 
 # What may differ between modules that are trained in one step.
-_OWN = {"lr", "update_every", "window"}
+_OWN = {"lr", "update_every", "window", "dropout", "noise"}
 
 
 def _check_mode(config: PipelineConfig) -> None:

@@ -47,17 +47,20 @@ Corrupt = Callable[[Tensor], Tensor]
 
 
 def embed(
-    module: nn.Module, x: Float[Tensor, "row channel *space"], corrupt: Corrupt | None = None
+    module: nn.Module,
+    x: Float[Tensor, "row channel *space"],
+    corrupt: Sequence[Corrupt | None] = (),
 ) -> Tensor:
     """What the objective sees of a module: embeddings, and after their channels the targets'.
 
     Targets are there where they are not the embeddings themselves (``predicts = "input"``), without
-    a gradient. Of a `Stack` it is what all its objectives see. ``corrupt`` is applied to
-    the input of each module, but not to targets.
+    a gradient. Of a `Stack` it is what all its objectives see. ``corrupt`` is what is
+    done to the input of each module, but not to targets; nothing if it is empty.
     """
     if isinstance(module, Stack):
         return module.embed(x, corrupt)
-    return _embeddings(module, x.detach(), module(_corrupted(module, x, corrupt)))
+    (own,) = corrupt or (None,)
+    return _embeddings(module, x.detach(), module(_corrupted(module, x, own)))
 
 
 def _corrupted(module: nn.Module, x: Tensor, corrupt: Corrupt | None) -> Tensor:
@@ -113,14 +116,15 @@ class Stack(nn.Module):
         return x
 
     def embed(
-        self, x: Float[Tensor, "row channel *space"], corrupt: Corrupt | None = None
+        self, x: Float[Tensor, "row channel *space"], corrupt: Sequence[Corrupt | None] = ()
     ) -> Float[Tensor, "row feature"]:
         """What the objectives of all observed modules see, each flattened, bottom first."""
         seen = []
-        for number, part in enumerate(self.parts):
+        each = corrupt or [None] * len(self.parts)
+        for number, (part, own) in enumerate(zip(self.parts, each, strict=True)):
             if self.isolated:
                 x = x.detach()
-            z = part(_corrupted(part, x, corrupt))
+            z = part(_corrupted(part, x, own))
             if number in self.observed:
                 seen.append(_embeddings(part, x, z).flatten(1))
             x = z

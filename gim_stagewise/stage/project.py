@@ -204,7 +204,10 @@ def _step(
     few: bool,
 ) -> None:
     micro_batches = MicroBatches(
-        spec.micro_batch, lambda number: number, device, Corruption.of(spec.train)
+        spec.micro_batch,
+        lambda number: number,
+        device,
+        [Corruption.of(train) for train in spec.trains],
     )
     count = len(micro_batches.of(batch))
     # No micro-batch is larger than the first, and gradients are there from the second on.

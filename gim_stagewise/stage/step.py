@@ -95,21 +95,21 @@ class MicroBatches:
     seed : callable
         Seed of what is drawn, by number of the micro-batch: both passes draw the same.
     device : torch.device
-    corruption : Corruption
-        What is done to inputs in training.
+    corruptions : sequence of Corruption
+        What is done to the inputs of each module in training; nothing if it is empty.
     """
 
     size: int
     seed: ForwardSeed
     device: torch.device
-    corruption: Corruption = Corruption()
+    corruptions: Sequence[Corruption] = ()
 
     def embed(self, module: nn.Module, batch: Batch, number: int) -> Tensor:
         """What the objective sees of one micro-batch (see `gim_stagewise.models.embed`)."""
         release_freed()
         rows = self.of(batch)[number]
         with seeded(self.seed(number), self.device):
-            corrupt = self.corruption if module.training and self.corruption else None
+            corrupt = [own or None for own in self.corruptions] if module.training else []
             return embed(module, batch.read(rows, self.device), corrupt)
 
     def of(self, batch: Batch) -> list[Span]:

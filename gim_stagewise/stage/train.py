@@ -210,7 +210,7 @@ class _Trainer:
             job.micro_batch,
             lambda index: derive_seed(job.seed, purpose, job.stage, number, index),
             job.device,
-            Corruption.of(job.config),
+            [Corruption.of(train) for train in job.trains],
         )
 
     def _end_epoch(self, task: Task) -> None:
