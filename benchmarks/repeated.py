@@ -22,6 +22,8 @@ from scipy import stats
 from gim_stagewise.processes import usable_cores
 
 Run = dict[str, Any]
+# What is kept of the conditions of each run, besides its device.
+_KEPT = ("date", "python", "torch", "zarr")
 
 
 def one_thread() -> None:
@@ -48,7 +50,8 @@ def make(
     ``measure`` gets what is wanted, a folder of its own, and ``device``; what it gives begins with
     what is wanted. Several runs share a GPU.
     """
-    name = device_name(device)
+    about = {"device": device_name(device)}
+    about |= {name: value for name, value in conditions().items() if name in _KEPT}
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         ProcessPoolExecutor(
@@ -62,7 +65,7 @@ def make(
             tasks.append(pool.submit(partial(measure, device=device), *one, own))
         try:
             for task in as_completed(tasks):
-                run = task.result() | {"device": name}
+                run = task.result() | about
                 with file.open("a") as target:
                     target.write(json.dumps(run) + "\n")
                 print(list(run.values())[:4], file=sys.stderr)
@@ -101,15 +104,13 @@ def interval(differences: list[float], digits: int) -> str:
 
 def show(given: argparse.Namespace, runs: list[Run], text: str, target: Path) -> None:
     """Print the result, and write its table unless it is a quick one."""
-    devices = Counter(run.get("device", "cpu") for run in runs)
+    here = conditions()
+    devices = Counter(run.get("device", device_name("cpu")) for run in runs)
     made = ", ".join(f"{count} on {name}" for name, count in devices.most_common())
-    # Machines are those of the runs, which need not be this one.
-    about = {
-        name: value
-        for name, value in conditions().items()
-        if name not in ("processor", "cores", "GPU")
-    }
-    about |= {"runs": made}
+    # Those of the runs, of which many were made elsewhere, or earlier.
+    about = {"runs": made}
+    for name in _KEPT:
+        about[name] = " and ".join(sorted({run.get(name, here[name]) for run in runs}))
     text += "\nConditions: " + "; ".join(f"{name} {value}" for name, value in about.items()) + ".\n"
     if not given.quick:
         target.write_text(text)
