@@ -1,6 +1,6 @@
 """What a cache weighs in each precision, and what its rounding does to the next stages.
 
-    python benchmarks/precision.py           # about 15 minutes, writes results/precision.md
+    python benchmarks/precision.py           # about an hour, writes results/precision.md
     python benchmarks/precision.py --quick   # under a minute, smaller networks; writes nothing
     python benchmarks/precision.py --json    # one JSON object on stdout
 
@@ -32,7 +32,7 @@ from digits import without_test_images
 from numcodecs import blosc
 from numpy.typing import NDArray
 from photos import write_crops
-from repeated import one_thread
+from repeated import interval, one_thread, paired
 from torch import Tensor
 
 from gim_stagewise.cache import Cache, Precision
@@ -41,6 +41,8 @@ from gim_stagewise.sources import Request
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMS = ("float32", "float16", "bfloat16", "bitround-7", "uint8", "float8_e4m3")
+# What is stored are values of float32.
+PLAIN = ("float32", "bitround-7")
 # Compressor, level and shuffle; named as Blosc does.
 CODECS: dict[str, tuple[bytes, int, int] | None] = {
     "none": None,
@@ -51,7 +53,7 @@ CODECS: dict[str, tuple[bytes, int, int] | None] = {
     "zstd-1, shuffle": (b"zstd", 1, blosc.SHUFFLE),
     "zstd-1, bitshuffle": (b"zstd", 1, blosc.BITSHUFFLE),
 }
-SEEDS = range(20, 23)
+SEEDS = range(20, 25)
 RESNET = """
 name = "crops"
 [source]
@@ -126,11 +128,19 @@ def weigh(module: int, values: NDArray[np.float32]) -> list[dict[str, Any]]:
                     "sample_bytes": size / len(values),
                     "against_float32": values.nbytes / size,
                     "error": 0.0 if error is None else error.relative,
-                    "encode": values.nbytes / (encode_seconds + compress),
-                    "decode": values.nbytes / (decode_seconds + decompress),
+                    "encode": rate(values, stored is rows, encode_seconds, compress),
+                    "decode": rate(values, name in PLAIN, decode_seconds, decompress),
                 }
             )
     return found
+
+
+def rate(
+    values: NDArray[np.float32], unchanged: bool, seconds: float, codec_seconds: float
+) -> float | None:
+    """Bytes a second of a conversion and its codec; none where there is nothing to do."""
+    seconds = (0.0 if unchanged else seconds) + codec_seconds
+    return values.nbytes / seconds if seconds else None
 
 
 def compressed(stored: Tensor, settings: tuple[bytes, int, int]) -> tuple[int, float, float]:
@@ -186,19 +196,18 @@ def learning(folder: Path, *, quick: bool) -> list[dict[str, Any]]:
     with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=one_thread) as pool:
         names, numbers = zip(*jobs, strict=True)
         runs = list(pool.map(learn, repeat(text), names, numbers, repeat(folder)))
-    plain = {run["seed"]: run for run in runs if run["precision"] == "float32"}
+    plain = [run for run in runs if run["precision"] == "float32"]
     rows = []
     for name in forms:
         own = [run for run in runs if run["precision"] == name]
+        pairs = paired(own, plain)
         rows.append(
             {
                 "precision": name,
                 "seeds": len(own),
                 **{
                     key: [
-                        statistics.mean(
-                            run[key][module] - plain[run["seed"]][key][module] for run in own
-                        )
+                        [run[key][module] - other[key][module] for run, other in pairs]
                         for module in range(3)
                     ]
                     for key in ("loss", "accuracy")
@@ -214,6 +223,11 @@ def learning(folder: Path, *, quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def shown(rate: float | None) -> str:
+    """GB a second."""
+    return "" if rate is None else f"{rate / 1e9:.2f}"
+
+
 def markdown(result: dict[str, Any], about: dict[str, str]) -> str:
     """Both tables, with their conditions."""
     lines = [
@@ -224,7 +238,8 @@ def markdown(result: dict[str, Any], about: dict[str, str]) -> str:
         "Outputs of the paper's ResNet-50 modules (7×7 patches of 16×16) after a short training on "
         "crops of photographs, after the ReLU that the next module begins with; chunks of about "
         "4 MB. Encode and decode: GB of float32 values a second on one core, rounding and codec "
-        "together, without reading or writing. Error: relative L2.",
+        "together, without reading or writing, empty where there is nothing to do. Error: "
+        "relative L2.",
         "",
         "| module | precision | codec | MB a sample | smaller than float32 | error | encode | "
         "decode |",
@@ -233,7 +248,7 @@ def markdown(result: dict[str, Any], about: dict[str, str]) -> str:
     lines += [
         f"| {row['module']} | {row['precision']} | {row['codec']} | "
         f"{row['sample_bytes'] / 1e6:.2f} | {row['against_float32']:.1f}× | {row['error']:.1e} | "
-        f"{row['encode'] / 1e9:.2f} | {row['decode'] / 1e9:.2f} |"
+        f"{shown(row['encode'])} | {shown(row['decode'])} |"
         for row in result["bytes"]
     ]
     lines += [
@@ -242,9 +257,9 @@ def markdown(result: dict[str, Any], about: dict[str, str]) -> str:
         "",
         "The digits pipeline without its test images (the end of the training images stands in for "
         f"them), {result['learning'][0]['seeds']} seeds, difference to float32 with the same seed, "
-        "mean. Loss: on held-out samples. Accuracy: of the linear probe, in points. Module 1 reads "
-        "images and is the same in all rows. Smaller: activations of modules 1 / 2 / 3 on disk "
-        "against float32 values, the codec the default.",
+        "mean ± half of a 95 % interval (Student's t). Loss: on held-out samples. Accuracy: of the "
+        "linear probe, in points. Module 1 reads images and is the same in all rows. Smaller: "
+        "activations of modules 1 / 2 / 3 on disk against float32 values, the codec the default.",
         "",
         "| precision | loss of module 2 | of module 3 | accuracy of module 2 | of module 3 | "
         "error | smaller |",
@@ -254,8 +269,9 @@ def markdown(result: dict[str, Any], about: dict[str, str]) -> str:
         error = " / ".join(f"{e:.1e}" for e in row["error"])
         smaller = " / ".join(f"{r:.1f}" for r in row["against_float32"])
         lines.append(
-            f"| {row['precision']} | {row['loss'][1]:+.4f} | {row['loss'][2]:+.4f} | "
-            f"{row['accuracy'][1]:+.1f} | {row['accuracy'][2]:+.1f} | {error} | {smaller} |"
+            f"| {row['precision']} | {interval(row['loss'][1], 4)} | "
+            f"{interval(row['loss'][2], 4)} | {interval(row['accuracy'][1], 1)} | "
+            f"{interval(row['accuracy'][2], 1)} | {error} | {smaller} |"
         )
     lines += ["", "Conditions: " + "; ".join(f"{k} {v}" for k, v in about.items()) + ".", ""]
     return "\n".join(lines)
