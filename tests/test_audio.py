@@ -357,6 +357,20 @@ def test_steps_without_a_label_are_left_out() -> None:
     assert found.test > 0.97
 
 
+@pytest.mark.parametrize("step", [0, 1, 47, 99])
+def test_mfcc_of_a_step_are_of_its_middle(tmp_path: Path, step: int) -> None:
+    samples = np.random.default_rng(0).normal(0, 1e-4, 16_000)
+    samples[step * 160 + 80] = 0.5  # in the middle of its 160 samples
+    (tmp_path / "speaker").mkdir()
+    soundfile.write(tmp_path / "speaker" / "a.flac", samples, 16_000)
+    source = open_source(SourceConfig(kind="speech", root=str(tmp_path)))
+    ((features,),) = mfcc_walk(source, 16_000)(list(source.ids))
+    assert len(features) == 100
+    assert features[:, 0].argmax() == step
+    if 0 < step < 99:
+        assert features[step - 1, 0] == pytest.approx(features[step + 1, 0], rel=1e-2)
+
+
 def test_a_recording_shorter_than_a_frame_has_mfcc(tmp_path: Path) -> None:
     (tmp_path / "speaker").mkdir()
     soundfile.write(tmp_path / "speaker" / "a.flac", np.full(60, 0.1), 16_000)
@@ -653,6 +667,22 @@ def test_one_speakers_phones_are_probed(alone: Path) -> None:
     by_labels = {own["labels"]: own for own in probes}
     assert by_labels["phone"]["accuracies"][0] is not None
     assert by_labels["speaker"]["accuracies"] == [None] * 3
+
+
+def test_speakers_of_test_that_training_has_none_of_are_not_probed(speech: Path) -> None:
+    corpus = speech.parent / "corpus"
+    for split, speakers in (("train", (0, 1)), ("test", (2,))):
+        names = [own.stem for n in speakers for own in sorted((corpus / str(n)).rglob("*.flac"))]
+        (corpus / f"{split}.txt").write_text("\n".join(names) + "\n")
+    lists = "".join(f'splits.{own} = {{ list = "{own}.txt" }}\n' for own in ("train", "test"))
+    edit(speech, ", test = 0.34 }", f" }}\n{lists}")
+    edit(speech, "zones = 2", "zones = 1")
+    done = gim_stage("run", speech, "--dir", speech.parent / "run")
+    assert done.returncode == 0, done.stderr
+    assert "no test sample has a 'speaker' that" in " ".join(done.stderr.split())
+    phones, speakers = json.loads((speech.parent / "run" / "run.json").read_text())["probes"][::-1]
+    assert speakers["accuracies"] == [None] * 3
+    assert None not in phones["accuracies"]
 
 
 @pytest.mark.parametrize("command", [["run", "--mode", "supervised"], ["reproduce", "figure4"]])

@@ -195,6 +195,29 @@ def test_the_digest_is_of_the_data(tmp_path: Path) -> None:
     assert source(tmp_path / "one", digest="sampled").content_digest() != digests[0]
 
 
+def test_a_sampled_digest_looks_into_some_of_many_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short recordings by the thousand take long to read; what can be seen from outside counts."""
+    monkeypatch.setattr("gim_stagewise.sources.large.SAMPLED_FILES", 3)
+    for number in range(9):
+        np.save(tmp_path / f"{number}.npy", np.full((8, 8), number, np.uint8))
+
+    def found(digest: str) -> str:
+        content: str = source(tmp_path, digest=digest).content_digest()
+        return content
+
+    sampled, full = found("sampled"), found("full")
+    np.save(tmp_path / "1.npy", np.zeros((8, 8), np.uint8))  # not among the first, middle and last
+    assert found("sampled") == sampled
+    assert found("full") != full
+    np.save(tmp_path / "1.npy", np.zeros((8, 9), np.uint8))
+    assert found("sampled") != sampled
+    np.save(tmp_path / "1.npy", np.zeros((8, 8), np.uint8))
+    np.save(tmp_path / "4.npy", np.zeros((8, 8), np.uint8))
+    assert found("sampled") != sampled
+
+
 def broken(folder: Path, how: str) -> tuple[str, str]:
     """A folder of two files of which one is broken; returns its name, and what is said of it."""
     tifffile.imwrite(folder / "good.tif", image(1)[0], tile=(16, 32), compression="zlib")

@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torchaudio import functional as reference
 from torchaudio.datasets import LIBRISPEECH
+from warm import gim_stage
 
 from gim_stagewise.config import AugmentConfig, SourceConfig
 from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
 from gim_stagewise.labels import NO_LABEL
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.progress import Silent
+from gim_stagewise.report.record import run_record
 from gim_stagewise.sources import RegionSource, Request, StepLabelled, Subset, open_source
 from gim_stagewise.sources.audio import Recording
 from gim_stagewise.sources.corpus import Corpus
@@ -341,8 +343,24 @@ def test_a_class_beyond_all_is_named(root: Path) -> None:
     file = root / "labels" / "phones.txt"
     file.write_text(file.read_text().replace("84-121-0000 ", "84-121-0000 99999 ", 1))
     source = opened(root, splits=LISTS, phones="labels/phones.txt")
-    with pytest.raises(DataError, match="line 1: 99999 is no class"):
+    with pytest.raises(DataError, match="line 1: 99999 is no class; there are 32768"):
         source.step_labels("train/84-121-0000")
+
+
+def test_classes_can_be_bounded(root: Path) -> None:
+    known = opened(root, splits=LISTS, phones="labels/phones.txt")
+    most = max(int(known.step_labels(item_id).max()) for item_id in known.ids)
+    opened(root, splits=LISTS, phones="labels/phones.txt", phone_classes=most + 1).content_digest()
+    few = opened(root, splits=LISTS, phones="labels/phones.txt", phone_classes=most)
+    with pytest.raises(DataError, match=f": {most} is no class; there are {most}, counted"):
+        few.content_digest()
+
+
+def test_what_cannot_be_read_in_parts_is_refused(root: Path) -> None:
+    lost = root / "recordings" / "84" / "121" / "84-121-0007.ogg"
+    soundfile.write(lost, np.zeros(16_000), 16_000)
+    with pytest.raises(DataError, match=r"84-121-0007\.ogg is compressed with loss.*FLAC"):
+        opened(root, splits=LISTS)
 
 
 def test_phones_that_were_changed_meanwhile_are_not_mixed_up(root: Path) -> None:
@@ -663,8 +681,20 @@ def test_a_pipeline_runs_on_it_and_says_what_was_resampled(root: Path, tmp_path:
         pipeline_file(root, "speech", more), folder=tmp_path / "out", device="cpu", progress=notes
     )
     assert len(pipeline.check()) == 1
-    pipeline.run()
-    assert any("1 recording was resampled to 16000 Hz" in note for note in notes.notes)
+    result = pipeline.run()
+    said = "1 recording was resampled to 16000 Hz"
+    assert any(said in note for note in notes.notes)
+    assert said in run_record(result)["notices"][0]
+
+
+@pytest.mark.parametrize("command", [["plan"], ["train", "--module", "1", "--pipeline"]])
+def test_every_command_that_reads_says_what_is_resampled(root: Path, command: list[str]) -> None:
+    write(root / "recordings" / place("84-121-0000"), 11025, rate=22050)
+    more = 'options = { recordings = "recordings", phones = "labels/phones.txt" }'
+    file = pipeline_file(root, "speech", more)
+    done = gim_stage(*command, file, "--dir", root / "out")
+    assert done.returncode == 0, done.stderr
+    assert "1 recording was resampled to 16000 Hz" in done.stderr
 
 
 def test_patches_are_refused(root: Path) -> None:

@@ -118,6 +118,8 @@ def plan(
     with options.naming(pipeline_file):
         sizes = options.Sizes(allowed_mem, allowed_host_mem, allowed_disk)
         pipeline = options.limited(pipeline, sizes, lambda: smallest_budget(pipeline))
+        for notice in pipeline.notices:  # a plan itself lists what is left out
+            progress.note(notice)
         if not pipeline.config.iterative:
             joint = plan_joint(pipeline)
             parts = joint_plan_report(joint)
@@ -207,6 +209,8 @@ def train(
         sizes = options.Sizes(allowed_mem, allowed_host_mem)
         needs = pipeline.stage(index, input_path).needs
         pipeline = options.limited(pipeline, sizes, lambda: smallest_training(needs))
+        if index == 1:
+            pipeline.note_data()
         weights, trained = pipeline.stage(index, input_path).train(force=force)
     path = pipeline.workspace.weights_path(index)
     record = weights.record
@@ -281,6 +285,8 @@ def extract(
             options.Sizes(None, allowed_host_mem),
         )
         pipeline = options.limited(pipeline, sizes, lambda: smallest_training(needs))
+        if index == 1:
+            pipeline.note_data()
         stage = pipeline.stage(index, input_path)
         manifest, extracted = stage.extract(stage.load_weights(), force=force, workers=workers)
     path = pipeline.workspace.cache_path(index)

@@ -184,6 +184,13 @@ class Pipeline:
         """What is to be said of how the dataset is read, such as recordings that are resampled."""
         return tuple(getattr(self.source, "notices", ()))
 
+    def note_data(self) -> None:
+        """Tell whoever watches of `notices`, and what was left out of the dataset."""
+        for notice in self.notices:
+            self.workspace.progress.note(notice)
+        for why in self.skipped.values():
+            self.workspace.progress.note(f"left out: {why}")
+
     def stage(self, index: int, input_path: str | Path | None = None) -> Stage:
         """Stage ``index`` on the dataset, or on the cache of the module below.
 

@@ -28,7 +28,10 @@ class StageResult:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What became of a run; ``skipped`` says why items of the dataset were left out, by id.
+    """What became of a run.
+
+    ``skipped`` says why items of the dataset were left out, by id, and ``notices`` how it was read,
+    such as recordings that were resampled.
 
     ``probes`` has the accuracies of all modules for each kind of labels that the dataset has; none
     where it has no labels.
@@ -41,6 +44,7 @@ class RunResult:
     probes: list[ProbeScores]
     seconds: float
     skipped: dict[str, str] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
     def scores(self, labels: str | None = None) -> ProbeScores | None:
         """Accuracies for labels of that name, by default the first; None if there are none."""

@@ -100,7 +100,7 @@ def _run_stages(pipeline: Pipeline, start: int | None, last: int, workers: Worke
     """Stage by stage, through caches."""
     space = pipeline.workspace
     shapes, caches = check_stages(pipeline, start=start, last=last, workers=workers)
-    _say_what_was_done_with_data(pipeline)
+    pipeline.note_data()
     with exclusive(space.folder):
         if start is not None:
             pipeline.stage(start).outputs.require_input()  # what the first forgotten module needs
@@ -190,7 +190,7 @@ def _run_joint(pipeline: Pipeline) -> RunResult:
     stage = pipeline.joint_stage(shapes)
     stage.check()
     check_probe_memory(space, pipeline.source, shapes)
-    _say_what_was_done_with_data(pipeline)
+    pipeline.note_data()
     with exclusive(space.folder):
         weights, trained = stage.train()
         features = [stage.input_content]
@@ -239,13 +239,6 @@ def _probes(
     return Probes([], {})
 
 
-def _say_what_was_done_with_data(pipeline: Pipeline) -> None:
-    for notice in pipeline.notices:
-        pipeline.workspace.progress.note(notice)
-    for why in pipeline.skipped.values():
-        pipeline.workspace.progress.note(f"left out: {why}")
-
-
 def _result(pipeline: Pipeline, stages: list[StageResult], probes: list[ProbeScores]) -> RunResult:
     return RunResult(
         pipeline=pipeline.config.name,
@@ -255,4 +248,5 @@ def _result(pipeline: Pipeline, stages: list[StageResult], probes: list[ProbeSco
         probes=probes,
         seconds=0.0,
         skipped=pipeline.skipped,
+        notices=pipeline.notices,
     )

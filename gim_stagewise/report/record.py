@@ -56,12 +56,14 @@ def run_record(result: RunResult) -> dict[str, Any]:
             {
                 "labels": scores.labels,
                 "accuracies": [own and own.test for own in scores.trained],
+                "validation_accuracies": [own and own.validation for own in scores.trained],
                 "random_accuracies": [own and own.test for own in scores.random],
                 "baselines": {name: own.test for name, own in scores.baselines.items()},
             }
             for scores in result.probes
         ],
         "skipped": result.skipped,
+        "notices": list(result.notices),
         "seconds": result.seconds,
     }
 

@@ -23,7 +23,14 @@ from gim_stagewise.reproduce.runs import (
 )
 from gim_stagewise.sources import Source, labels_of, step_labelled
 from gim_stagewise.stage.extraction_plan import Workers
-from gim_stagewise.stage.probe import TRAINED, Probes, Rows, probe_splits
+from gim_stagewise.stage.probe import (
+    TRAINED,
+    Probes,
+    ProbeSplit,
+    Rows,
+    nothing_to_probe,
+    probe_splits,
+)
 from gim_stagewise.stage.probe_memory import remembered_scores
 from gim_stagewise.stage.probe_sequences import (
     MFCC,
@@ -76,7 +83,9 @@ def table_3(work: Reproduction) -> Path:
         f"# Table 3: {work.pipeline('iterative').config.name}\n\n"
         "Test accuracy in percent of linear classifiers on frozen features, of the top module; the "
         "paper's columns are LibriSpeech. Recordings are classified by the mean of their features "
-        f"over time, steps by their own.{over_seeds(work.seeds)}\n\n"
+        "over time, from their beginning to their end where the paper takes 1.28 s of each; steps "
+        "by their own, of lower modules the mean over one label's length."
+        f"{over_seeds(work.seeds)}\n\n"
         + markdown_table(
             ["method", f"paper, {phone}", f"paper, {speaker}", phone, speaker],
             [*rows, statistics],
@@ -155,7 +164,8 @@ def figure_4(work: Reproduction) -> Path:
             key="source.kind",
         )
     speaker = source.label_names[0]
-    _wants_splits(source)
+    if why := nothing_to_probe(*_splits(source), speaker):
+        raise ConfigError(f"{why}; figure 4 shows nothing else", key="source.splits")
     work.check([mode for _, mode, _ in _SHOWN])
     # No error at all is drawn as half of one, since there is no zero on a log scale.
     least = 0.5 / len(labels_of(source, "test"))
@@ -186,18 +196,20 @@ def _labels(work: Reproduction) -> tuple[str, str]:
             'speech with phones: kind = "synthetic_speech", or "speech" with options.phones',
             key="source.kind",
         )
-    _wants_splits(source)
+    _splits(source)
     return source.label_names[0], str(stepped.step_label_name)
 
 
-def _wants_splits(source: Source) -> None:
-    """Refuse a dataset on which nothing can be tested, before anything is trained."""
-    if probe_splits(source) is None:
+def _splits(source: Source) -> tuple[ProbeSplit, ProbeSplit]:
+    """Labelled recordings; a dataset that has none is refused before anything is trained."""
+    splits = probe_splits(source)
+    if splits is None:
         raise ConfigError(
             "has no labelled recordings for both training and test, so that there is nothing to "
             "compare; give it both",
             key="source.splits",
         )
+    return splits
 
 
 def _accuracy(runs: Sequence[RunResult], module: int, labels: str) -> str:

@@ -20,13 +20,15 @@ from gim_stagewise.config import SourceConfig
 from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
 from gim_stagewise.sources.base import IMAGE_AXES, SPLITS, Item, Request, Split
 from gim_stagewise.sources.files import RegionFile, open_region_file
+from gim_stagewise.sources.parts import evenly_spaced
 from gim_stagewise.sources.pixels import check_brightness
 from gim_stagewise.windows import Region, full_region, tiles
 
 # Side of the regions in which data is looked at once, to know it again.
 _SIDE = 1024
-# Of each file, where its digest is sampled.
+# Of each file, and files of each split, where digests are sampled.
 _SAMPLED_REGIONS = 16
+SAMPLED_FILES = 1000
 # Characters in the name of a folder, with room for what is put before it.
 _LONGEST_NAME = 200
 # Files that are held open.
@@ -146,7 +148,8 @@ class LargeSource:
     axes : tuple of str
         Names of the axes of an item.
     digest : {"full", "sampled"}
-        What `content_digest` covers: all values, or some regions of each file.
+        What `content_digest` covers: all values, or extents and names of all files and some
+        regions of `SAMPLED_FILES` in each split.
     on_error : {"stop", "skip"}
         What becomes of a file that cannot be used. With "skip" the values that ``digest`` covers
         are looked at first, and such files are left out and listed in ``skipped``; of the others
@@ -193,6 +196,7 @@ class LargeSource:
             for split in SPLITS
             for name, path in files.get(split, {}).items()
         }
+        self._looked_into = self._sampled_files() if digest == "sampled" else set(self._paths)
         self.skipped: dict[str, str] = {}
         self.chunk_bytes = 0
         self._rates: dict[str, int] = {}
@@ -210,6 +214,15 @@ class LargeSource:
         if not self._items:
             first = next(iter(self.skipped.values()), "no files")
             raise DataError(f"not one of {len(self._paths)} files can be used; the first: {first}")
+
+    def _sampled_files(self) -> set[str]:
+        """Items whose values are looked at, evenly spaced in each split."""
+        found: set[str] = set()
+        for split in SPLITS:
+            own = [item_id for item_id in self._paths if item_id.startswith(f"{split}/")]
+            if own:
+                found.update(own[n] for n in evenly_spaced(len(own), SAMPLED_FILES))
+        return found
 
     def _leave_out(
         self,
@@ -329,12 +342,12 @@ class LargeSource:
         """Hash of an item's values; raises what reading them raises."""
         item = self._items[item_id]
         digest = hashlib.sha256(f"{item.extent}{item.channels}{item.dtype};".encode())
+        if item_id not in self._looked_into:
+            return digest.hexdigest()
         axes = len(item.extent)
         regions = tiles(item.extent, (_SIDE,) * axes if axes > 1 else (_SIDE * _SIDE,))
         if self._digest == "sampled" and len(regions) > _SAMPLED_REGIONS:
-            last = len(regions) - 1
-            chosen = range(_SAMPLED_REGIONS)
-            regions = [regions[n * last // (_SAMPLED_REGIONS - 1)] for n in chosen]
+            regions = [regions[number] for number in evenly_spaced(len(regions), _SAMPLED_REGIONS)]
         for region in regions:
             values = self._region(item_id, region)
             if values.dtype.kind == "f" and not np.isfinite(values).all():

@@ -41,6 +41,8 @@ class PhoneLabels:
     path : Path
     corpus : Corpus
         Lines of other recordings are left alone.
+    classes : int, optional
+        How many there are; labels are below it.
 
     Raises
     ------
@@ -50,8 +52,9 @@ class PhoneLabels:
         If a line is not of that format, or there are two of a recording.
     """
 
-    def __init__(self, path: Path, corpus: Corpus) -> None:
+    def __init__(self, path: Path, corpus: Corpus, classes: int | None = None) -> None:
         self._path = path
+        self._classes = classes or _MOST_CLASSES
         self._lines: dict[str, _Line] = {}
         try:
             for name, line in _indexed(path, corpus):
@@ -112,10 +115,10 @@ class PhoneLabels:
         if _problem(raw) or len(raw.split()) != line.count:
             raise DataError(f"{self._path} was changed while it was in use; start again")
         labels = np.fromstring(raw.decode("ascii"), dtype=np.int64, sep=" ")
-        if labels.max() >= _MOST_CLASSES:
+        if labels.max() >= self._classes:
             raise DataError(
-                f"{self._path}, line {line.number}: {labels.max()} is no class, of which there are "
-                f"{_MOST_CLASSES} at most"
+                f"{self._path}, line {line.number}: {labels.max()} is no class; there are "
+                f"{self._classes}, counted from 0"
             )
         return labels
 

@@ -29,9 +29,10 @@ def open_speech(config: SourceConfig) -> SpeechSource:
     case without suffix. Without lists, every speaker's recordings are split by a hash of their
     names. Options: ``recordings``, the folder of recordings below ``source.root`` ("."); ``test``,
     the part of them for test where there are no lists (0.2); ``phones``, a file of phone labels
-    below ``source.root`` (see `gim_stagewise.sources.phones.PhoneLabels`), and ``phones_align``,
-    the end of a recording at which its labels are aligned with it ("start"); ``rate`` in Hz
-    (16000), ``resample`` (true) and ``mono`` (false), see `RecordingForm`.
+    below ``source.root`` (see `gim_stagewise.sources.phones.PhoneLabels`), ``phone_classes``, how
+    many classes there are, if others are to be refused, and ``phones_align``, the end of a
+    recording at which its labels are aligned with it ("start"); ``rate`` in Hz (16000),
+    ``resample`` (true) and ``mono`` (false), see `RecordingForm`.
 
     Raises
     ------
@@ -54,12 +55,12 @@ def open_speech(config: SourceConfig) -> SpeechSource:
     splits, missing = _splits(config, root, corpus, options["test"])
     if config.on_error == "stop":
         refuse_missing(list(missing.values()))
-    phones = options["phones"]
+    phones, classes = options["phones"], options["phone_classes"]
     return SpeechSource(
         corpus,
         splits,
         form=RecordingForm(options["rate"], options["resample"], options["mono"]),
-        phones=None if phones is None else PhoneLabels(root / phones, corpus),
+        phones=None if phones is None else PhoneLabels(root / phones, corpus, classes),
         phones_align=options["phones_align"],
         digest=config.digest,
         on_error=config.on_error,
@@ -70,6 +71,7 @@ def open_speech(config: SourceConfig) -> SpeechSource:
 _DEFAULTS: dict[str, Any] = {
     "recordings": ".",
     "phones": None,
+    "phone_classes": None,
     "phones_align": "start",
     "rate": 16_000,
     "resample": True,
@@ -86,9 +88,14 @@ def _options(config: SourceConfig) -> dict[str, Any]:
             key=f"source.options.{sorted(unknown)[0]}",
         )
     options = {**_DEFAULTS, **config.options}
+    classes = options["phone_classes"]
     expected = {
         "recordings": (isinstance(options["recordings"], str), "a folder below source.root"),
         "phones": (isinstance(options["phones"], str | None), "a file below source.root"),
+        "phone_classes": (
+            classes is None or (type(classes) is int and classes > 0),
+            "how many there are",
+        ),
         "phones_align": (options["phones_align"] in ("start", "end"), '"start" or "end"'),
         "resample": (type(options["resample"]) is bool, "true or false"),
         "mono": (type(options["mono"]) is bool, "true or false"),

@@ -50,11 +50,6 @@ class ProbeSplit:
     ids: list[str]
     labels: NDArray[np.int64]
 
-    @property
-    def differ(self) -> bool:
-        """Whether there are labels of two classes at least."""
-        return len(np.unique(self.labels)) > 1
-
 
 def probe_splits(source: Source) -> tuple[ProbeSplit, ProbeSplit] | None:
     """Train and test samples with labels, or None where there are none."""
@@ -66,9 +61,13 @@ def probe_splits(source: Source) -> tuple[ProbeSplit, ProbeSplit] | None:
     return (train, test) if len(train.ids) > 1 and test.ids else None
 
 
-def nothing_to_probe(source: Source) -> str:
-    """What is said where labels do not differ."""
-    return f"all training samples have the same {source.label_names[0]!r}, which is not probed"
+def nothing_to_probe(train: ProbeSplit, test: ProbeSplit, name: str) -> str:
+    """Why labels of that name say nothing about features; empty if they do."""
+    if len(np.unique(train.labels)) < 2:
+        return f"all training samples have the same {name!r}, which is not probed"
+    if not np.isin(test.labels, train.labels).any():
+        return f"no test sample has a {name!r} that a training sample has, which is not probed"
+    return ""
 
 
 def pool_features(embeddings: NDArray[np.float32], config: PipelineConfig) -> NDArray[np.float32]:
@@ -181,8 +180,8 @@ def probe_chain(
     if splits is None:
         return Probes([], {})
     train, test = splits
-    if not train.differ:
-        workspace.progress.note(nothing_to_probe(source))
+    if why := nothing_to_probe(train, test, source.label_names[0]):
+        workspace.progress.note(why)
         return Probes([], {})
     ids = [*train.ids, *test.ids]
     config = workspace.config

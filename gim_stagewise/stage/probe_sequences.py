@@ -75,7 +75,7 @@ class RecordingProbe:
         """Accuracies of each module's features: for labels of recordings, then of steps.
 
         ``steps_of`` are the modules, counted from 0, that have a feature for each label of a step.
-        There are none where all recordings have the same label.
+        There are none of recordings where nothing can be learned of their labels.
         """
         kept = _kept(walk, self._ids, self.most_kept)
         whole: list[Accuracy | None] = [*self.of_recordings(kept)]
@@ -87,9 +87,10 @@ class RecordingProbe:
     def of_recordings(self, walk: Walk, *, deviation: bool = False) -> Iterator[Accuracy | None]:
         """By the mean over time of each module's features, or their standard deviation too.
 
-        None where all recordings have the same label.
+        None where nothing can be learned of their labels.
         """
         train, test = self.splits
+        learnable = not nothing_to_probe(train, test, "")
         pooled = [
             [mean_feature(own, deviation=deviation) for own in features]
             for features in walk(self._ids)
@@ -98,7 +99,7 @@ class RecordingProbe:
             config = self.config
             yield (
                 probe_accuracy(np.stack(own), train, test, config.probe, seed=config.seed)
-                if train.differ
+                if learnable
                 else None
             )
 
@@ -151,8 +152,8 @@ def probe_recordings(
     probe = RecordingProbe.of(space, source)
     if probe is None:
         return Probes([], {})
-    if not probe.splits[0].differ:
-        space.progress.note(nothing_to_probe(source))
+    if why := nothing_to_probe(*probe.splits, source.label_names[0]):
+        space.progress.note(why)
     stepped, rate = probe.stepped, sample_rate(source)
 
     @cache

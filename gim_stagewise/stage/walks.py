@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from gim_stagewise.cache import TiledCache
@@ -118,34 +119,26 @@ def _probe_bytes(
 def mfcc_walk(source: Source, rate: int) -> Walk:
     """Mel-frequency cepstral coefficients: 13 every 10 ms, with first and second differences.
 
-    Of windows of 25 ms; ``rate`` is in Hz.
+    Of windows of 25 ms, in the middle of the 10 ms that they stand for; ``rate`` is in Hz.
     """
-    from torchaudio import transforms
     from torchaudio.functional import compute_deltas
+    from torchaudio.transforms import MFCC
 
-    size = 2 ** math.ceil(math.log2(rate / 40))
-
-    def transform(pad_mode: str) -> transforms.MFCC:
-        return transforms.MFCC(
-            sample_rate=rate,
-            n_mfcc=13,
-            melkwargs={
-                "n_fft": size,
-                "win_length": rate // 40,
-                "hop_length": rate // MFCC_A_SECOND,
-                "n_mels": 40,
-                "pad_mode": pad_mode,
-            },
-        )
-
-    mirrored, filled = transform("reflect"), transform("constant")
+    hop, size = rate // MFCC_A_SECOND, 2 ** math.ceil(math.log2(rate / 40))
+    mel = {"n_fft": size, "win_length": rate // 40, "hop_length": hop, "n_mels": 40}
+    transform = MFCC(sample_rate=rate, n_mfcc=13, melkwargs={**mel, "center": False})
+    before = (size - hop) // 2
+    after = size - hop - before
 
     def walk(ids: Sequence[str]) -> Iterator[list[NDArray[np.float32]]]:
         for item_id in ids:
             (samples,) = source.read([Request(item_id)])
-            # What is shorter than half a frame has too little to be mirrored at its ends.
-            own = mirrored if samples.shape[1] > size // 2 else filled
-            plain = own(torch.from_numpy(samples.mean(0)))
+            mono = torch.from_numpy(samples.mean(0, keepdims=True))
+            mono = F.pad(mono, (0, max(0, hop - mono.shape[1])))
+            # What is shorter than a margin has too little to be mirrored at its ends.
+            mirrored = mono.shape[1] > max(before, after)
+            mono = F.pad(mono, (before, after), mode="reflect" if mirrored else "constant")
+            plain = transform(mono[0])
             first = compute_deltas(plain)
             yield [torch.cat([plain, first, compute_deltas(first)]).T.numpy()]
 
