@@ -102,8 +102,11 @@ def interval(differences: list[float], digits: int) -> str:
     return f"{mean:+.{digits}f} ± {half:.{digits}f}"
 
 
-def show(given: argparse.Namespace, runs: list[Run], text: str, target: Path) -> None:
-    """Print the result, and write its table unless it is a quick one."""
+def show(given: argparse.Namespace, runs: list[Run], text: str, target: Path, **more: Any) -> None:
+    """Print the result, and write its table unless it is a quick one.
+
+    ``more`` stands beside the runs in JSON.
+    """
     here = conditions()
     devices = Counter(run.get("device", device_name("cpu")) for run in runs)
     made = ", ".join(f"{count} on {name}" for name, count in devices.most_common())
@@ -114,4 +117,4 @@ def show(given: argparse.Namespace, runs: list[Run], text: str, target: Path) ->
     text += "\nConditions: " + "; ".join(f"{name} {value}" for name, value in about.items()) + ".\n"
     if not given.quick:
         target.write_text(text)
-    print(json.dumps({"runs": runs, "conditions": about}) if given.json else text)
+    print(json.dumps({"runs": runs, **more, "conditions": about}) if given.json else text)
