@@ -15,6 +15,8 @@ from gim_stagewise.stage.identity import recipe_differences, stage_recipe
 from gim_stagewise.stage.workspace import Workspace
 
 SUFFIXES = (".safetensors", ".pt2")
+# What the pipeline's text is called among the extra files of a program.
+PIPELINE_FILE = "pipeline.toml"
 
 
 def export_encoder(space: Workspace, target: Path, *, pipeline: Path) -> Encoder:
@@ -27,7 +29,7 @@ def export_encoder(space: Workspace, target: Path, *, pipeline: Path) -> Encoder
     target : Path
         ``.safetensors``: weights, which `load_encoder` reads, with the pipeline's text. ``.pt2``: a
         program of ``torch.export``, for any number of rows (in dense encoding of any size), which
-        PyTorch alone runs.
+        PyTorch alone runs, with the pipeline's text among its ``extra_files``.
     pipeline : Path
         The pipeline file.
 
@@ -69,7 +71,7 @@ def export_encoder(space: Workspace, target: Path, *, pipeline: Path) -> Encoder
         save_encoder(encoder, target, text=space.text, channels=channels)
     else:
         program = _exported(encoder, chain[0].in_shape, dense=space.config.dense)
-        write_atomic(target, lambda temporary: _save_program(program, temporary))
+        write_atomic(target, lambda temporary: _save_program(program, space.text, temporary))
     return encoder
 
 
@@ -89,6 +91,6 @@ def _exported(encoder: Encoder, in_shape: tuple[int, ...], *, dense: bool) -> An
         ) from error
 
 
-def _save_program(program: Any, path: Path) -> None:
+def _save_program(program: Any, text: str, path: Path) -> None:
     with path.open("wb") as file:
-        torch.export.save(program, file)
+        torch.export.save(program, file, extra_files={PIPELINE_FILE: text})
