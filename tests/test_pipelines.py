@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 from helpers import edit
+from numpy.typing import NDArray
 from warm import gim_stage
 
 from gim_stagewise.cache import open_tiled_cache
@@ -99,12 +101,19 @@ def photos(**options: object) -> Source:
     return open_source(SourceConfig(kind="photos", options=options))
 
 
+def is_part_of(area: NDArray[Any], crop: NDArray[Any]) -> bool:
+    """Whether a crop was cut out of an area, anywhere in it."""
+    windows = np.lib.stride_tricks.sliding_window_view(area, crop.shape)
+    # Corners first: to compare all pixels at all places takes long.
+    found = (windows[:, :, 0, 0] == crop[0, 0]) & (windows[:, :, -1, -1] == crop[-1, -1])
+    return any((windows[row, column] == crop).all() for row, column in np.argwhere(found))
+
+
 def test_crops_of_photographs_are_labelled_and_share_no_pixel() -> None:
     source = photos(unlabeled=30, train=90, test=30)
     counts = [len(source.split(split)) for split in SPLITS]
     assert counts == [30, 90, 30]
     labels = dict(zip(source.ids, source.labels("class").tolist(), strict=True))
-    assert {labels[item_id] for item_id in source.split("unlabeled")} == {-1}
     for split in ("train", "test"):
         ids = source.split(split)
         assert {labels[item_id] for item_id in ids} == set(range(15))
@@ -115,12 +124,22 @@ def test_crops_of_photographs_are_labelled_and_share_no_pixel() -> None:
             if split == "train":
                 upper = ids.index(item_id) < 60
                 half = half[:border] if upper else half[border:]
-            windows = np.lib.stride_tricks.sliding_window_view(half, (64, 64))
-            found = (windows[:, :, 0, 0] == crop[0, 0, 0]) & (
-                windows[:, :, -1, -1] == crop[0, -1, -1]
-            )
-            places = np.argwhere(found)
-            assert any((windows[row, column] == crop[0]).all() for row, column in places)
+            assert is_part_of(half, crop[0])
+
+
+def test_unlabeled_crops_lie_where_those_for_training_do() -> None:
+    """Encoders are trained on them: a pixel of a test crop among them would leak."""
+    source = photos(unlabeled=30, train=15, test=15)
+    ids = source.split("unlabeled")
+    labels = dict(zip(source.ids, source.labels("class").tolist(), strict=True))
+    assert {labels[item_id] for item_id in ids} == {-1}
+    halves = [photo[:, : photo.shape[1] // 2] for photo in map(photograph, PHOTOGRAPHS)]
+    shown = [
+        [number for number, half in enumerate(halves) if is_part_of(half, crop[0])]
+        for crop in source.read([Request(i) for i in ids])
+    ]
+    # No label says of which photograph they are: twice of each.
+    assert sorted(shown) == [[number] for number in range(15) for _ in range(2)]
 
 
 def test_crops_are_the_same_every_time_and_others_with_another_seed() -> None:
