@@ -455,6 +455,29 @@ def test_a_pace_is_that_of_a_loop(tiny: Path, tmp_path: Path) -> None:
             assert still == {n for n in expected if n.startswith("parts.1.") and step % 2}
 
 
+def test_a_pace_goes_on_where_it_was(tiny: Path, tmp_path: Path) -> None:
+    """After an odd number of steps, in the first epoch: whatever is the best one ends later."""
+
+    class StopError(Exception):
+        pass
+
+    def stop(module: int, step: int) -> None:
+        if step == 3:
+            raise StopError
+
+    file, mode = paced(tiny), "simultaneous"
+    Pipeline.from_file(file, folder=tmp_path / "whole", device="cpu", mode=mode).run()
+    folder = tmp_path / "parts"
+    with pytest.raises(StopError):
+        Pipeline.from_file(file, folder=folder, device="cpu", mode=mode, on_step=stop).run()
+    steps: list[int] = []
+    Pipeline.from_file(
+        file, folder=folder, device="cpu", mode=mode, on_step=lambda _, step: steps.append(step)
+    ).run()
+    assert steps[0] == 4
+    assert_same_run(folder, tmp_path / "whole")
+
+
 def test_a_pace_is_for_steps_that_train_all_and_changes_nothing_else(
     runs: dict[str, Path], tmp_path: Path
 ) -> None:
