@@ -7,12 +7,13 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import LOOKS_AT_VALUES, edit, one_error
+from helpers import LOOKS_AT_VALUES, edit, one_error, shorten
 from numpy.typing import NDArray
 from PIL import Image
 from warm import gim_stage
@@ -26,6 +27,7 @@ from gim_stagewise.reproduce.figures import figure_2, figure_3
 from gim_stagewise.reproduce.paper import TABLE_1
 from gim_stagewise.reproduce.runs import Reproduction, spread
 from gim_stagewise.reproduce.tables import table_1, table_2
+from gim_stagewise.stage.metrics import read_metrics
 from gim_stagewise.stage.probe import ProbeScores
 
 
@@ -116,6 +118,46 @@ def test_figures_are_pictures(work: Reproduction) -> None:
         assert pixels.shape[0] > 300
         assert pixels.shape[1] > 300 * panels
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
+
+
+def test_curves_are_those_of_the_logs(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the legend says of a line's colour and style is what its log says."""
+    from gim_stagewise.reproduce import figures
+
+    drawn: list[Any] = []
+
+    def noted(work: Reproduction, figure: Any, name: str) -> Path:
+        drawn.append(figure)
+        return save_figure(work, figure, name)
+
+    save_figure = figures.save_figure
+    monkeypatch.setattr(figures, "save_figure", noted)
+    file = shorten(tiny, modules=2, batch=8, epochs=2, chunk=7, probe=False)
+    work = Reproduction(file, tmp_path / "runs", tmp_path / "results", seeds=2, device="cpu")
+    figure_3(work)
+    (figure,) = drawn
+    (legend,) = figure.legends
+    names = {
+        (line.get_color(), line.get_linestyle()): text.get_text()
+        for line, text in zip(legend.get_lines(), legend.get_texts(), strict=True)
+    }
+    assert len(names) == 4
+    assert [panel.get_title() for panel in figure.axes] == ["module 1", "module 2"]
+    for module, panel in enumerate(figure.axes, start=1):
+        found: dict[str, list[Any]] = {name: [] for name in names.values()}
+        for line in panel.get_lines():
+            found[names[line.get_color(), line.get_linestyle()]].append(line.get_xydata().tolist())
+        for mode, kind in product(("iterative", "simultaneous"), ("train", "validation")):
+            folders = [work.pipeline(mode, number).workspace.folder for number in (0, 1)]
+            logs = [read_metrics(f / "logs" / f"m{module}" / "metrics.jsonl") for f in folders]
+            name = f"{kind}_loss"
+            curves = [[[line["epoch"], line[name]] for line in log if name in line] for log in logs]
+            assert [len(curve) for curve in curves] == [2, 2]
+            assert found[f"{mode}, {kind}"] == curves
+    # Of module 1 both are the same, so that it could not tell one mode from the other.
+    assert found["iterative, train"] != found["simultaneous, train"]
 
 
 def test_the_most_exciting_patches_are_those_of_a_search(work: Reproduction) -> None:
