@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +23,7 @@ from gim_stagewise.errors import CacheNotFoundError, ConfigError, DataError, Ove
 from gim_stagewise.memory import Budget
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.progress import Silent, Task
-from gim_stagewise.reproduce.exciting import most_exciting
+from gim_stagewise.reproduce.exciting import Neuron, most_exciting
 from gim_stagewise.reproduce.figures import figure_2, figure_3
 from gim_stagewise.reproduce.paper import TABLE_1
 from gim_stagewise.reproduce.runs import Reproduction, spread
@@ -160,28 +161,60 @@ def test_curves_are_those_of_the_logs(
     assert found["iterative, train"] != found["simultaneous, train"]
 
 
-def test_the_most_exciting_patches_are_those_of_a_search(work: Reproduction) -> None:
+Batches = Iterator[tuple[list[str], NDArray[np.float32]]]
+
+
+def assert_as_searched(found: list[Neuron], batches: Batches) -> None:
+    """All channels, and of each what a search through everything at once finds."""
+    each = list(batches)
+    ids = [item_id for own, _ in each for item_id in own]
+    values = np.concatenate([embeddings for _, embeddings in each])
+    samples, _, columns, channels = values.shape
+    assert sorted(neuron.channel for neuron in found) == list(range(channels))
+    for neuron in found:
+        own = values[..., neuron.channel].astype(float)
+        by_sample = own.reshape(samples, -1)
+        order = np.argsort(-by_sample.max(1), kind="stable")[:4]
+        places = [(ids[n], *map(int, divmod(int(by_sample[n].argmax()), columns))) for n in order]
+        assert neuron.patches == places
+        above = (by_sample.max(1)[order].mean() - own.mean()) / own.std()
+        assert neuron.selectivity == pytest.approx(above)
+
+
+def test_the_most_exciting_patches_are_those_of_a_search() -> None:
     draw = np.random.default_rng(0)
     values = draw.normal(size=(23, 3, 4, 6)).astype(np.float32)
     values[7, 1, 2, 4] = 9.0  # the most selective channel
     ids = [f"sample-{number}" for number in range(23)]
 
-    def batches() -> Iterator[tuple[list[str], NDArray[np.float32]]]:
+    def batches() -> Batches:
         for start in range(0, 23, 5):
             yield ids[start : start + 5], values[start : start + 5]
 
     found = most_exciting(batches(), patches=4, neurons=6)
     assert found[0].channel == 4
     assert found[0].patches[0] == ("sample-7", 1, 2)
-    assert sorted(neuron.channel for neuron in found) == list(range(6))
-    for neuron in found:
-        own = values[..., neuron.channel].astype(float)
-        by_sample = own.reshape(23, -1)
-        order = np.argsort(-by_sample.max(1), kind="stable")[:4]
-        places = [(ids[n], *map(int, divmod(int(by_sample[n].argmax()), 4))) for n in order]
-        assert neuron.patches == places
-        above = (by_sample.max(1)[order].mean() - own.mean()) / own.std()
-        assert neuron.selectivity == pytest.approx(above)
+    assert_as_searched(found, batches())
+
+
+def test_a_search_holds_no_more_of_many_samples_than_of_few() -> None:
+    def batches(count: int) -> Batches:
+        draw = np.random.default_rng(0)
+        for number in range(count):
+            ids = [f"sample-{number}-{n}" for n in range(8)]
+            yield ids, draw.normal(size=(8, 3, 4, 6)).astype(np.float32)
+
+    peaks = {}
+    for count in (1, 10, 1000):  # at first also what NumPy loads when it is needed
+        tracemalloc.start()
+        try:
+            found = most_exciting(batches(count), patches=4, neurons=6)
+            _, peaks[count] = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert_as_searched(found, batches(count))
+    # A batch is 2.3 kB. Python's own tables vary by some kB; a number kept of each is 32 bytes.
+    assert peaks[1000] - peaks[10] < 16 * 1000
 
 
 def test_a_channel_that_shows_the_same_again_is_passed_over() -> None:
