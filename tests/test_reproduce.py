@@ -262,6 +262,21 @@ def test_patches_are_shown_as_they_were(
         assert distance.min() < 1e-6
 
 
+def test_figure_2_needs_no_activations(tiny: Path, tmp_path: Path) -> None:
+    """Where those of modules below are removed on the way, it is the same picture."""
+    shorten(tiny, modules=3, batch=8, epochs=1, chunk=7, probe=False)
+    edit(tiny, "seed = 3\n", 'seed = 3\nkeep = "all"\n')
+    own = Reproduction(tiny, tmp_path / "runs", tmp_path / "results", device="cpu")
+    pictures = []
+    for keep, left in (("all", [1, 2, 3]), ("last-two", [2, 3])):
+        edit(tiny, 'keep = "all"', f'keep = "{keep}"')
+        with Image.open(figure_2(own)) as picture:
+            pictures.append(np.asarray(picture))
+        paths = {n: own.pipeline("iterative").workspace.cache_path(n) for n in (1, 2, 3)}
+        assert [n for n in paths if (paths[n] / "activations").exists()] == left
+    np.testing.assert_array_equal(pictures[0], pictures[1])
+
+
 def test_the_command(work: Reproduction) -> None:
     done = gim_stage(
         "reproduce", "table1", "--pipeline", work.file, "--seeds", "2", "--dir", work.base, "-q"
