@@ -113,6 +113,33 @@ def test_a_disk_that_is_full_is_no_missing_file(
         open_source(SourceConfig(kind="stl10", root=str(root), download=True))
 
 
+@pytest.mark.parametrize("there", [False, True], ids=["new", "unfinished"])
+def test_what_is_missing_is_fetched_once_to_where_it_is_read(
+    root: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """By torchvision itself, of which the network and the real files' checksums are replaced."""
+    fetched: list[str] = []
+
+    def unpack(url: str, download_root: str, **_: object) -> None:
+        fetched.append(url)
+        write_stl10(Path(download_root), SMALL)  # the folder is in the archive
+
+    monkeypatch.setattr(datasets.stl10, "download_and_extract_archive", unpack)
+    monkeypatch.setattr(datasets.stl10, "check_integrity", lambda file, md5: Path(file).is_file())
+    monkeypatch.chdir(root)  # where a wrong root would lead
+    place = root / "new" / "data"
+    if there:
+        write_stl10(place, SMALL)
+        (place / "stl10_binary" / "train_y.bin").unlink()
+    for _ in range(2):
+        source = open_source(SourceConfig(kind="stl10", root=str(place), download=True))
+        assert fetched == [datasets.STL10.url]
+    expected = opened(root)
+    requests = [Request(item_id) for item_id in expected.ids]
+    np.testing.assert_array_equal(source.read(requests), expected.read(requests))
+    np.testing.assert_array_equal(source.labels("class"), expected.labels("class"))
+
+
 def test_labels_out_of_range_are_refused(root: Path) -> None:
     (root / "stl10_binary" / "test_y.bin").write_bytes(bytes(7))
     with pytest.raises(DataError, match=r"test_y\.bin has other labels"):
