@@ -32,6 +32,15 @@ torch.save(program.module()(rows), sys.argv[3])
 assert "gim_stagewise" not in sys.modules
 """
 
+# Bottlenecks whose shortcut is of another width (block 1), none, or of another size (block 4).
+RESNET50 = """[module.1]
+build = "resnet50"
+options = { blocks = [1, 1], width = 4 }
+
+[module.2]
+build = "resnet50"
+options = { blocks = [2, 4], width = 4 }
+"""
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 
@@ -44,7 +53,10 @@ def done(
 ) -> Path:
     """The file of a finished run; its folder is ``out`` beside it."""
     file = new_tiny(tmp_path_factory.mktemp(request.param))
-    edit(file, "chunk = 7", f'chunk = 7\nprecision = "{request.param}"')
+    if request.param == "resnet50":
+        file.write_text(file.read_text().partition("[module.1]")[0] + RESNET50)
+    else:
+        edit(file, "chunk = 7", f'chunk = 7\nprecision = "{request.param}"')
     Pipeline.from_file(file, folder=file.parent / "out", device="cpu").run(workers=Workers(0))
     return file
 
@@ -81,7 +93,7 @@ def test_it_computes_what_the_caches_hold(done: Path, tmp_path: Path) -> None:
             assert error < 1.2 * recorded + 1e-6
 
 
-@pytest.mark.parametrize("done", ["float32"], indirect=True)
+@pytest.mark.parametrize("done", ["float32", "resnet50"], indirect=True)
 def test_a_program_runs_without_this_package(done: Path, tmp_path: Path) -> None:
     target = tmp_path / "encoder.pt2"
     found = gim_stage("export", done, "--to", target, "--dir", done.parent / "out")
