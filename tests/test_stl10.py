@@ -168,6 +168,7 @@ def test_the_shipped_pipeline_has_the_papers_settings() -> None:
     assert (objective.prediction_steps, objective.negatives) == (5, 16)
     assert (train.batch, objective.negatives_group) == (8 * 16, 16)  # on 8 GPUs
     assert (train.lr, train.max_epochs, train.patience) == (1.5e-4, 300, 300)
+    assert {(own.train.dropout, own.train.noise) for own in config.module.values()} == {(0, 0)}
     assert (config.probe.classifier, config.probe.lr) == ("adam", 1e-3)
     assert (config.probe.validation, config.probe.pooling) == (0.2, "mean")
     blocks = [own.options["blocks"] for own in config.module.values()]

@@ -150,8 +150,8 @@ class TrainConfig(Table):
     Modules above the first have dropout and noise by default where they are trained one after
     another on patches (`gim_stagewise.config.load.ON_CACHED_INPUTS`).
 
-    In the modes "simultaneous" and "greedy_supervised" ``update_every`` says in which steps this
-    one's weights are changed; all others change all in every step.
+    In the modes "simultaneous" and "greedy_supervised" this one's weights are changed in the first
+    of every ``update_every`` steps of the run, by that step's gradients alone.
     """
 
     batch: PositiveInt = 32
