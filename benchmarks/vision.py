@@ -55,6 +55,9 @@ PHOTOS_ALONE = (LONGER, CORRUPTED)
 RANDOM = tuple(ROWS)[:2]
 # Photos: points of modules 2 and 3 above the random encoders, and above pixel statistics.
 ABOVE_RANDOM, ABOVE_STATISTICS = 5.0, 10.0
+# At the rate of digits.toml some seeds do not get beyond guessing; chosen by the validation loss of
+# seeds 90 to 92.
+SLOWER = {("digits", "supervised"): "1e-3"}
 # Unlabeled samples over labelled ones.
 MORE_EPOCHS = {"digits": 1, "photos": 3.2}
 CLASSES = {"digits": 10, "photos": len(PHOTOGRAPHS)}
@@ -83,6 +86,8 @@ def measure(
     text = re.sub(
         r"(?m)^patience = (\d+)", lambda f: f"patience = {round(factor * int(f[1]))}", text
     )
+    if (data, row) in SLOWER:
+        text = re.sub(r"(?m)^lr = .*", f"lr = {SLOWER[data, row]}", text)
     if row == CORRUPTED:
         text = re.sub(r"(?m)^(dropout|noise) = .*\n", "", text)
     file = folder / "pipeline.toml"
@@ -154,8 +159,7 @@ def collapsed(runs: list[dict[str, Any]], data: str) -> list[str]:
             seeds = " and ".join(str(run["seed"]) for run in failed)
             lines += [
                 f"Of *{row}*, training with seeds {seeds} stayed at a loss next to that of "
-                f"guessing, {guessing:.2f} nats, at the learning rate that all modes share, and "
-                "was stopped early; why was not looked into. "
+                f"guessing, {guessing:.2f} nats, and was stopped early. "
                 f"Module 3 of the other seeds: {spread(left)}.",
                 "",
             ]
@@ -272,9 +276,10 @@ def markdown(runs: list[dict[str, Any]]) -> str:
         "Test accuracy in percent of the same linear probe on frozen, mean-pooled features; mean ± "
         "standard deviation over seeds. Modes are those of `gim-stage run --mode`; what they train "
         "on and for how long stands in pipelines/digits.toml and pipelines/photos.toml, supervised "
-        "modes taking as many steps at most. On digits, modules 2 and 3 have the default dropout "
-        "of 0.5 and noise of 0.6 where they are trained iteratively; pipelines/photos.toml sets "
-        "both to 0, chosen on validation samples (iterative_gap.md has photographs with them). "
+        "modes taking as many steps at most, and *supervised* on digits a rate of 1e-3 instead of "
+        "3e-3, at which one seed of three got no further than guessing. On digits, modules 2 and 3 "
+        "have the default dropout of 0.5 and noise of 0.6 where they are trained iteratively; "
+        "pipelines/photos.toml sets both to 0, chosen on validation samples. "
         "Pixel statistics are pooled over patches like features. Seeds are of weights, batches, "
         "negatives and held-out samples; all share the dataset.",
         "",
