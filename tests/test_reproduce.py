@@ -114,6 +114,9 @@ def test_table_2_counts_and_measures(work: Reproduction) -> None:
 
 def test_figures_are_pictures(work: Reproduction) -> None:
     for path, panels in ((figure_2(work), 2), (figure_3(work), 2)):
+        text = path.with_suffix(".md").read_text()
+        assert f"({path.name})" in text
+        assert "Conditions: pipeline" in text
         with Image.open(path) as picture:
             pixels = np.asarray(picture.convert("RGB"))
         assert pixels.shape[0] > 300

@@ -118,6 +118,5 @@ def reproduce(
     if as_json:
         options.show({"what": what, "path": str(path)})
         return
-    if path.suffix == ".md":
-        click.echo(path.read_text(encoding="utf-8"))
+    click.echo(path.with_suffix(".md").read_text(encoding="utf-8"))
     click.echo(str(path))

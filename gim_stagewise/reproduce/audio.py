@@ -1,6 +1,7 @@
 """Tables 3 and 4 and figure 4 of the paper: who speaks, and what (section 4.2).
 
-Each is written to a file below ``work.target``, whose path is given.
+Each is written to a file below ``work.target``, whose path is given; beside the figure there is a
+Markdown file with its numbers and conditions.
 """
 
 from __future__ import annotations
@@ -171,18 +172,32 @@ def figure_4(work: Reproduction) -> Path:
     least = 0.5 / len(labels_of(source, "test"))
     figure = matplotlib_figure(6, 4)
     panel = figure.subplots()
+    rows = []
     for name, mode, style in _SHOWN:
         supervised = mode.endswith("supervised")
         for run in work.runs(mode, labels=speaker if supervised else None):
             found = {s.module: run.accuracy(s.module, labels=speaker) for s in run.stages}
             errors = {n: 100 * max(1 - own, least) for n, own in found.items() if own is not None}
             panel.plot([*errors], [*errors.values()], style, label=name, alpha=0.8)
+            rows.append(
+                [name, *("" if a is None else f"{100 - 100 * a:.1f}" for a in found.values())]
+            )
     panel.set(xlabel="module", ylabel=f"{speaker} error (%)", yscale="log")
     panel.yaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_minor_formatter("{x:g}")
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.grid(alpha=0.3, which="both")
     panel.legend()
+    modules = [f"module {n}" for n in work.pipeline("iterative").config.module]
+    work.write(
+        "figure4.md",
+        f"# Figure 4: {work.pipeline('iterative').config.name}\n\n"
+        "![errors by module](figure4.png)\n\n"
+        f"Test errors in percent of linear classifiers of the {speaker} of a recording, on the "
+        f"mean of a module's features over time; none at all is drawn at {100 * least:.2g}.\n\n"
+        + markdown_table(["method", *modules], rows)
+        + f"\n{work.conditions()}\n",
+    )
     return save_figure(work, figure, "figure4.png")
 
 

@@ -1,6 +1,7 @@
 """Figures 2 and 3 of the paper.
 
-Each is written to a file below ``work.target``, whose path is given.
+Each is written to a PNG file below ``work.target``, whose path is given; a Markdown file beside it
+says what it shows and under which conditions it was made.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from gim_stagewise.cache import Cache
 from gim_stagewise.config import AugmentConfig
 from gim_stagewise.durable import write_atomic
 from gim_stagewise.errors import CacheNotFoundError, ConfigError, DataError
-from gim_stagewise.pipeline import RunResult
+from gim_stagewise.pipeline import RunResult, StageResult
 from gim_stagewise.report.curves import matplotlib_figure
 from gim_stagewise.reproduce.exciting import Neuron, most_exciting
-from gim_stagewise.reproduce.runs import Reproduction
+from gim_stagewise.reproduce.runs import Reproduction, how_iterative, markdown_table
 from gim_stagewise.sources import PatchSource
 from gim_stagewise.stage.metrics import read_metrics
 from gim_stagewise.stage.workspace import patch_grid
@@ -73,6 +74,15 @@ def figure_2(work: Reproduction) -> Path:
         for panel, neuron in zip(row, neurons, strict=False):
             panel.set_title(f"channel {neuron.channel}", fontsize=7)
             panel.imshow(_group(neuron, source, pipeline.config.augment, grid))
+    work.write(
+        "figure2.md",
+        f"# Figure 2: {pipeline.config.name}\n\n"
+        "![patches that excite neurons](figure2.png)\n\n"
+        f"A row for each module: up to {NEURONS} of its channels, and of each the {PATCHES} "
+        f"patches that excite it most, no two of one sample, among {len(ids)} samples without "
+        "augmentation. The channels are those whose response to their patches lies furthest above "
+        f"their mean, in standard deviations.\n\n{work.conditions()}\n",
+    )
     return save_figure(work, figure, "figure2.png")
 
 
@@ -134,10 +144,12 @@ def figure_3(work: Reproduction) -> Path:
     count = len(work.pipeline("iterative").config.module)
     figure = matplotlib_figure(4 * count, 3.8)
     panels = figure.subplots(1, count, squeeze=False)[0]
+    rows = []
     for mode, (colour, width) in lines.items():
         for result in work.runs(mode):  # none if it does not fit in memory
             for panel, stage in zip(panels, result.stages, strict=True):
                 epochs = _epochs(result, stage.module)
+                rows.append([str(stage.module), mode, *_frozen_losses(stage)])
                 for name, style in (("train_loss", "-"), ("validation_loss", "--")):
                     panel.plot(
                         [line["epoch"] for line in epochs],
@@ -158,7 +170,30 @@ def figure_3(work: Reproduction) -> Path:
     once = dict(zip(labels, handles, strict=True))  # whatever the number of seeds
     columns = 4 if count > 2 else 2
     figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=columns)
+    config = work.pipeline("iterative").config
+    work.write(
+        "figure3.md",
+        f"# Figure 3: {config.name}\n\n"
+        "![training and validation curves](figure3.png)\n\n"
+        "Losses after each epoch (InfoNCE, nats), of weights at rest and inputs as they are: on "
+        "held-out samples, and on as many of those that were trained on, in the view that a cache "
+        f"stores first. {how_iterative(config)} Of the epoch whose weights were frozen:\n\n"
+        + markdown_table(
+            ["module", "mode", "epochs", "training", "validation", "difference"],
+            sorted(rows, key=lambda row: int(row[0])),
+        )
+        + f"\n{work.conditions()}\n",
+    )
     return save_figure(work, figure, "figure3.png")
+
+
+def _frozen_losses(stage: StageResult) -> list[str]:
+    """Epochs made, and losses of the frozen weights."""
+    own = stage.record
+    assert own.train_loss is not None
+    assert own.validation_loss is not None
+    losses = (own.train_loss, own.validation_loss, own.validation_loss - own.train_loss)
+    return [str(own.epochs), *(f"{loss:.3f}" for loss in losses)]
 
 
 def _epochs(result: RunResult, module: int) -> list[dict[str, Any]]:
