@@ -220,5 +220,5 @@ def show(result: Any) -> None:
     from rich.console import Console
 
     # A table wider than a pipe's assumed 80 columns would be folded.
-    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "110"))
+    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "132"))
     Console(width=width).print(result)
