@@ -41,8 +41,6 @@ from gim_stagewise.sources import Request
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMS = ("float32", "float16", "bfloat16", "bitround-7", "uint8", "float8_e4m3")
-# What is stored are values of float32.
-PLAIN = ("float32", "bitround-7")
 # Compressor, level and shuffle; named as Blosc does.
 CODECS: dict[str, tuple[bytes, int, int] | None] = {
     "none": None,
@@ -115,6 +113,7 @@ def weigh(module: int, values: NDArray[np.float32]) -> list[dict[str, Any]]:
         form = Precision(name).calibrated(*extremes)
         encode_seconds, (stored, error) = timed(lambda form=form: form.encode(rows))  # type: ignore[misc]
         decode_seconds, _ = timed(lambda form=form, s=stored: form.decode(s))  # type: ignore[misc]
+        plain = stored.dtype == torch.float32
         for codec, settings in CODECS.items():
             if settings is None:
                 size, compress, decompress = stored.nbytes, 0.0, 0.0
@@ -129,7 +128,7 @@ def weigh(module: int, values: NDArray[np.float32]) -> list[dict[str, Any]]:
                     "against_float32": values.nbytes / size,
                     "error": 0.0 if error is None else error.relative,
                     "encode": rate(values, stored is rows, encode_seconds, compress),
-                    "decode": rate(values, name in PLAIN, decode_seconds, decompress),
+                    "decode": rate(values, plain, decode_seconds, decompress),
                 }
             )
     return found

@@ -12,9 +12,8 @@ from gim_stagewise.errors import DataError, DataNotFoundError
 from gim_stagewise.sources.base import Split
 
 LAYOUT = "<speaker>/<chapter>/<speaker>-<chapter>-<number>.flac, or <speaker>/**/*.flac (wav, aiff)"
-_SUFFIXES = {".flac", ".wav", ".aiff", ".aif"}
-# What is compressed with loss cannot be read in parts exactly.
-_LOSSY = {".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".wma"}
+# The last ones cannot be read in parts exactly: whoever opens such a file says so.
+_SUFFIXES = {".flac", ".wav", ".aiff", ".aif", ".mp3", ".ogg", ".oga", ".opus"}
 # Folders of LibriSpeech above those of its speakers.
 _ABOVE_SPEAKERS = re.compile(r"LibriSpeech|(train|dev|test)-(clean|other)(-\d+)?")
 
@@ -39,8 +38,7 @@ class Corpus:
     DataNotFoundError
         If there is no such folder, or no recording in it.
     DataError
-        If it is not laid out so, two recordings have the same name, or one is in a format that
-        cannot be read in parts.
+        If it is not laid out so, or two recordings have the same name.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -96,14 +94,8 @@ def _relative_paths(folder: Path) -> dict[str, Path]:
         raise DataNotFoundError(f"no folder of recordings at {folder.absolute()}; {layout}")
     found: dict[str, Path] = {}
     for path in sorted(_files(folder)):
-        suffix = path.suffix.lower()
-        if suffix not in _SUFFIXES | _LOSSY or path.name.startswith("."):
+        if path.suffix.lower() not in _SUFFIXES or path.name.startswith("."):
             continue
-        if suffix in _LOSSY:
-            raise DataError(
-                f"{path} is compressed with loss, and parts of such files cannot be read exactly; "
-                "convert it to FLAC, or move it elsewhere"
-            )
         relative = path.relative_to(folder)
         if len(relative.parts) == 1:
             raise DataError(f"{path} lies in no speaker's folder; {layout}")
