@@ -617,9 +617,9 @@ def test_figure_4_has_the_errors_of_all_modules(
 ) -> None:
     drawn = []
 
-    def kept(work: Reproduction, figure: Any, name: str) -> Path:
+    def kept(work: Reproduction, figure: Any, number: int, text: str) -> Path:
         drawn.append(figure)
-        return save_figure(work, figure, name)
+        return save_figure(work, figure, number, text)
 
     monkeypatch.setattr("gim_stagewise.reproduce.audio.save_figure", kept)
     with Image.open(figure_4(work)) as picture:

@@ -132,9 +132,9 @@ def test_curves_are_those_of_the_logs(
 
     drawn: list[Any] = []
 
-    def noted(work: Reproduction, figure: Any, name: str) -> Path:
+    def noted(work: Reproduction, figure: Any, number: int, text: str) -> Path:
         drawn.append(figure)
-        return save_figure(work, figure, name)
+        return save_figure(work, figure, number, text)
 
     save_figure = figures.save_figure
     monkeypatch.setattr(figures, "save_figure", noted)

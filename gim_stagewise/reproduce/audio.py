@@ -189,16 +189,14 @@ def figure_4(work: Reproduction) -> Path:
     panel.grid(alpha=0.3, which="both")
     panel.legend()
     modules = [f"module {n}" for n in work.pipeline("iterative").config.module]
-    work.write(
-        "figure4.md",
-        f"# Figure 4: {work.pipeline('iterative').config.name}\n\n"
-        "![errors by module](figure4.png)\n\n"
+    return save_figure(
+        work,
+        figure,
+        4,
         f"Test errors in percent of linear classifiers of the {speaker} of a recording, on the "
         f"mean of a module's features over time; none at all is drawn at {100 * least:.2g}.\n\n"
-        + markdown_table(["method", *modules], rows)
-        + f"\n{work.conditions()}\n",
+        + markdown_table(["method", *modules], rows),
     )
-    return save_figure(work, figure, "figure4.png")
 
 
 def _labels(work: Reproduction) -> tuple[str, str]:

@@ -74,16 +74,15 @@ def figure_2(work: Reproduction) -> Path:
         for panel, neuron in zip(row, neurons, strict=False):
             panel.set_title(f"channel {neuron.channel}", fontsize=7)
             panel.imshow(_group(neuron, source, pipeline.config.augment, grid))
-    work.write(
-        "figure2.md",
-        f"# Figure 2: {pipeline.config.name}\n\n"
-        "![patches that excite neurons](figure2.png)\n\n"
+    return save_figure(
+        work,
+        figure,
+        2,
         f"A row for each module: up to {NEURONS} of its channels, and of each the {PATCHES} "
         f"patches that excite it most, no two of one sample, among {len(ids)} samples without "
         "augmentation. The channels are those whose response to their patches lies furthest above "
-        f"their mean, in standard deviations.\n\n{work.conditions()}\n",
+        "their mean, in standard deviations.\n",
     )
-    return save_figure(work, figure, "figure2.png")
 
 
 def _evaluated(cache: Cache) -> list[str]:
@@ -171,20 +170,18 @@ def figure_3(work: Reproduction) -> Path:
     columns = 4 if count > 2 else 2
     figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=columns)
     config = work.pipeline("iterative").config
-    work.write(
-        "figure3.md",
-        f"# Figure 3: {config.name}\n\n"
-        "![training and validation curves](figure3.png)\n\n"
+    return save_figure(
+        work,
+        figure,
+        3,
         "Losses after each epoch (InfoNCE, nats), of weights at rest and inputs as they are: on "
         "held-out samples, and on as many of those that were trained on, in the view that a cache "
         f"stores first. {how_iterative(config)} Of the epoch whose weights were frozen:\n\n"
         + markdown_table(
             ["module", "mode", "epochs", "training", "validation", "difference"],
             sorted(rows, key=lambda row: int(row[0])),
-        )
-        + f"\n{work.conditions()}\n",
+        ),
     )
-    return save_figure(work, figure, "figure3.png")
 
 
 def _frozen_losses(stage: StageResult) -> list[str]:
@@ -208,8 +205,14 @@ def _epochs(result: RunResult, module: int) -> list[dict[str, Any]]:
     return epochs
 
 
-def save_figure(work: Reproduction, figure: Any, name: str) -> Path:
-    """Write a figure as PNG below the target, atomically."""
-    path = work.target / name
+def save_figure(work: Reproduction, figure: Any, number: int, text: str) -> Path:
+    """Write a figure as PNG below the target, and beside it what is to be said of it."""
+    path = work.target / f"figure{number}.png"
+    name = work.pipeline("iterative").config.name
+    work.write(
+        f"figure{number}.md",
+        f"# Figure {number}: {name}\n\n![figure {number}]({path.name})\n\n"
+        f"{text}\n{work.conditions()}\n",
+    )
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
     return path
