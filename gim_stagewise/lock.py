@@ -63,6 +63,18 @@ def exclusive(folder: Path) -> Iterator[None]:
             del _held[folder]
 
 
+def is_in_use(folder: Path) -> bool:
+    """Whether somebody holds a folder now."""
+    with _guard:
+        if folder.absolute() in _held:
+            return True
+    try:
+        with exclusive(folder):
+            return False
+    except FolderInUseError:
+        return True
+
+
 @contextmanager
 def _locked_file(folder: Path) -> Iterator[None]:
     try:

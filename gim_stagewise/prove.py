@@ -15,6 +15,7 @@ from gim_stagewise.cache import Cache
 from gim_stagewise.cache.views import DecodedArray
 from gim_stagewise.config import PipelineConfig
 from gim_stagewise.errors import ConfigError
+from gim_stagewise.lock import exclusive
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.stage.fit import plan_training
 from gim_stagewise.stage.needs import chain_needs
@@ -72,7 +73,7 @@ def prove(pipeline: Pipeline) -> list[Proof]:
     pipeline = _with_micro_batches(pipeline)
     folder = pipeline.workspace.folder
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".prove-") as place:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".prove-") as place, exclusive(Path(place)):
         stored = _train(pipeline, samples, "always", Path(place) / "stored")
         computed = _train(pipeline, samples, "never", Path(place) / "computed")
     return [

@@ -11,6 +11,7 @@ from gim_stagewise.cache import BuildFolder, read_manifest
 from gim_stagewise.durable import leftovers, rename
 from gim_stagewise.durable import remove as remove_path
 from gim_stagewise.errors import CorruptCacheError, GimStageError
+from gim_stagewise.lock import is_in_use
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.stage.checkpoint import FrozenWeights, TrainingRecord, peek_checkpoint
 from gim_stagewise.stage.disk import folder_bytes
@@ -223,7 +224,8 @@ def _candidates(pipeline: Pipeline) -> Iterator[tuple[Path, str]]:
         yield path, "left over from something that was interrupted"
     for pattern in (".measure-*", ".prove-*"):
         for path in sorted(space.folder.glob(pattern)):
-            yield path, "left over from a measurement"
+            if not is_in_use(path):
+                yield path, "left over from a measurement"
     for path in sorted(space.folder.glob(".m*.zarr.build")):
         index = _number(path.name.removeprefix(".").removesuffix(".build"), ".zarr")
         if index not in states or states[index].state not in {"partial", "waiting"}:

@@ -37,7 +37,7 @@ from gim_stagewise.stage.probe_sequences import RecordingProbe
 from gim_stagewise.stage.project import count_step, measure_step
 from gim_stagewise.stage.spec import step_spec
 from gim_stagewise.stage.step_classifier import step_accuracies
-from gim_stagewise.stage.walks import cached_walk, chain_walk, check_probe_memory, mfcc_walk
+from gim_stagewise.stage.walks import cached_walk, chain_walk, check_probe_of_recordings, mfcc_walk
 from gim_stagewise.stage.windowed import WindowSource, training_windows
 from gim_stagewise.stage.workspace import Workspace
 
@@ -715,9 +715,9 @@ def test_recordings_too_long_for_the_probe_are_refused_before_any_work(speech: P
             pass
     few = replace(space, budget=Budget(host=resident_bytes() + meter.peak // 2))
     with pytest.raises(OverBudgetError, match=f"for the longest, {longest.id}; allowed") as caught:
-        check_probe_memory(few, source, shapes)
+        check_probe_of_recordings(few, source, shapes)
     assert meter.peak < 1.1 * (caught.value.needed - resident_bytes())
-    check_probe_memory(space, source, shapes)
+    check_probe_of_recordings(space, source, shapes)
     small: list[str | Path] = ["--allowed-host-mem", "10MB", "--dir", speech.parent / "out"]
     for mode in ("iterative", "random"):
         found = gim_stage("run", speech, "--mode", mode, *small)

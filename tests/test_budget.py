@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +13,19 @@ from warm import gim_stage
 
 from gim_stagewise.cache import Cache
 from gim_stagewise.errors import OverBudgetError, StorageError
-from gim_stagewise.memory import Budget
+from gim_stagewise.memory import Budget, PeakMeter, resident_bytes
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.plan import plan_pipeline
 from gim_stagewise.prove import prove
+from gim_stagewise.stage.chain import fresh_chain
 from gim_stagewise.stage.needs import chain_needs
+from gim_stagewise.stage.probe import chain_features
+from gim_stagewise.stage.walks import check_probe_of_patches
 
 
-def open_pipeline(file: Path, folder: Path, **budget: int) -> Pipeline:
-    return Pipeline.from_file(file, folder=folder, device="cpu", budget=Budget(**budget))
+def open_pipeline(file: Path, folder: Path, *, mode: str | None = None, **budget: int) -> Pipeline:
+    own = Budget(**budget)
+    return Pipeline.from_file(file, folder=folder, device="cpu", mode=mode, budget=own)
 
 
 def test_extraction_that_does_not_fit_is_refused_before_training(
@@ -33,6 +38,29 @@ def test_extraction_that_does_not_fit_is_refused_before_training(
         assert "extraction with 0 workers projects" in error
         assert "lower extract.batch from 1500000" in error
     assert not list((tmp_path / "out").glob("m*"))
+
+
+def test_the_probe_of_a_chain_takes_what_is_said_and_is_refused_before_any_work(
+    tiny: Path, tmp_path: Path
+) -> None:
+    edit(tiny, "channels = 6", "channels = 200")
+    edit(tiny, "[extract]\nbatch = 50", "[extract]\nbatch = 500")
+    pipeline = open_pipeline(tiny, tmp_path / "out")
+    space, source, shapes = pipeline.workspace, pipeline.source, pipeline.check()
+    ids = list(source.ids)
+    chain = fresh_chain(space, [shape.cell_in[0] for shape in shapes])
+    chain_features(chain, source, ids[:1], space.config)  # what a first one loads
+    gc.collect()
+    with PeakMeter(space.device) as meter:
+        chain_features(chain, source, ids, space.config)
+    few = replace(space, budget=Budget(host=resident_bytes() + meter.peak // 2))
+    with pytest.raises(OverBudgetError, match=r"lower extract\.batch from 500") as caught:
+        check_probe_of_patches(few, source, shapes)
+    assert meter.peak < 1.1 * (caught.value.needed - resident_bytes())
+    check_probe_of_patches(space, source, shapes)
+    with pytest.raises(OverBudgetError, match="the probe of all modules"):
+        open_pipeline(tiny, tmp_path / "random", host=1_000_000, mode="random").run()
+    assert not list((tmp_path / "random").glob("m*"))
 
 
 def test_a_stage_that_will_be_made_again_is_checked_first(tiny: Path, tmp_path: Path) -> None:

@@ -461,6 +461,8 @@ def test_embeddings_are_the_spatial_mean_or_the_modules_own() -> None:
         (OwnPool(lambda z: z[:, :3].mean((2, 3)), mix_last_channel), "the other rows"),
         (OwnPool(lambda z: z.mean((2, 3)) + z.mean()), "depends on the other rows"),
         (Custom(count_call), "changes the buffer 'calls'"),
+        (Custom(lambda m, x: F.dropout(m.conv(x), 0.1)), "is random in evaluation mode"),
+        (OwnPool(lambda z: z.mean((2, 3)) * torch.rand(1)), "is random in evaluation mode"),
         (Custom(lambda m, x: (m.conv(x), x)), "returned tuple, expected one tensor"),
         (Custom(lambda m, x: None), "returned NoneType, expected one tensor"),
         (Custom(lambda m, x: m.conv(x).flatten(1)), r"shape \(2, 64\).*channel, height, width"),

@@ -222,6 +222,19 @@ def test_a_budget_that_is_too_small_is_refused_with_one_that_works(
     assert f"{option} " in error
 
 
+def test_extract_names_its_own_smallest_budget(tiny: Path, tmp_path: Path) -> None:
+    """Not that of training, which takes less than a forward of so many patches."""
+    edit(tiny, "batch = 50", "batch = 50000")
+    arguments: list[str | Path] = ["--module", "1", "--pipeline", tiny]
+    arguments += ["--dir", tmp_path, "--device", "cpu"]
+    assert gim_stage("train", *arguments).returncode == 0
+    extract = ["extract", *arguments, "--allowed-host-mem"]
+    least = one_error(gim_stage(*extract, "abc"), 2).split("workable value here is ")[1].strip()
+    megabytes = int(least.removesuffix("MB"))
+    assert "extract.batch" in one_error(gim_stage(*extract, f"{megabytes // 2}MB"), 3)
+    assert gim_stage(*extract, least).returncode == 0
+
+
 def test_train_names_the_smallest_budget_too(tiny: Path, tmp_path: Path) -> None:
     arguments: list[str | Path] = ["--module", "1", "--pipeline", tiny]
     arguments += ["--dir", tmp_path, "--device", "cpu"]

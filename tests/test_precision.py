@@ -321,6 +321,31 @@ def test_outputs_that_are_not_finite_name_their_samples(
     )
 
 
+@pytest.mark.parametrize("materialize", ["always", "auto"])
+def test_a_module_that_gives_nan_before_it_is_trained_is_refused(
+    tiny: Path, tmp_path: Path, materialize: str
+) -> None:
+    """As one does that divides by the deviation of a blank patch."""
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, in_channels):\n"
+        "        super().__init__()\n"
+        "        self.conv = nn.Conv2d(in_channels, 4, 3)\n"
+        "    def forward(self, x):\n"
+        "        x = x - x.mean((1, 2, 3), True)\n"
+        "        return self.conv(x / x.square().mean((1, 2, 3), True).sqrt())\n"
+    )
+    edit(tiny, 'build = "residual"\noptions = { stem = 4, channels = 6 }', 'build = "nets:Net"')
+    with_cache(tiny, f'materialize = "{materialize}"')
+    images = np.load(tmp_path / "train.npy")
+    images[0] = 7
+    np.save(tmp_path / "train.npy", images)
+    for command in ("plan", "run"):
+        done = gim_stage(command, tiny, "--dir", tmp_path / "out", "--device", "cpu")
+        assert "module.1: gives NaN or infinity for some of the data" in one_error(done, 2)
+
+
 def test_values_beyond_the_precision_are_an_error(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "bright.py").write_text(BRIGHT)
     file = tmp_path / "bright.toml"

@@ -1000,6 +1000,20 @@ def test_a_sampled_digest_covers_what_it_says(
     assert digest_of(tmp_path / "same", kind) != digest_of(tmp_path / "same", kind, "sampled")
 
 
+@pytest.mark.parametrize("kind", ["npy", "zarr"])
+@pytest.mark.parametrize("how", ["full", "sampled"])
+def test_axes_in_another_order_are_other_images(tmp_path: Path, kind: str, how: str) -> None:
+    make_dataset(tmp_path / "data", kind, pixels(3, 4, 4), [0, 1, 1])
+    config = arrays(tmp_path / "data", kind).model_copy(update={"digest": how})
+    digests = {
+        open_source(
+            config.model_copy(update={"options": {"axes": f"sample {axes}"}})
+        ).content_digest()
+        for axes in ("height width", "width height")
+    }
+    assert len(digests) == 2
+
+
 def test_a_file_with_another_name_is_another_image(tmp_path: Path) -> None:
     """Ids are names, and what is drawn for a sample follows from its id."""
     make_dataset(tmp_path / "data", "folder", pixels(2, 4, 4), [0, 1])

@@ -14,6 +14,7 @@ from helpers import edit
 import gim_stagewise.stage.extract as extract_room
 from gim_stagewise import Pipeline
 from gim_stagewise.errors import CacheNotFoundError
+from gim_stagewise.lock import exclusive
 from gim_stagewise.report.curves import plot_curves
 from gim_stagewise.report.inspect import inspect_cache
 from gim_stagewise.report.record import save_record
@@ -160,6 +161,15 @@ def test_clean_removes_what_it_listed_and_nothing_else(tiny: Path, done: Path) -
         remove(thing)
     assert set(listing(done)) == kept
     assert removable(open_pipeline(tiny, done)) == []
+
+
+def test_clean_leaves_measurements_that_go_on_alone(tiny: Path, done: Path) -> None:
+    folders = [done / ".prove-abc", done / ".measure-abc"]
+    for folder in folders:
+        with exclusive(folder):
+            assert removable(open_pipeline(tiny, done)) == []
+        assert [thing.path for thing in removable(open_pipeline(tiny, done))] == [folder]
+        shutil.rmtree(folder)
 
 
 def test_clean_keeps_work_that_can_be_gone_on_with(tiny: Path, tmp_path: Path) -> None:

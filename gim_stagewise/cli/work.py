@@ -207,8 +207,9 @@ def train(
     pipeline = options.pipeline_from(pipeline_file, input_path, folder, device, progress)
     with options.naming(pipeline_file):
         sizes = options.Sizes(allowed_mem, allowed_host_mem)
-        needs = pipeline.stage(index, input_path).needs
-        pipeline = options.limited(pipeline, sizes, lambda: smallest_training(needs))
+        pipeline = options.limited(
+            pipeline, sizes, lambda: smallest_training(pipeline.stage(index, input_path).needs)
+        )
         if index == 1:
             pipeline.note_data()
         weights, trained = pipeline.stage(index, input_path).train(force=force)
@@ -273,18 +274,17 @@ def extract(
       gim-stage extract --module 2 --input cache/digits/m1.zarr --workers 2
     """
     from gim_stagewise.stage.disk import folder_bytes
-    from gim_stagewise.stage.fit import smallest_training
+    from gim_stagewise.stage.extraction_plan import smallest_extraction
     from gim_stagewise.units import format_bytes
 
     progress = options.progress_for(quiet=quiet, verbose=False)
     workers = options.workers_from(worker_count, scheduler)
     pipeline = options.pipeline_from(pipeline_file, input_path, folder, device, progress)
     with options.naming(pipeline_file):
-        needs, sizes = (
-            pipeline.stage(index, input_path).needs,
-            options.Sizes(None, allowed_host_mem),
+        sizes = options.Sizes(None, allowed_host_mem)
+        pipeline = options.limited(
+            pipeline, sizes, lambda: smallest_extraction(pipeline.stage(index, input_path).needs)
         )
-        pipeline = options.limited(pipeline, sizes, lambda: smallest_training(needs))
         if index == 1:
             pipeline.note_data()
         stage = pipeline.stage(index, input_path)

@@ -104,8 +104,8 @@ def output_shape(
     Raises
     ------
     ModuleRefusedError
-        If the input does not fit, the output is no batch of rows, rows depend on one another, or
-        a forward changes a buffer.
+        If the input does not fit, the output is no batch of rows, rows depend on one another, a
+        forward changes a buffer, or draws in evaluation mode.
     """
     training = module.training
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
@@ -118,16 +118,17 @@ def output_shape(
             _check_buffers(module, before, key)
             _check_rows_alone(module, rows, key)
             _check_input_op(module, rows.detach(), key)
+            _check_draws(module, rows.detach(), key)
         finally:
             module.train(training)
             _restore_buffers(module, before)
     return tuple(z.shape[1:]), tuple(pooled.shape[1:])
 
 
-def _forward(module: nn.Module, rows: Tensor, key: str) -> tuple[Tensor, Tensor]:
-    """Outputs and embeddings, always with the same draws (dropout)."""
+def _forward(module: nn.Module, rows: Tensor, key: str, *, draws: int = 1) -> tuple[Tensor, Tensor]:
+    """Outputs and embeddings, of equal ``draws`` with the same random numbers (dropout)."""
     try:
-        with seeded(1):
+        with seeded(draws):
             z = module(rows)
     except Exception as error:
         size = "×".join(map(str, rows.shape[1:]))
@@ -142,7 +143,8 @@ def _forward(module: nn.Module, rows: Tensor, key: str) -> tuple[Tensor, Tensor]
             f"returned {type(z).__name__}, expected one tensor of outputs", key=key
         )
     try:
-        pooled = pool(module, z)
+        with seeded(draws):
+            pooled = pool(module, z)
     except Exception as error:
         raise ModuleRefusedError(f"its pool failed: {_first_line(error)}", key=key) from error
     if not isinstance(pooled, Tensor):
@@ -206,6 +208,19 @@ def _check_input_op(module: nn.Module, rows: Tensor, key: str) -> None:
         raise ModuleRefusedError(
             f"declares input_op = {name!r}, but gives other outputs when that was applied to its "
             "input before (an identity shortcut?); remove the declaration",
+            key=key,
+        )
+
+
+@torch.no_grad()
+def _check_draws(module: nn.Module, rows: Tensor, key: str) -> None:
+    """Outputs of a frozen module must not be drawn: nobody could compute them again."""
+    module.eval()
+    (z, pooled), (again, again_pooled) = (_forward(module, rows, key, draws=n) for n in (1, 2))
+    if not torch.equal(z, again) or not torch.equal(pooled, again_pooled):
+        raise ModuleRefusedError(
+            "its output is random in evaluation mode (F.dropout without training=self.training?); "
+            "draw in train mode alone",
             key=key,
         )
 

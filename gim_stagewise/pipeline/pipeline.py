@@ -41,7 +41,7 @@ from gim_stagewise.stage.lineage import foreign_content
 from gim_stagewise.stage.needs import chain_needs
 from gim_stagewise.stage.shape import Shape, windowed_input
 from gim_stagewise.stage.stage import Stage
-from gim_stagewise.stage.walks import check_probe_memory
+from gim_stagewise.stage.walks import check_probe_of_patches, check_probe_of_recordings
 from gim_stagewise.stage.workspace import Workspace, open_data
 
 StepListener = Callable[[int, int], None]
@@ -279,7 +279,7 @@ class Pipeline:
         OverBudgetError
             Of several stages, for the one that needs most; or for the probe.
         """
-        check_probe_memory(self.workspace, self.source, shapes)
+        check_probe_of_recordings(self.workspace, self.source, shapes)
         budget = self.workspace.budget
         errors = []
         stored = {index: self._is_materialized(index) for index in range(1, first)}
@@ -297,6 +297,7 @@ class Pipeline:
                 task.advance()
         if errors:
             raise max(errors, key=lambda error: error.needed)
+        check_probe_of_patches(self.workspace, self.source, shapes)
 
     def plan_disk(
         self,

@@ -31,7 +31,12 @@ from gim_stagewise.stage.probe_sequences import probe_recordings
 from gim_stagewise.stage.removing import drop_outputs, forget
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.step_classifier import Walk
-from gim_stagewise.stage.walks import cached_walk, chain_walk, check_probe_memory
+from gim_stagewise.stage.walks import (
+    cached_walk,
+    chain_walk,
+    check_probe_of_patches,
+    check_probe_of_recordings,
+)
 
 if TYPE_CHECKING:
     from gim_stagewise.pipeline.pipeline import Pipeline
@@ -189,7 +194,8 @@ def _run_joint(pipeline: Pipeline) -> RunResult:
     shapes = pipeline.check()
     stage = pipeline.joint_stage(shapes)
     stage.check()
-    check_probe_memory(space, pipeline.source, shapes)
+    check_probe_of_recordings(space, pipeline.source, shapes)
+    check_probe_of_patches(space, pipeline.source, shapes)
     pipeline.note_data()
     with exclusive(space.folder):
         weights, trained = stage.train()

@@ -35,11 +35,35 @@ __all__ = [
     "StepLabelled",
     "Subset",
     "UniformItems",
+    "default_root",
     "labels_of",
     "open_source",
     "read_stacked",
     "step_labelled",
 ]
+
+
+# Where data is looked for if ``source.root`` does not say.
+_ROOTS = {
+    "npy": ".",
+    "zarr": ".",
+    "large": ".",
+    "audio": ".",
+    "speech": ".",
+    "mosaic": "data",
+    "synthetic_speech": "data",
+    "stl10": "data",
+}
+
+
+def default_root(kind: str) -> str | None:
+    """Where data of a kind is looked for without ``source.root``; None of data without a place."""
+    _, _, name = kind.partition(":")
+    if name:
+        from gim_stagewise.sources.vision import DEFAULT_ROOT, takes_root
+
+        return DEFAULT_ROOT if takes_root(name) else None
+    return _ROOTS.get(kind)
 
 
 def open_source(config: SourceConfig) -> Source:

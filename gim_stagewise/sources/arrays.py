@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import os
@@ -257,6 +258,8 @@ class _StoredPart:
 
     def digest(self, images: Sequence[int]) -> str:
         try:
-            return array_digest(self._images, images, self._labels)
+            values = array_digest(self._images, images, self._labels)
         except (ValueError, RuntimeError, KeyError, OSError) as error:
             raise DataError(f"{self._where} cannot be read ({error})") from None
+        # In another order of axes the same values are other images.
+        return hashlib.sha256(f"{self._axes};{values}".encode()).hexdigest()

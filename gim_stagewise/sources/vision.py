@@ -19,6 +19,8 @@ from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
 from gim_stagewise.sources.base import Split
 from gim_stagewise.sources.parts import PartsSource, array_digest
 
+DEFAULT_ROOT = "data"
+
 
 def open_torchvision(config: SourceConfig, name: str) -> PartsSource:
     """Open ``torchvision.datasets.<name>`` once per split.
@@ -36,14 +38,7 @@ def open_torchvision(config: SourceConfig, name: str) -> PartsSource:
     DataNotFoundError
         If the data is not under ``source.root``.
     """
-    from torchvision import datasets
-
-    constructor = getattr(datasets, name, None)
-    if not inspect.isclass(constructor) or constructor is datasets.VisionDataset:
-        raise ConfigError(
-            f"is 'torchvision:{name}', but torchvision.datasets has no class {name!r}",
-            key="source.kind",
-        )
+    constructor = _constructor(name)
     accepted = _accepted(constructor)
     splits = config.splits or _default_splits(accepted)
     parts = {split: _open_part(constructor, config, split, own) for split, own in splits.items()}
@@ -53,6 +48,29 @@ def open_torchvision(config: SourceConfig, name: str) -> PartsSource:
             own = {"split": "unlabeled"}
             parts["unlabeled"] = _open_part(constructor, config, "unlabeled", own)
     return PartsSource(parts, config.digest)
+
+
+def takes_root(name: str) -> bool:
+    """Whether a dataset lies in a folder.
+
+    Raises
+    ------
+    ConfigError
+        If torchvision has no such dataset.
+    """
+    return "root" in _accepted(_constructor(name))
+
+
+def _constructor(name: str) -> Any:
+    from torchvision import datasets
+
+    constructor = getattr(datasets, name, None)
+    if not inspect.isclass(constructor) or constructor is datasets.VisionDataset:
+        raise ConfigError(
+            f"is 'torchvision:{name}', but torchvision.datasets has no class {name!r}",
+            key="source.kind",
+        )
+    return constructor
 
 
 def _default_splits(accepted: Any) -> dict[Split, dict[str, Any]]:
@@ -72,7 +90,7 @@ def _open_part(
     arguments = {**config.options, **own}
     if config.root is not None or "root" in accepted:
         _check_arguments(constructor, {"root": config.root}, "source")
-        arguments.setdefault("root", config.root or "data")
+        arguments.setdefault("root", config.root or DEFAULT_ROOT)
     if "download" in accepted:
         arguments.setdefault("download", config.download)
     root = Path(arguments.get("root", ".")).absolute()

@@ -28,6 +28,7 @@ from gim_stagewise.cache import (
 )
 from gim_stagewise.config import ExtractConfig
 from gim_stagewise.durable import fsync_file
+from gim_stagewise.lock import exclusive
 from gim_stagewise.memory import available_host_bytes
 from gim_stagewise.sources import Request, Source, Split, read_stacked
 from gim_stagewise.stage.freeze import FrozenModule
@@ -214,16 +215,16 @@ def measure_choice(
     place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     scratch = place / f".measure-{uuid.uuid4().hex[:8]}"
     try:
-        scratch.mkdir()
-        write_seconds, cache = _scratch_cache(scratch, manifest, arrays, storing, reading)
-        warm_seconds = _read_seconds(cache, reading, whole=manifest.sample_layout.samples)
-        files = [file for file in cache.path.rglob("c.*") if file.is_file()]
-        cold_seconds = _read_seconds(
-            cache,
-            reading,
-            whole=manifest.sample_layout.samples,
-            before=lambda: _forget_pages(files),
-        )
+        with exclusive(scratch):
+            write_seconds, cache = _scratch_cache(scratch, manifest, arrays, storing, reading)
+            warm_seconds = _read_seconds(cache, reading, whole=manifest.sample_layout.samples)
+            files = [file for file in cache.path.rglob("c.*") if file.is_file()]
+            cold_seconds = _read_seconds(
+                cache,
+                reading,
+                whole=manifest.sample_layout.samples,
+                before=lambda: _forget_pages(files),
+            )
         size = sum(file.stat().st_size for file in files if file.parent.name == "activations")
         samples_there = len(cache.ids)
     finally:

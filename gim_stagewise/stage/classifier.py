@@ -127,18 +127,15 @@ def _along(strengths: Sequence[float], split: Split) -> Iterator[float]:
 
 def _adam(choice: Split, final: Split, config: ProbeConfig, seed: int) -> Accuracy:
     """A linear layer under cross-entropy, trained by Adam (paper, appendix A.1)."""
-    accuracies: list[float] = []
-    _train_linear(choice, config, seed, config.epochs, accuracies.append)
-    epochs = 1 + int(np.argmax(accuracies))
-    last: list[float] = []
-    _train_linear(final, config, seed, epochs, last.append)
-    return Accuracy(last[-1], max(accuracies))
+    accuracies = [judge() for judge in _epochs(choice, config, seed, config.epochs)]
+    *_, judge = _epochs(final, config, seed, 1 + int(np.argmax(accuracies)))
+    return Accuracy(judge(), max(accuracies))
 
 
-def _train_linear(
-    split: Split, config: ProbeConfig, seed: int, epochs: int, note: Callable[[float], None]
-) -> None:
-    """Train a linear layer, and note its accuracy after every epoch."""
+def _epochs(
+    split: Split, config: ProbeConfig, seed: int, count: int
+) -> Iterator[Callable[[], float]]:
+    """Train a linear layer; gives, after every epoch, what computes its accuracy."""
     x, y, unseen, truth = split
     mean, std = x.mean(0), x.std(0)
     std[std == 0] = 1.0
@@ -149,13 +146,17 @@ def _train_linear(
     with seeded(derive_seed(seed, "classifier")):
         linear = nn.Linear(x.shape[1], len(classes))
     optimizer = torch.optim.Adam(linear.parameters(), lr=config.lr)
-    for epoch in range(epochs):
+
+    @torch.no_grad()
+    def accuracy() -> float:
+        given = classes[linear(judged).argmax(1).numpy()]
+        return float((given == truth).mean())
+
+    for epoch in range(count):
         generator = torch.Generator().manual_seed(derive_seed(seed, "classifier order", epoch))
         order = torch.randperm(len(inputs), generator=generator)
         for rows in torch.split(order, config.batch):
             optimizer.zero_grad()
             F.cross_entropy(linear(inputs[rows]), targets[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        with torch.no_grad():
-            given = classes[linear(judged).argmax(1).numpy()]
-            note(float((given == truth).mean()))
+        yield accuracy

@@ -24,6 +24,7 @@ from gim_stagewise.stage.choose import Choice
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
 from gim_stagewise.stage.needs import cache_layout, chain_needs
 from gim_stagewise.stage.shape import Shape
+from gim_stagewise.stage.storing import refuse_untrained
 from gim_stagewise.stage.workspace import Workspace
 from gim_stagewise.units import format_bytes
 from gim_stagewise.windows import Geometry, Span
@@ -237,6 +238,7 @@ def _few_outputs(
         frozen = FrozenModule(space.build(index, shape.cell_in[0]), torch.device("cpu"))
         cache = space.module_config(index).cache
         rows, _ = frozen_forward(frozen, rows, config)
+        refuse_untrained(rows, index)
         op = shapes[index].input_op if index < len(shapes) else None
         if op is not None and cache.stored_operation == "auto":
             rows = INPUT_OPERATIONS[op](rows)

@@ -47,6 +47,8 @@ def load_encoder(path: str | Path, *, pipeline: str | Path | None = None) -> Enc
     Returns
     -------
     Encoder
+        Of all modules that lie there, also one that the pipeline file has no more, unless
+        ``pipeline`` is given or ``gim-stage clean`` has removed it.
         On the CPU, in evaluation mode, without gradients. It takes float32 patches
         [patch, channel, height, width], as ``Pipeline.source`` gives them; in dense encoding images
         [image, channel, height, width] or recordings [recording, channel, time].
@@ -145,8 +147,9 @@ def _build(space: Workspace, weights: FrozenWeights, chain: list[FrozenWeights])
         raise CorruptCacheError(f"{path} says that it is module {weights.module}, not {position}")
     if position > 1 and weights.chain != chain[position - 2].digest:
         raise StaleCacheError(
-            f"{path} was trained on another module {position - 1} than the one beside it; "
-            "give `gim-stage run` to make them match"
+            f"{path} was trained on another module {position - 1} than the one beside it: "
+            "`gim-stage run` makes them match, or, if the pipeline has no such module any more, "
+            "`gim-stage clean` removes it"
         )
     module = space.build(position, weights.in_shape[0])
     try:

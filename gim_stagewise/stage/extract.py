@@ -46,7 +46,7 @@ from gim_stagewise.stage.storing import Storing, check_error, compute_block
 from gim_stagewise.stage.workspace import Workspace, open_data
 from gim_stagewise.windows import Geometry, Span, Window
 
-# Blocks that a process has in hand: one is computed, the other comes or goes.
+# Blocks that a worker has in hand: one is computed, the other comes or goes.
 BLOCKS_AT_ONCE = 2
 
 
@@ -199,7 +199,11 @@ class BlockWorker:
         return self.stage(block, *self.outputs(block, self.read(block)))
 
     def ids(self, block: Block) -> list[str]:
-        return list(self.source.ids[block.samples.slice])
+        return list(self._ids[block.samples.slice])
+
+    @cached_property
+    def _ids(self) -> Sequence[str]:
+        return self.source.ids  # of a large dataset it takes milliseconds to list them
 
     def outputs(
         self, block: Block, samples: NDArray[np.float32]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,8 @@ from gim_stagewise.units import format_bytes
 
 # A process of ours with torch, zarr and Dask imported, before it has a block, measured.
 BASE_BYTES = 600_000_000
+# A GPU is done with a block before one core has compressed the last.
+MOST_WRITERS = 3
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class ExtractionPlan:
     base : int
         Bytes of a process before it begins.
     on_gpu : bool
+    writers : int
+        Blocks that this process writes at once, without workers.
     lean : bool
         Whether processes keep nothing of freed memory, which costs time; because what they would
         keep does not fit.
@@ -64,6 +69,7 @@ class ExtractionPlan:
     workers: int
     base: int
     on_gpu: bool
+    writers: int = 1
     lean: bool = False
 
     @property
@@ -112,6 +118,14 @@ def plan_extraction(
     return replace(plan, lean=True)
 
 
+def smallest_extraction(needs: StageNeeds) -> Budget:
+    """The smallest budgets that extraction in one process works with."""
+    budget = Budget(device=sys.maxsize, host=sys.maxsize)
+    forward = project_forward(needs.spec)
+    plan = replace(_plan(needs, budget, Workers(0), forward=forward), writers=1)
+    return Budget(forward, replace(plan, block=BLOCKS_AT_ONCE * needs.block).host)
+
+
 def _plan(needs: StageNeeds, budget: Budget, workers: Workers, *, forward: int) -> ExtractionPlan:
     spec = needs.spec
     _check_device(spec, budget, forward)
@@ -138,8 +152,19 @@ def _plan(needs: StageNeeds, budget: Budget, workers: Workers, *, forward: int) 
             key="--workers",
         )
     plan = replace(plan, workers=count)
+    if on_gpu and not count:
+        plan = _with_writers(plan, needs, allowed)
     if plan.host > allowed and workers.scheduler is None:
         _refuse(spec, plan, fitting, allowed)
+    return plan
+
+
+def _with_writers(plan: ExtractionPlan, needs: StageNeeds, allowed: int) -> ExtractionPlan:
+    """As many blocks written at once as there are cores and memory for."""
+    for writers in range(min(MOST_WRITERS, usable_cores()), 0, -1):
+        plan = replace(plan, writers=writers, block=(1 + writers) * needs.block)
+        if plan.host <= allowed:
+            break
     return plan
 
 

@@ -67,7 +67,7 @@ class WindowLabels:
     def __init__(self, windows: WindowSource, labels: dict[str, int]) -> None:
         self._windows = windows
         self._numbers = _numbered(labels)
-        self.ids: Collection[str] = windows.ids
+        self.ids: Collection[str] = frozenset(windows.ids)
         self.classes = 1 + max(self._numbers.values())
 
     def of(self, requests: Sequence[Request]) -> Int64[Tensor, " sample"]:
@@ -90,7 +90,7 @@ class WindowStepLabels:
         source = step_labelled(windows.source)
         assert source is not None
         self._source, self._windows = source, windows
-        self.ids: Collection[str] = windows.ids
+        self.ids: Collection[str] = frozenset(windows.ids)
         (window,) = windows.zones.window
         self.steps = window // source.step_label_hop
         if self.steps == 0:

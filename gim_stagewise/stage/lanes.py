@@ -75,8 +75,8 @@ class LaneWorker:
         self._worker = worker
         self._layout = layout
         self.count = worker.job.config.windows.lanes
-        # Of each recording: the tile that was computed last, and the state after it.
-        self._last: dict[int, tuple[int, NDArray[np.float32]]] = {}
+        # Of each lane: the recording and the tile that were computed last, and the state after.
+        self._last: dict[int, tuple[int, int, NDArray[np.float32]]] = {}
 
     def outputs(self, blocks: list[Block]) -> list[Outputs]:
         """Read and compute blocks, of different lanes."""
@@ -105,7 +105,7 @@ class LaneWorker:
         name = f"{item_id} (outputs {span.start} to {span.stop})"
         arrays = checked_arrays(stored, pooled, storing, [name], rows=1)
         state = after[lane].numpy().copy()
-        self._last[block.samples.start] = (block.tile[0], state)
+        self._last[lane] = (block.samples.start, block.tile[0], state)
         found = {kind: values[0] for kind, values in arrays.items()} | {"states": state[None]}
         return found, storing.error
 
@@ -115,9 +115,9 @@ class LaneWorker:
         if tile == 0:
             first: NDArray[np.float32] = self._worker.frozen.initial_state().numpy()
             return first
-        last = self._last.get(number)
-        if last is not None and last[0] == tile - 1:
-            return last[1]
+        last = self._last.get(number % self.count)
+        if last is not None and last[:2] == (number, tile - 1):
+            return last[2]
         before = Block(-1, 0, block.samples, (tile - 1,))
         part = self._layout.parts(before)["states"]
         try:

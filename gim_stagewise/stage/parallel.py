@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from gim_stagewise.cache import Block, StagedBlock
 from gim_stagewise.errors import ConfigError, GimStageError, WorkersLostError
-from gim_stagewise.processes import usable_cores
 from gim_stagewise.sources import Source
 from gim_stagewise.stage.cluster import local_cluster
 from gim_stagewise.stage.extract import BLOCKS_AT_ONCE, BlockJob, BlockWorker, Executor
@@ -40,8 +39,7 @@ def choose_executor(workers: Workers, plan: ExtractionPlan, *, stateful: bool) -
         return DaskCluster(workers.scheduler)
     if plan.workers:
         return Adaptive(plan.workers) if workers.count is None else LocalWorkers(plan.workers)
-    # A GPU is done with a block before one core has compressed the last.
-    return InProcess(min(3, usable_cores())) if plan.on_gpu else InProcess()
+    return InProcess(plan.writers)
 
 
 class InProcess:

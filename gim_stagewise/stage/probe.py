@@ -6,6 +6,7 @@ Every row of a table gets the same pooling, standardisation, choices and splits 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,7 +202,7 @@ def probe_chain(
         return chain_features(fresh_chain(workspace, in_channels), source, ids, config)
 
     def pixels(names: Sequence[str]) -> Iterator[NDArray[np.float32]]:
-        batches = _read_in_batches(source, ids)
+        batches = _read_in_batches(source, ids, config)
         seen = [pool_features(pixel_statistics(batch), config) for batch in batches]
         yield np.concatenate(seen)
         if RAW_PIXELS in names:
@@ -291,7 +292,7 @@ def probe_cache(path: str | Path, *, pooling: Pooling | None = None) -> tuple[in
             raise DataError(f"{path} holds items of any size, of which features are means")
         features = np.stack([mean_feature(cache.read_pooled(item_id)) for item_id in ids])
     else:
-        features = pool_features(cache.read_pooled(ids), config)
+        features = cached_features(Path(path), ids, config)
     accuracy = probe_accuracy(features, train, test, probe, seed=config.seed)
     return cache.manifest.module, probe.pooling, accuracy.test
 
@@ -307,7 +308,7 @@ def chain_features(
         One per module: [sample, feature].
     """
     collected: list[list[NDArray[np.float32]]] = [[] for _ in modules]
-    for batch in _read_in_batches(source, ids):
+    for batch in _read_in_batches(source, ids, config):
         samples, rows, columns = batch.shape[:3]
         patches = torch.from_numpy(rearrange(batch, "s r c ch h w -> (s r c) ch h w"))
         for number, frozen in enumerate(modules):
@@ -327,7 +328,14 @@ def cached_features(path: Path, ids: Sequence[str], config: PipelineConfig) -> N
     return np.concatenate(parts)
 
 
-def _read_in_batches(source: Source, ids: list[str]) -> Iterator[NDArray[np.float32]]:
-    """Samples, so many at a time that pieces of the frozen forward are full."""
-    for start in range(0, len(ids), 64):
-        yield read_stacked(source, [Request(item_id) for item_id in ids[start : start + 64]])
+def samples_at_once(source: Source, config: PipelineConfig) -> int:
+    """So many samples of patches as fill a piece of the frozen forward."""
+    return max(1, config.extract.batch // math.prod(source.items()[0].extent))
+
+
+def _read_in_batches(
+    source: Source, ids: list[str], config: PipelineConfig
+) -> Iterator[NDArray[np.float32]]:
+    count = samples_at_once(source, config)
+    for start in range(0, len(ids), count):
+        yield read_stacked(source, [Request(item_id) for item_id in ids[start : start + count]])

@@ -47,7 +47,8 @@ def repair(outputs: StageOutputs, weights: FrozenWeights, damage: list[Damage]) 
         If the cache is of other weights, data or settings than there are, or this process computes
         other bits than those that were sealed.
     CorruptCacheError
-        If what was computed is not what was sealed. Nothing was replaced by it.
+        If what was computed is not what was sealed. Nothing was replaced by it, but for blocks
+        that were damaged together with the checksums.
     StorageError
         If the disk is full or failing.
     """

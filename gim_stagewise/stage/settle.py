@@ -24,7 +24,7 @@ from gim_stagewise.stage.disk import (
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
 from gim_stagewise.stage.needs import cache_layout
 from gim_stagewise.stage.shape import Shape
-from gim_stagewise.stage.storing import Storing, check_error, compute_block
+from gim_stagewise.stage.storing import Storing, check_error, compute_block, refuse_untrained
 from gim_stagewise.stage.workspace import Workspace
 
 
@@ -181,6 +181,7 @@ class Settling:
         )
         rows = torch.from_numpy(samples).flatten(0, 2)
         z, _ = frozen_forward(frozen, rows, self.workspace.config.extract)
+        refuse_untrained(z, self.index)
         if operation is not None:
             z = INPUT_OPERATIONS[operation](z)
         extremes = z.transpose(0, 1).flatten(1).aminmax(dim=1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gim_stagewise.cache import Manifest, Precision, PrecisionError
 from gim_stagewise.config import CacheConfig, ExtractConfig
-from gim_stagewise.errors import NonFiniteError, PrecisionLossError
+from gim_stagewise.errors import ModuleRefusedError, NonFiniteError, PrecisionLossError
 from gim_stagewise.models import INPUT_OPERATIONS
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
 
@@ -182,6 +182,21 @@ def refuse_non_finite(finite: Tensor, ids: list[str], patches: int) -> None:
         f"the frozen module gives NaN or infinity for {len(bad)} samples: {named}; nothing was "
         "sealed. Look at these samples, or train the module again with a lower train.lr"
     )
+
+
+def refuse_untrained(outputs: Tensor, index: int) -> None:
+    """Refuse a module whose outputs are not all finite before it is trained.
+
+    Raises
+    ------
+    ModuleRefusedError
+    """
+    if not outputs.isfinite().all():
+        raise ModuleRefusedError(
+            "gives NaN or infinity for some of the data before it is trained; does it divide by "
+            "what can be 0, such as the deviation of a blank patch?",
+            key=f"module.{index}",
+        )
 
 
 def _refuse_overflow(storing: Storing, ids: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ from numpy.typing import NDArray
 from gim_stagewise.cache import TiledCache
 from gim_stagewise.errors import ConfigError, OverBudgetError
 from gim_stagewise.memory import resident_bytes
-from gim_stagewise.sources import Request, Source
+from gim_stagewise.sources import PatchSource, Request, Source
+from gim_stagewise.stage.forward import project_forward
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
-from gim_stagewise.stage.probe import probe_splits
+from gim_stagewise.stage.probe import probe_splits, samples_at_once
+from gim_stagewise.stage.project import round_up
 from gim_stagewise.stage.shape import Shape
+from gim_stagewise.stage.spec import step_spec
 from gim_stagewise.stage.step_classifier import Walk
 from gim_stagewise.stage.workspace import Workspace
 from gim_stagewise.units import format_bytes
@@ -66,7 +70,7 @@ def check_mfcc(source: Source) -> None:
         ) from None
 
 
-def check_probe_memory(space: Workspace, source: Source, shapes: Sequence[Shape]) -> None:
+def check_probe_of_recordings(space: Workspace, source: Source, shapes: Sequence[Shape]) -> None:
     """Refuse recordings too long for the probe of modules, which takes each as a whole.
 
     Parameters
@@ -93,9 +97,47 @@ def check_probe_memory(space: Workspace, source: Source, shapes: Sequence[Shape]
         raise OverBudgetError(
             f"the probe takes recordings as a whole, and projects {format_bytes(needed)} of host "
             f"memory for the longest, {longest.id}; allowed {format_bytes(allowed)}: cut it into "
-            f"several, or allow --allowed-host-mem {-(-needed // 1_000_000)}MB",
+            f"several, or allow --allowed-host-mem {round_up(needed)}",
             needed=needed,
         )
+
+
+def check_probe_of_patches(space: Workspace, source: Source, shapes: Sequence[Shape]) -> None:
+    """Refuse pieces of the frozen forward too large for all modules, one on top of another.
+
+    Parameters are those of `check_probe_of_recordings`.
+
+    Raises
+    ------
+    OverBudgetError
+    """
+    if probe_splits(source) is None or not isinstance(source, PatchSource):
+        return
+    needed = resident_bytes() + _patches_probe_bytes(source, shapes, space)
+    allowed = space.budget.host_bytes()
+    if needed > allowed:
+        raise OverBudgetError(
+            f"the probe of all modules, one on top of another, projects {format_bytes(needed)} of "
+            f"host memory, allowed {format_bytes(allowed)}: lower extract.batch from "
+            f"{space.config.extract.batch}, or allow --allowed-host-mem {round_up(needed)}",
+            needed=needed,
+        )
+
+
+def _patches_probe_bytes(source: PatchSource, shapes: Sequence[Shape], space: Workspace) -> int:
+    """What `chain_features` holds at once on the host: weights, a piece, its inputs and outputs."""
+    # Each module by itself, whatever they are trained with.
+    space = replace(space, config=space.config.model_copy(update={"mode": "iterative"}))
+    rows = samples_at_once(source, space.config) * math.prod(source.extent)
+    weights = most = 0
+    for index, shape in enumerate(shapes, start=1):
+        held = 4 * rows * (math.prod(shape.cell_in) + math.prod(shape.cell_out))
+        if space.device.type == "cpu":
+            module = space.build(index, shape.cell_in[0])
+            weights += sum(parameter.nbytes for parameter in module.parameters())
+            held += project_forward(step_spec(space, index, shape), measure=False)
+        most = max(most, held)
+    return weights + most
 
 
 def _probe_bytes(

@@ -14,25 +14,14 @@ from gim_stagewise.errors import ModuleRefusedError
 from gim_stagewise.memory import Budget
 from gim_stagewise.models import Builder, CellMean, build_module, resolve_builder
 from gim_stagewise.progress import Progress, Silent
-from gim_stagewise.sources import PatchSource, RegionSource, Subset, open_source
+from gim_stagewise.sources import PatchSource, RegionSource, Subset, default_root, open_source
 from gim_stagewise.windows import PatchGrid
 
 
 def with_absolute_places(config: PipelineConfig) -> PipelineConfig:
     """The pipeline with its data's places as absolute paths, for processes that start elsewhere."""
     source = config.source
-    root = source.root
-    if root is None:
-        root = {
-            "npy": ".",
-            "zarr": ".",
-            "large": ".",
-            "audio": ".",
-            "speech": ".",
-            "mosaic": "data",
-            "synthetic_speech": "data",
-            "stl10": "data",
-        }.get(source.kind)
+    root = source.root or default_root(source.kind)
     splits = {
         name: {**table, "root": str(Path(table["root"]).absolute())} if "root" in table else table
         for name, table in source.splits.items()
