@@ -209,7 +209,13 @@ def removable(pipeline: Pipeline) -> list[Removable]:
     """What can go from a pipeline's folder: leftovers, and what is stale. Reads only.
 
     Sealed and current things, and work that can be gone on with, are never among it.
+
+    Raises
+    ------
+    GimStageError
+        If the pipeline cannot run as it is: then nobody knows what belongs to it.
     """
+    pipeline.check()
     listed = []
     for path, why in _candidates(pipeline):
         size = path.stat().st_size if path.is_file() else folder_bytes(path)

@@ -73,9 +73,31 @@ def verify(path: Path, progress: Progress) -> Verification:
             _cache(cache, found, progress)
         except PartialCacheError:
             found.unfinished.append(cache)
+        except CacheNotFoundError as error:
+            found.problems.append((cache / "zarr.json", "missing", str(error)))
     for file in sorted(others):
         _file(file, found)
+    known = {*caches, *others}
+    found.problems += [
+        (file, "missing", "run.json says that it was made")
+        for file in _made(path)
+        if file not in known
+    ]
     return found
+
+
+def _made(folder: Path) -> list[Path]:
+    """What must be in a run's folder by its record."""
+    try:
+        modules = read_checked_json(folder / "run.json")["modules"]
+        made = [(f"m{own['module']}", own["state"] == "sealed") for own in modules]
+    except (OSError, CorruptCacheError, KeyError, TypeError):
+        return []  # said where the file itself is checked, if it is there
+    return [
+        folder / f"{name}{suffix}"
+        for name, sealed in made
+        for suffix in ((".safetensors", ".zarr") if sealed else (".safetensors",))
+    ]
 
 
 def _number(cache: Path) -> tuple[int, str]:
@@ -99,7 +121,7 @@ def _cache(path: Path, found: Verification, progress: Progress) -> None:
 
 def _file(path: Path, found: Verification) -> None:
     found.checked.append(path)
-    check = {".safetensors": FrozenWeights.load, ".pt": check_checkpoint}
+    check = {".safetensors": _weights, ".pt": check_checkpoint}
     if not path.is_file():
         found.problems.append((path, "altered", "is no file"))
         return
@@ -107,6 +129,12 @@ def _file(path: Path, found: Verification) -> None:
         check.get(path.suffix, read_checked_json)(path)
     except CorruptCacheError as error:
         found.problems.append((path, "altered", str(error)))
+
+
+def _weights(path: Path) -> None:
+    module = FrozenWeights.load(path).module
+    if path.stem != f"m{module}":
+        raise CorruptCacheError(f"says that it is module {module}; was it renamed?")
 
 
 def mend(pipeline: Pipeline, path: Path, damage: list[Damage]) -> None:

@@ -436,7 +436,8 @@ def refusal(module: nn.Module, in_shape: tuple[int, ...] = (3, 4, 4)) -> str:
 def test_layers_that_treat_each_row_alone_are_accepted(
     layer: nn.Module, shape: tuple[int, ...]
 ) -> None:
-    assert output_shape(nn.Sequential(layer), (3, 4, 4), key="module.1") == (shape, shape[:1])
+    module = nn.Sequential(nn.Conv2d(3, 3, 1), layer)
+    assert output_shape(module, (3, 4, 4), key="module.1") == (shape, shape[:1])
 
 
 def test_embeddings_are_the_spatial_mean_or_the_modules_own() -> None:
@@ -461,6 +462,9 @@ def test_embeddings_are_the_spatial_mean_or_the_modules_own() -> None:
         (OwnPool(lambda z: z[:, :3].mean((2, 3)), mix_last_channel), "the other rows"),
         (OwnPool(lambda z: z.mean((2, 3)) + z.mean()), "depends on the other rows"),
         (Custom(count_call), "changes the buffer 'calls'"),
+        (nn.ReLU(), "no parameters that can be trained"),
+        (nn.Conv2d(3, 4, 3).requires_grad_(False), "no parameters that can be trained"),
+        (nn.LazyConv2d(4, 3), "has lazy layers"),
         (Custom(lambda m, x: F.dropout(m.conv(x), 0.1)), "is random in evaluation mode"),
         (OwnPool(lambda z: z.mean((2, 3)) * torch.rand(1)), "is random in evaluation mode"),
         (Custom(lambda m, x: (m.conv(x), x)), "returned tuple, expected one tensor"),

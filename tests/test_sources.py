@@ -28,6 +28,7 @@ from gim_stagewise.sources import (
     PatchSource,
     Request,
     Source,
+    labels_of,
     open_source,
     parts,
     read_stacked,
@@ -464,6 +465,50 @@ def save_png(path: Path, array: NDArray[Any], mode: str | None = None) -> None:
 
 def image_folder(root: Path) -> SourceConfig:
     return SourceConfig(kind="torchvision:ImageFolder", root=str(root))
+
+
+def test_classes_of_a_name_have_one_number_in_all_splits(tmp_path: Path) -> None:
+    """Also where a folder lacks one, and torchvision numbers those that it has."""
+    there = {"train": ["ant", "bee", "cat"], "test": ["bee", "cat"], "unlabeled": ["all"]}
+    for split, classes in there.items():
+        for name in classes:
+            save_png(tmp_path / split / name / "0.png", pixels(6, 5, 3))
+    splits: Any = {split: {"root": str(tmp_path / split)} for split in there}
+    source = open_source(SourceConfig(kind="torchvision:ImageFolder", splits=splits))
+    train, test = labels_of(source, "train"), labels_of(source, "test")
+    assert len({*train.values()}) == 3
+    for name in there["test"]:
+        assert test[f"test/{name}/0.png"] == train[f"train/{name}/0.png"]
+    shutil.copytree(tmp_path / "train", tmp_path / "whole")
+    alike: Any = {"train": splits["train"], "test": {"root": str(tmp_path / "whole")}}
+    same = open_source(SourceConfig(kind="torchvision:ImageFolder", splits=alike))
+    assert same.labels("class").tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_images_of_16_bits_in_a_folder_are_refused(tmp_path: Path) -> None:
+    """Pillow cuts them off at 255 when they are made RGB."""
+    save_png(tmp_path / "ant" / "0.png", pixels(6, 5, 3))
+    deep = tmp_path / "ant" / "1.png"
+    Image.fromarray(np.full((6, 5), 40_000, np.uint16)).save(deep)
+    with pytest.raises(DataError, match=r"1\.png has pixels of more than 8 bits"):
+        patches_of(open_source(image_folder(tmp_path)))
+
+
+def test_images_marked_as_unlabeled_are_told_of(tmp_path: Path) -> None:
+    save(tmp_path / "images.npy", pixels(5, 4, 4))
+    save(tmp_path / "labels.npy", np.array([-1, 1, -1, 0, 1]))
+    table = {"images": "images.npy", "labels": "labels.npy"}
+    source = patches_of(open_source(arrays(tmp_path, train=table)))
+    assert source.notices == ("2 images of split train have the label -1, which stands for none",)
+    assert len(labels_of(source, "train")) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [({"size": "60"}, "integer"), ({"transform": "x"}, "unknown argument")]
+)
+def test_wrong_options_of_torchvision_are_the_users(options: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        open_source(SourceConfig(kind="torchvision:FakeData", options=options))
 
 
 def test_an_image_folder_gives_rgb_images_and_their_classes(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from helpers import edit
 
 import gim_stagewise.stage.extract as extract_room
 from gim_stagewise import Pipeline
-from gim_stagewise.errors import CacheNotFoundError
+from gim_stagewise.errors import CacheNotFoundError, ConfigError
 from gim_stagewise.lock import exclusive
 from gim_stagewise.report.curves import plot_curves
 from gim_stagewise.report.inspect import inspect_cache
@@ -161,6 +161,13 @@ def test_clean_removes_what_it_listed_and_nothing_else(tiny: Path, done: Path) -
         remove(thing)
     assert set(listing(done)) == kept
     assert removable(open_pipeline(tiny, done)) == []
+
+
+def test_clean_refuses_a_pipeline_that_cannot_run(tiny: Path, done: Path) -> None:
+    """Nobody knows what belongs to it: what was trained with great effort, perhaps."""
+    edit(tiny, "channels = 5 }", "chanels = 5 }")
+    with pytest.raises(ConfigError, match="chanels"):
+        removable(open_pipeline(tiny, done))
 
 
 def test_clean_leaves_measurements_that_go_on_alone(tiny: Path, done: Path) -> None:

@@ -191,3 +191,23 @@ def test_modules_are_verified_from_the_bottom_up(tmp_path: Path) -> None:
         (tmp_path / f"m{number}.zarr" / "zarr.json").write_text("{}")
     checked = verify(tmp_path, Silent()).checked
     assert [path.name for path in checked] == ["m2.zarr", "m9.zarr", "m10.zarr"]
+
+
+def test_what_a_run_has_lost_or_swapped_is_found(tiny: Path, done: Path) -> None:
+    """Nothing is unreadable: there is less than the record of the run says, or it is elsewhere."""
+    gim_stage("run", tiny, "--dir", done, "--until", "2", "-q")
+    whole = shutil.copytree(done, done.with_name("whole"))
+
+    def found(change: Callable[[], object]) -> dict[str, str]:
+        change()
+        problems = verify(done, Silent()).problems
+        shutil.rmtree(done)
+        shutil.copytree(whole, done)
+        return {file.relative_to(done).as_posix(): kind for file, kind, _ in problems}
+
+    assert found(lambda: None) == {}
+    assert found((done / "m2.safetensors").unlink) == {"m2.safetensors": "missing"}
+    assert found((done / "m1.zarr" / "zarr.json").unlink) == {"m1.zarr/zarr.json": "missing"}
+    assert found(lambda: shutil.rmtree(done / "m1.zarr")) == {"m1.zarr": "missing"}
+    swapped = found(lambda: shutil.copy(done / "m2.safetensors", done / "m1.safetensors"))
+    assert swapped == {"m1.safetensors": "altered"}

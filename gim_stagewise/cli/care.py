@@ -158,7 +158,8 @@ def verify(
         click.echo(f"error: {count} of the files checked are not what they should be", err=True)
         raise click.exceptions.Exit(4)
     if not as_json:
-        click.echo(f"{path}: every byte is what it should be")
+        what = "every byte of what is sealed" if found.unfinished else "every byte"
+        click.echo(f"{path}: {what} is what it should be")
 
 
 @click.command()
@@ -193,9 +194,8 @@ def clean(
             click.echo(f"{format_bytes(thing.bytes):>10}  {thing.path}  ({thing.why})", err=True)
         if not listed:
             click.echo("nothing to remove", err=True)
-        agreed = bool(listed) and (
-            yes or click.confirm(f"Remove these, {format_bytes(total)} in all?", err=True)
-        )
+        question = f"Remove these, {format_bytes(total)} in all?"
+        agreed = bool(listed) and (yes or _confirmed(question))
         for thing in listed if agreed else ():
             remove(thing)
     if agreed:
@@ -203,6 +203,24 @@ def clean(
     if as_json:
         removed = [{"path": str(t.path), "bytes": t.bytes, "why": t.why} for t in listed]
         options.show({"removed": removed if agreed else [], "bytes": total if agreed else 0})
+
+
+def _confirmed(question: str) -> bool:
+    """What is answered.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        At Ctrl-C.
+    UsageError
+        If there is nobody to answer.
+    """
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise click.UsageError("nobody answers here; give --yes to remove these") from None
 
 
 @click.command()

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from gim_stagewise.errors import ModuleRefusedError
 from gim_stagewise.models.embedding import pool
@@ -105,8 +106,9 @@ def output_shape(
     ------
     ModuleRefusedError
         If the input does not fit, the output is no batch of rows, rows depend on one another, a
-        forward changes a buffer, or draws in evaluation mode.
+        forward changes a buffer or draws in evaluation mode, or there is nothing to train.
     """
+    _check_parameters(module, key)
     training = module.training
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with seeded(0):
@@ -158,6 +160,15 @@ def _forward(module: nn.Module, rows: Tensor, key: str, *, draws: int = 1) -> tu
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _check_parameters(module: nn.Module, key: str) -> None:
+    if any(isinstance(own, UninitializedParameter) for own in module.parameters()):
+        raise ModuleRefusedError(
+            "has lazy layers, whose sizes follow from the first input; give their sizes", key=key
+        )
+    if not any(own.requires_grad for own in module.parameters()):
+        raise ModuleRefusedError("has no parameters that can be trained", key=key)
 
 
 def _check_shapes(z: Tensor, pooled: Tensor, in_axes: int, key: str, *, dense: bool) -> None:

@@ -132,6 +132,20 @@ class PartsSource:
         )
 
     @property
+    def notices(self) -> tuple[str, ...]:
+        """What is to be said of labels."""
+        missing = {
+            name: int((labels == MISSING_LABEL).sum())
+            for name, part in self._parts.items()
+            if name != "unlabeled" and (labels := part.labels()) is not None
+        }
+        return tuple(
+            f"{count} images of split {name} have the label {MISSING_LABEL}, which stands for none"
+            for name, count in missing.items()
+            if count
+        )
+
+    @property
     def ids(self) -> Sequence[str]:
         return [item_id for ids in self._ids.values() for item_id in ids]
 

@@ -100,6 +100,11 @@ class PatchSource:
                 self._cropped_extent(item)
 
     @property
+    def notices(self) -> tuple[str, ...]:
+        """What is to be said of the images."""
+        return tuple(getattr(self._images, "notices", ()))
+
+    @property
     def views(self) -> int | None:
         # Augmentations are drawn when read, so there is no end of them.
         return None if self._augment.random else 0

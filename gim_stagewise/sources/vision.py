@@ -47,7 +47,17 @@ def open_torchvision(config: SourceConfig, name: str) -> PartsSource:
         with suppress(ConfigError):
             own = {"split": "unlabeled"}
             parts["unlabeled"] = _open_part(constructor, config, "unlabeled", own)
+    _number_alike(list(parts.values()))
     return PartsSource(parts, config.digest)
+
+
+def _number_alike(parts: list[_DatasetPart]) -> None:
+    """Give classes of one name one number, where folders of some splits lack a class."""
+    known = [part.classes for part in parts if part.classes is not None]
+    if any(classes != known[0] for classes in known):
+        names = sorted({name for classes in known for name in classes})
+        for part in parts:
+            part.number_by(names)
 
 
 def takes_root(name: str) -> bool:
@@ -95,7 +105,9 @@ def _open_part(
         arguments.setdefault("download", config.download)
     root = Path(arguments.get("root", ".")).absolute()
     try:
-        return _DatasetPart(constructor(**arguments))
+        part = _DatasetPart(constructor(**arguments))
+        len(part)  # some look at what they were given only now
+        return part
     except (RuntimeError, FileNotFoundError, NotADirectoryError, URLError, ImportError) as error:
         advice = "set source.root to the folder that holds it"
         if "download" in accepted:
@@ -114,12 +126,18 @@ def _accepted(constructor: type) -> list[str]:
     for known in constructor.__mro__[:-1]:
         parameters = inspect.signature(known).parameters.values()
         kinds = {parameter.kind for parameter in parameters}
-        names += [p.name for p in parameters if p.kind not in _VARIADIC and p.name not in names]
+        names += [
+            p.name
+            for p in parameters
+            if p.kind not in _VARIADIC and p.name not in {*names, *_CALLABLES}
+        ]
         if inspect.Parameter.VAR_KEYWORD not in kinds:
             break
     return names
 
 
+# What no file can say.
+_CALLABLES = {"transform", "target_transform", "transforms", "loader", "is_valid_file"}
 _VARIADIC = {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
 
 
@@ -143,6 +161,17 @@ class _DatasetPart:
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
+        self._numbers: NDArray[np.int64] | None = None
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the folders that labels are numbers of."""
+        return getattr(self._dataset, "classes", None) if self._files() is not None else None
+
+    def number_by(self, names: list[str]) -> None:
+        """Labels are places in these names from now on."""
+        if self.classes is not None:
+            self._numbers = np.array([names.index(name) for name in self.classes], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -158,7 +187,13 @@ class _DatasetPart:
         if (files := self._files()) is not None:
             # Their loader makes all of them RGB; the size stands in a file's first bytes.
             with self._naming_the_image(index), Image.open(files[index][0]) as header:
-                width, height = header.size
+                (width, height), mode = header.size, header.mode
+            if mode == "F" or mode.startswith("I"):
+                raise DataError(
+                    f"image {files[index][0]} has pixels of more than 8 bits (Pillow's mode "
+                    f"{mode}), which torchvision's loader would cut off at 255; save it with 8 "
+                    'bits, or all of them as an array for source.kind = "npy"'
+                )
             return (height, width), 3, "uint8"
         image = self.read(index)
         channels, height, width = image.shape
@@ -202,7 +237,8 @@ class _DatasetPart:
                 labels = np.asarray(values)
                 # STL-10 marks its unlabeled images with -1, which is our own mark too.
                 if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
-                    return labels.astype(np.int64)
+                    numbers = labels.astype(np.int64)
+                    return numbers if self._numbers is None else self._numbers[numbers]
         return None
 
     def digest(self, images: Sequence[int]) -> str:
@@ -211,7 +247,9 @@ class _DatasetPart:
             return array_digest(np.asarray(data), images, self.labels())
         digest = hashlib.sha256()
         if (files := self._files()) is not None:
-            for path, label in files:
+            labels = self.labels()
+            assert labels is not None
+            for (path, _), label in zip(files, labels, strict=True):
                 digest.update(f"{label}:{Path(path).stat().st_size};".encode())
             for image in images:
                 with self._naming_the_image(image):
