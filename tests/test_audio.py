@@ -264,7 +264,7 @@ def windows_of(file: Path, labels: str) -> tuple[RegionSource, WindowSource, Pip
 def test_a_window_has_the_speaker_of_its_recording(speech: Path) -> None:
     _, windows, pipeline = windows_of(speech, "speaker")
     labels = training_labels(pipeline.config, windows)
-    assert (labels.classes, labels.steps, list(labels.ids)) == (3, 0, list(windows.ids))
+    assert (labels.classes, labels.steps, labels.ids) == (3, 0, {*windows.ids})
     requests = [Request(item_id, view) for item_id in windows.ids for view in (1, 2, 77)]
     for request, label in zip(requests, labels.of(requests).tolist(), strict=True):
         name = windows.place(request).id

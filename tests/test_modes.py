@@ -699,7 +699,7 @@ def test_a_plan_says_what_one_step_takes(runs: dict[str, Path], tmp_path: Path) 
     assert together.forward_flops > 0
     done = gim_stage("plan", runs["file"], "--mode", "random", "--dir", tmp_path / "out")
     assert "trains nothing" in one_error(done, 2)
-    small = ["--allowed-host-mem", "100MB", "--mode", "cpc", "--dir", str(tmp_path / "out")]
+    small = ["--mode", "cpc", "--dir", str(tmp_path / "out"), "--allowed-mem", "1MB"]
     assert "modules 1 to 3" in one_error(gim_stage("run", runs["file"], *small), 3)
 
 
