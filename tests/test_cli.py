@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import edit, one_error, weights_of
 from warm import gim_stage
+
+from gim_stagewise.config import ProbeConfig
+from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.stage.classifier import parts_of
 
 
 def test_the_tour_step_by_step_equals_run(tiny: Path, tmp_path: Path) -> None:
@@ -123,3 +131,37 @@ def test_damaged_weights_are_made_again(tiny: Path, tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "module 2: trained again" in done.stderr
     shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("columns", ["", "abc", "0", "-5", "60", "132"])
+def test_any_width_that_the_environment_states_prints(
+    tiny: Path, tmp_path: Path, columns: str
+) -> None:
+    Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run(until=1)
+    command: list[str | Path] = [sys.executable, "-m", "gim_stagewise.cli", "status", tiny]
+    command += ["--dir", tmp_path / "out"]
+    environment = os.environ | {"COLUMNS": columns, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "sealed" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_stream_is_no_defect(tiny: Path, tmp_path: Path, stream: str) -> None:
+    closed = {"stdout": ">&-", "stderr": "2>&-"}[stream]
+    program = f"{sys.executable} -m gim_stagewise.cli"
+    command = f"{program} run {tiny} --dir {tmp_path / 'out'} --until 1 {closed}"
+    assert subprocess.run(["sh", "-c", command], check=False).returncode == 0
+
+
+def test_one_rare_class_is_not_probed_and_nothing_is_lost(tiny: Path, tmp_path: Path) -> None:
+    """All samples of the class may be held out to choose by."""
+    labels = np.zeros(40, np.int64)
+    order, _, held = parts_of(40, ProbeConfig(), seed=3)
+    assert sorted(order.tolist()) == list(range(40))
+    labels[held[0]] = 1
+    np.save(tiny.parent / "train_labels.npy", labels)
+    done = gim_stage("run", tiny, "--dir", tmp_path / "out", "--device", "cpu")
+    assert done.returncode == 0
+    assert "but some that are held out" in " ".join(done.stderr.split())
+    assert (tmp_path / "out" / "run.json").exists()

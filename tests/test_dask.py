@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import assert_same_run, edit
+from helpers import assert_same_run, edit, files_of
 
 from gim_stagewise import Pipeline, Workers
 from gim_stagewise.cache import BuildFolder, Cache
@@ -106,6 +106,18 @@ def test_too_many_workers_are_refused_with_the_number_that_fits(slow: Path, tmp_
         stage.extract(weights, workers=Workers(1000))
     with pytest.raises(ConfigError, match=r"--scheduler: .* no Dask scheduler answers"):
         stage.extract(weights, workers=Workers(scheduler="tcp://127.0.0.1:9"))
+
+
+def test_a_scheduler_that_does_not_answer_is_refused_before_any_work(
+    slow: Path, tmp_path: Path
+) -> None:
+    """Above all before what is there is forgotten."""
+    pipeline = Pipeline.from_file(slow, folder=tmp_path / "out", device="cpu")
+    pipeline.stage(1).train()
+    before = files_of(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"--scheduler: .* no Dask scheduler answers"):
+        pipeline.run(start=1, workers=Workers(scheduler="tcp://127.0.0.1:9"))
+    assert files_of(tmp_path / "out") == before
 
 
 def test_an_error_in_a_worker_arrives_as_itself(tiny: Path, tmp_path: Path) -> None:

@@ -459,3 +459,12 @@ def test_an_image_smaller_than_a_patch_is_refused(tmp_path: Path) -> None:
     images = large(tmp_path, image())
     with pytest.raises(DataError, match="smaller than one patch"):
         RegionSource(images, AugmentConfig(), PatchGrid(80, 8))
+
+
+def test_colours_of_a_palette_are_refused(tmp_path: Path) -> None:
+    """Their numbers are no brightness."""
+    palette = np.zeros((3, 256), np.uint16)
+    file = tmp_path / "a.tif"
+    tifffile.imwrite(file, image(1)[0], photometric="palette", colormap=palette)
+    with pytest.raises(DataError, match="colours in a palette"):
+        open_region_file(file)

@@ -247,9 +247,9 @@ def broken_npy(path: Path, kind: str) -> None:
         ("header cut off", "not a readable npy file"),
         ("empty", "not a readable npy file"),
         ("text", "not a readable npy file"),
-        ("fortran", "C order"),
-        ("objects", "plain array"),
-        ("no axes", "plain array"),
+        ("fortran", "save numpy.ascontiguousarray"),
+        ("objects", "Python objects"),
+        ("no axes", "a single value"),
     ],
 )
 def test_a_broken_npy_file_is_named_with_the_reason(tmp_path: Path, kind: str, reason: str) -> None:

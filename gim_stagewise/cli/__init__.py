@@ -5,9 +5,12 @@ Heavy imports happen inside commands, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import sys
 import traceback
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -35,6 +38,7 @@ class _Group(click.Group):
     """Ends every user's error with one line and its exit code."""
 
     def invoke(self, context: click.Context) -> Any:
+        _mend_streams()
         try:
             # A polite `kill` ends a run like Ctrl-C, with its workers.
             signal.signal(signal.SIGTERM, _interrupt)
@@ -47,6 +51,8 @@ class _Group(click.Group):
                 "interrupted: what is done stays; give the same command again to go on", err=True
             )
             context.exit(130)
+        except BrokenPipeError:
+            raise  # who read has seen enough: click ends quietly
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
             click.echo(f"error: {place}{error.strerror or error}", err=True)
@@ -57,6 +63,16 @@ class _Group(click.Group):
             traceback.print_exc()
             click.echo("error: this is a defect of gim-stage; please report it", err=True)
             context.exit(1)
+
+
+def _mend_streams() -> None:
+    """Streams that are closed swallow what is written; letters that one lacks become others."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

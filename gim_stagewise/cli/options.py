@@ -219,6 +219,10 @@ def show(result: Any) -> None:
         return
     from rich.console import Console
 
-    # A table wider than a pipe's assumed 80 columns would be folded.
-    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "132"))
-    Console(width=width).print(result)
+    Console(width=None if sys.stdout.isatty() else _columns()).print(result)
+
+
+def _columns() -> int:
+    """The width of what is no terminal: a table wider than 80 columns would be folded."""
+    asked = os.environ.get("COLUMNS", "")
+    return int(asked) if asked.isdecimal() and int(asked) else 132

@@ -17,6 +17,7 @@ from gim_stagewise.pipeline.results import RunResult, StageResult
 from gim_stagewise.sources import PatchSource
 from gim_stagewise.stage.disk import CacheSize, folder_bytes
 from gim_stagewise.stage.extraction_plan import Workers
+from gim_stagewise.stage.parallel import check_scheduler
 from gim_stagewise.stage.probe import (
     RANDOM,
     TRAINED,
@@ -103,6 +104,7 @@ def _check_options(pipeline: Pipeline, workers: Workers) -> None:
 
 def _run_stages(pipeline: Pipeline, start: int | None, last: int, workers: Workers) -> RunResult:
     """Stage by stage, through caches."""
+    check_scheduler(workers)
     space = pipeline.workspace
     shapes, caches = check_stages(pipeline, start=start, last=last, workers=workers)
     pipeline.note_data()

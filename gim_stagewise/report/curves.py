@@ -29,9 +29,12 @@ def plot_curves(folder: str | Path, target: str | Path | None = None) -> Path:
     CacheNotFoundError
         If the folder has no logs.
     ConfigError
-        If matplotlib is not installed.
+        If matplotlib is not installed, or ``target`` is no name of a PNG file.
     """
     folder = Path(folder)
+    target = Path(target) if target is not None else folder / "curves.png"
+    if target.suffix.lower() != ".png" or target.is_dir():
+        raise ConfigError(f"is {str(target)!r}, expected a file name in .png", key="--output")
     logs = sorted(folder.glob("logs/m*/metrics.jsonl"), key=lambda file: int(file.parent.name[1:]))
     if not logs:
         raise CacheNotFoundError(f"no logs below {folder / 'logs'}; give the folder of a run")
@@ -48,7 +51,6 @@ def plot_curves(folder: str | Path, target: str | Path | None = None) -> Path:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("loss (nats)")
     panels[-1].legend()
-    target = Path(target) if target is not None else folder / "curves.png"
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120, format="png")
     return target

@@ -158,14 +158,14 @@ def figure_4(work: Reproduction) -> Path:
     ConfigError
         If labels are missing, or matplotlib is not installed.
     """
-    source = work.pipeline("iterative").source
-    if not source.label_names or not work.pipeline("iterative").config.sequences:
+    source, config = work.pipeline("iterative").source, work.pipeline("iterative").config
+    if not source.label_names or not config.sequences:
         raise ConfigError(
             'has no recordings with labels; figure 4 takes speech, such as kind = "speech"',
             key="source.kind",
         )
     speaker = source.label_names[0]
-    if why := nothing_to_probe(*_splits(source), speaker):
+    if why := nothing_to_probe(*_splits(source), speaker, config):
         raise ConfigError(f"{why}; figure 4 shows nothing else", key="source.splits")
     work.check([mode for _, mode, _ in _SHOWN])
     # No error at all is drawn as half of one, since there is no zero on a log scale.

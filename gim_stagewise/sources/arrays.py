@@ -189,8 +189,16 @@ class NpyFile(ArrayFile):
                 offset = file.tell()
         except ValueError as error:
             raise DataError(f"{path} is not a readable npy file ({error})") from None
-        if fortran or dtype.hasobject or not shape:
-            raise DataError(f"{path} must hold a plain array in C order; save it with numpy.save")
+        if dtype.hasobject or not shape:
+            raise DataError(
+                f"{path} holds {'a single value' if not shape else 'Python objects'}, expected an "
+                "array of numbers"
+            )
+        if fortran:
+            raise DataError(
+                f"{path} holds an array in Fortran order, of which parts cannot be read; save "
+                "numpy.ascontiguousarray(array)"
+            )
         super().__init__(path, shape, dtype, offset=offset)
 
 

@@ -248,12 +248,19 @@ def _open_tiff(path: Path, axes: str | None, level: int) -> RegionFile:
         opened = tifffile.TiffFile(path)
         levels = opened.series[0].levels
         array: Any = None
+        palette = opened.series[0].keyframe.photometric == tifffile.PHOTOMETRIC.PALETTE
         if level < len(levels):
             array = zarr.open(levels[0].aszarr(level=level), mode="r")
     except Exception as error:  # tifffile raises all kinds for a file that is cut off
         if opened is not None:
             opened.close()
         raise DataError(f"{path} cannot be read as a TIFF file ({_one_line(error)})") from None
+    if palette:
+        opened.close()
+        raise DataError(
+            f"{path} has the numbers of colours in a palette for pixels, which are no brightness; "
+            "save it as RGB"
+        )
     if array is None:
         opened.close()
         raise ConfigError(

@@ -63,20 +63,13 @@ def classify(
     DataError
         If the training split has only one class, or too few samples.
     """
-    if len(np.unique(labels)) < 2:
-        raise DataError("the training split has labels of one class only: nothing to classify")
     # In double precision the optimum, and so the table, is the same on every processor.
     fitted, unseen = fitted.astype(np.float64), unseen.astype(np.float64)
-    order = np.random.default_rng(derive_seed(seed, "probe")).permutation(len(fitted))
-    held = max(1, round(config.validation * len(order)))
-    validation, fit = order[:held], order[held:]
-    if config.validation_part == "last":
-        last = order >= len(order) - held
-        validation, fit = order[last], order[~last]
+    order, fit, validation = parts_of(len(labels), config, seed=seed)
     if len(np.unique(labels[fit])) < 2:
         raise DataError(
-            f"{len(labels)} labelled training samples are too few for a probe with "
-            f"probe.validation = {config.validation}"
+            f"of {len(labels)} labelled training samples those to fit have labels of one class "
+            "only: nothing to classify"
         )
     judge = _logistic if config.classifier == "logistic" else _adam
     return judge(
@@ -85,6 +78,20 @@ def classify(
         config,
         seed,
     )
+
+
+def parts_of(
+    count: int, config: ProbeConfig, *, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Training samples in the order they are fitted in; of them those to fit while choices are
+    made, and those to choose by.
+    """
+    order = np.random.default_rng(derive_seed(seed, "probe")).permutation(count)
+    held = max(1, round(config.validation * count))
+    if config.validation_part == "last":
+        last = order >= count - held
+        return order, order[~last], order[last]
+    return order, order[held:], order[:held]
 
 
 # Features and labels to fit, and those to judge by.
@@ -97,7 +104,9 @@ def _logistic(choice: Split, final: Split, config: ProbeConfig, seed: int) -> Ac
 
     # One thread: on problems of this size threads cost twenty times what they save.
     with warnings.catch_warnings(), threadpool_limits(1):
-        warnings.filterwarnings("ignore", message=".*lbfgs failed to converge.*")
+        # Features that are constant, a class for each sample: the accuracy says it all.
+        warnings.filterwarnings("ignore", module="sklearn")
+        warnings.filterwarnings("ignore", message=".*(converge|regression problem).*")
         found: list[float] = []
         for accuracy in _along(STRENGTHS, choice):
             found.append(accuracy)

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -138,19 +138,26 @@ class DaskCluster:
 
         if not blocks:
             return
-        try:
-            _check_address(self._scheduler)
+        with _answering(self._scheduler):
             client: Any = distributed.Client(self._scheduler, timeout=10, set_as_default=False)
-        except (OSError, TimeoutError, ValueError) as error:
-            raise ConfigError(
-                f"is {self._scheduler!r}, where no Dask scheduler answers ({error}); start one "
-                "with `dask scheduler`, or leave --scheduler out",
-                key="--scheduler",
-            ) from None
         try:
             yield from _run_on(client, job, blocks)
         finally:
             client.close(timeout=1)
+
+
+@contextmanager
+def _answering(address: str) -> Iterator[None]:
+    """Refuse a scheduler that does not answer, or not to what is done here."""
+    try:
+        _check_address(address)
+        yield
+    except (OSError, TimeoutError, ValueError) as error:
+        raise ConfigError(
+            f"is {address!r}, where no Dask scheduler answers ({error}); start one with `dask "
+            "scheduler`, or leave --scheduler out",
+            key="--scheduler",
+        ) from None
 
 
 def _check_address(address: str) -> None:
@@ -163,6 +170,18 @@ def _check_address(address: str) -> None:
         if port is None:
             raise ValueError("it names no port")
         socket.create_connection((host, port), timeout=5).close()
+
+
+def check_scheduler(workers: Workers) -> None:
+    """Refuse a scheduler that does not answer, before any work.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if workers.scheduler is not None:
+        with _answering(workers.scheduler):
+            pass
 
 
 def _run_on(client: Any, job: BlockJob, blocks: list[Block]) -> Generator[StagedBlock]:

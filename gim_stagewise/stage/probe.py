@@ -28,7 +28,7 @@ from gim_stagewise.sources import (
     read_stacked,
 )
 from gim_stagewise.stage.chain import fresh_chain
-from gim_stagewise.stage.classifier import Accuracy, classify
+from gim_stagewise.stage.classifier import Accuracy, classify, parts_of
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
 from gim_stagewise.stage.shape import trained_part
 from gim_stagewise.stage.workspace import Workspace, patch_grid
@@ -62,10 +62,16 @@ def probe_splits(source: Source) -> tuple[ProbeSplit, ProbeSplit] | None:
     return (train, test) if len(train.ids) > 1 and test.ids else None
 
 
-def nothing_to_probe(train: ProbeSplit, test: ProbeSplit, name: str) -> str:
+def nothing_to_probe(train: ProbeSplit, test: ProbeSplit, name: str, config: PipelineConfig) -> str:
     """Why labels of that name say nothing about features; empty if they do."""
     if len(np.unique(train.labels)) < 2:
         return f"all training samples have the same {name!r}, which is not probed"
+    _, fit, _ = parts_of(len(train.ids), config.probe, seed=config.seed)
+    if len(np.unique(train.labels[fit])) < 2:
+        return (
+            f"all training samples but some that are held out to choose by (probe.validation) have "
+            f"the same {name!r}, which is not probed"
+        )
     if not np.isin(test.labels, train.labels).any():
         return f"no test sample has a {name!r} that a training sample has, which is not probed"
     return ""
@@ -181,7 +187,7 @@ def probe_chain(
     if splits is None:
         return Probes([], {})
     train, test = splits
-    if why := nothing_to_probe(train, test, source.label_names[0]):
+    if why := nothing_to_probe(train, test, source.label_names[0], workspace.config):
         workspace.progress.note(why)
         return Probes([], {})
     ids = [*train.ids, *test.ids]

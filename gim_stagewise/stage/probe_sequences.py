@@ -90,7 +90,7 @@ class RecordingProbe:
         None where nothing can be learned of their labels.
         """
         train, test = self.splits
-        learnable = not nothing_to_probe(train, test, "")
+        learnable = not nothing_to_probe(train, test, "", self.config)
         pooled = [
             [mean_feature(own, deviation=deviation) for own in features]
             for features in walk(self._ids)
@@ -152,7 +152,7 @@ def probe_recordings(
     probe = RecordingProbe.of(space, source)
     if probe is None:
         return Probes([], {})
-    if why := nothing_to_probe(*probe.splits, source.label_names[0]):
+    if why := nothing_to_probe(*probe.splits, source.label_names[0], space.config):
         space.progress.note(why)
     stepped, rate = probe.stepped, sample_rate(source)
 
