@@ -206,7 +206,7 @@ class Removable:
 
 
 def removable(pipeline: Pipeline) -> list[Removable]:
-    """What can go from a pipeline's folder: leftovers, and what is stale. Reads only.
+    """What can go from a pipeline's folder: leftovers, and what is stale. Removes nothing.
 
     Sealed and current things, and work that can be gone on with, are never among it.
 

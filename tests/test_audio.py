@@ -33,11 +33,12 @@ from gim_stagewise.sources import RegionSource, Request, open_source
 from gim_stagewise.stage.chain import fresh_chain, windowed_shapes
 from gim_stagewise.stage.labels import training_labels
 from gim_stagewise.stage.probe import probe_cache
+from gim_stagewise.stage.probe_fit import check_probe_of_recordings
 from gim_stagewise.stage.probe_sequences import RecordingProbe
 from gim_stagewise.stage.project import count_step, measure_step
 from gim_stagewise.stage.spec import step_spec
 from gim_stagewise.stage.step_classifier import step_accuracies
-from gim_stagewise.stage.walks import cached_walk, chain_walk, check_probe_of_recordings, mfcc_walk
+from gim_stagewise.stage.walks import cached_walk, chain_walk, mfcc_walk
 from gim_stagewise.stage.windowed import WindowSource, training_windows
 from gim_stagewise.stage.workspace import Workspace
 

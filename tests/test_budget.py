@@ -20,7 +20,7 @@ from gim_stagewise.prove import prove
 from gim_stagewise.stage.chain import fresh_chain
 from gim_stagewise.stage.needs import chain_needs
 from gim_stagewise.stage.probe import chain_features
-from gim_stagewise.stage.walks import check_probe_of_patches
+from gim_stagewise.stage.probe_fit import check_probe_of_patches
 
 
 def open_pipeline(file: Path, folder: Path, *, mode: str | None = None, **budget: int) -> Pipeline:

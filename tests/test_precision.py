@@ -135,6 +135,21 @@ def with_cache(file: Path, text: str) -> None:
     edit(file, "[cache]\n", f"[cache]\n{text}\n")
 
 
+def use_net(file: Path, forward: str) -> None:
+    """Module 1 is a convolution with these lines for its forward."""
+    (file.parent / "nets.py").write_text(
+        "from pathlib import Path\n"
+        "import torch\n"
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, in_channels):\n"
+        "        super().__init__()\n"
+        "        self.conv = nn.Conv2d(in_channels, 4, 3)\n"
+        f"    def forward(self, x):\n{forward}"
+    )
+    edit(file, 'build = "residual"\noptions = { stem = 4, channels = 6 }', 'build = "nets:Net"')
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_cache_gives_what_its_precision_keeps(tiny: Path, tmp_path: Path, name: str) -> None:
     with_cache(tiny, 'precision = "float32"')
@@ -293,21 +308,13 @@ class Bright(nn.Module):
 def test_outputs_that_are_not_finite_name_their_samples(
     tiny: Path, tmp_path: Path, name: str, value: str
 ) -> None:
-    (tmp_path / "nets.py").write_text(
-        "from pathlib import Path\n"
-        "import torch\n"
-        "from torch import nn\n"
-        "class Net(nn.Module):\n"
-        "    def __init__(self, in_channels):\n"
-        "        super().__init__()\n"
-        "        self.conv = nn.Conv2d(in_channels, 4, 3)\n"
-        "    def forward(self, x):\n"
+    use_net(
+        tiny,
         "        z = self.conv(x)\n"
         f"        if not Path('{tmp_path}/trained').exists():\n"
         "            return z\n"
-        f"        return torch.where(x.amax((1, 2, 3), True) > 0.95, float('{value}'), z)\n"
+        f"        return torch.where(x.amax((1, 2, 3), True) > 0.95, float('{value}'), z)\n",
     )
-    edit(tiny, 'build = "residual"\noptions = { stem = 4, channels = 6 }', 'build = "nets:Net"')
     with_cache(tiny, f'precision = "{name}"')
     tiny.write_text(tiny.read_text().partition("[module.2]")[0])
     stage = Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").stage(1)
@@ -326,17 +333,11 @@ def test_a_module_that_gives_nan_before_it_is_trained_is_refused(
     tiny: Path, tmp_path: Path, materialize: str
 ) -> None:
     """As one does that divides by the deviation of a blank patch."""
-    (tmp_path / "nets.py").write_text(
-        "from torch import nn\n"
-        "class Net(nn.Module):\n"
-        "    def __init__(self, in_channels):\n"
-        "        super().__init__()\n"
-        "        self.conv = nn.Conv2d(in_channels, 4, 3)\n"
-        "    def forward(self, x):\n"
+    use_net(
+        tiny,
         "        x = x - x.mean((1, 2, 3), True)\n"
-        "        return self.conv(x / x.square().mean((1, 2, 3), True).sqrt())\n"
+        "        return self.conv(x / x.square().mean((1, 2, 3), True).sqrt())\n",
     )
-    edit(tiny, 'build = "residual"\noptions = { stem = 4, channels = 6 }', 'build = "nets:Net"')
     with_cache(tiny, f'materialize = "{materialize}"')
     images = np.load(tmp_path / "train.npy")
     images[0] = 7

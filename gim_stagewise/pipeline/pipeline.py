@@ -39,9 +39,9 @@ from gim_stagewise.stage.identity import cache_recipe, recipe_differences
 from gim_stagewise.stage.joint import JointStage
 from gim_stagewise.stage.lineage import foreign_content
 from gim_stagewise.stage.needs import chain_needs
+from gim_stagewise.stage.probe_fit import check_probe_of_patches, check_probe_of_recordings
 from gim_stagewise.stage.shape import Shape, windowed_input
 from gim_stagewise.stage.stage import Stage
-from gim_stagewise.stage.walks import check_probe_of_patches, check_probe_of_recordings
 from gim_stagewise.stage.workspace import Workspace, open_data
 
 StepListener = Callable[[int, int], None]

@@ -27,17 +27,13 @@ from gim_stagewise.stage.probe import (
     chain_features,
     probe_chain,
 )
+from gim_stagewise.stage.probe_fit import check_probe_of_patches, check_probe_of_recordings
 from gim_stagewise.stage.probe_memory import remembered_scores
 from gim_stagewise.stage.probe_sequences import probe_recordings
 from gim_stagewise.stage.removing import drop_outputs, forget
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.step_classifier import Walk
-from gim_stagewise.stage.walks import (
-    cached_walk,
-    chain_walk,
-    check_probe_of_patches,
-    check_probe_of_recordings,
-)
+from gim_stagewise.stage.walks import cached_walk, chain_walk
 
 if TYPE_CHECKING:
     from gim_stagewise.pipeline.pipeline import Pipeline

@@ -158,7 +158,8 @@ def figure_4(work: Reproduction) -> Path:
     ConfigError
         If labels are missing, or matplotlib is not installed.
     """
-    source, config = work.pipeline("iterative").source, work.pipeline("iterative").config
+    pipeline = work.pipeline("iterative")
+    source, config = pipeline.source, pipeline.config
     if not source.label_names or not config.sequences:
         raise ConfigError(
             'has no recordings with labels; figure 4 takes speech, such as kind = "speech"',

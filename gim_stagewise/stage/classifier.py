@@ -100,13 +100,14 @@ Split = tuple[Features, Labels, Features, Labels]
 
 def _logistic(choice: Split, final: Split, config: ProbeConfig, seed: int) -> Accuracy:
     """Multinomial logistic regression, fitted to convergence."""
+    from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
     # One thread: on problems of this size threads cost twenty times what they save.
     with warnings.catch_warnings(), threadpool_limits(1):
         # Features that are constant, a class for each sample: the accuracy says it all.
-        warnings.filterwarnings("ignore", module="sklearn")
-        warnings.filterwarnings("ignore", message=".*(converge|regression problem).*")
+        warnings.filterwarnings("ignore", category=ConvergenceWarning)
+        warnings.filterwarnings("ignore", message=".*regression problem.*")
         found: list[float] = []
         for accuracy in _along(STRENGTHS, choice):
             found.append(accuracy)

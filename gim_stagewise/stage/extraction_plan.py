@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -120,23 +119,25 @@ def plan_extraction(
 
 def smallest_extraction(needs: StageNeeds) -> Budget:
     """The smallest budgets that extraction in one process works with."""
-    budget = Budget(device=sys.maxsize, host=sys.maxsize)
     forward = project_forward(needs.spec)
-    plan = replace(_plan(needs, budget, Workers(0), forward=forward), writers=1)
-    return Budget(forward, replace(plan, block=BLOCKS_AT_ONCE * needs.block).host)
+    return Budget(forward, _alone(needs, forward).host)
+
+
+def _alone(needs: StageNeeds, forward: int) -> ExtractionPlan:
+    """One process that reads, computes and writes a block each."""
+    return ExtractionPlan(
+        forward=forward,
+        block=BLOCKS_AT_ONCE * needs.block,
+        workers=0,
+        base=BASE_BYTES,
+        on_gpu=needs.spec.device == "cuda",
+    )
 
 
 def _plan(needs: StageNeeds, budget: Budget, workers: Workers, *, forward: int) -> ExtractionPlan:
     spec = needs.spec
     _check_device(spec, budget, forward)
-    on_gpu = spec.device == "cuda"
-    plan = ExtractionPlan(
-        forward=forward,
-        block=BLOCKS_AT_ONCE * needs.block,
-        workers=0,
-        base=BASE_BYTES,
-        on_gpu=on_gpu,
-    )
+    plan = _alone(needs, forward)
     allowed, threads = budget.host_bytes(), spec.config.extract.threads
     fitting = max(0, allowed - BASE_BYTES) // (BASE_BYTES + plan.each)
     cores = usable_cores() // threads
@@ -144,7 +145,7 @@ def _plan(needs: StageNeeds, budget: Budget, workers: Workers, *, forward: int) 
     if count is None:
         usable = min(cores, fitting)
         # One process keeps a GPU busy; several would share it and its memory.
-        count = 0 if on_gpu or usable < 2 or workers.scheduler is not None else usable
+        count = 0 if plan.on_gpu or usable < 2 or workers.scheduler is not None else usable
     elif count > max(cores, 1):
         raise ConfigError(
             f"is {count}, which with extract.threads = {threads} needs {count * threads} cores; "
@@ -152,7 +153,7 @@ def _plan(needs: StageNeeds, budget: Budget, workers: Workers, *, forward: int) 
             key="--workers",
         )
     plan = replace(plan, workers=count)
-    if on_gpu and not count:
+    if plan.on_gpu and not count:
         plan = _with_writers(plan, needs, allowed)
     if plan.host > allowed and workers.scheduler is None:
         _refuse(spec, plan, fitting, allowed)

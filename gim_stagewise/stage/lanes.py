@@ -85,7 +85,7 @@ class LaneWorker:
         rows = np.zeros((self.count, len(inputs[0]), layout.tile[0]), np.float32)
         states = np.zeros((self.count, layout.state), np.float32)
         for block, own in zip(blocks, inputs, strict=True):
-            lane = block.samples.start % self.count
+            lane = self._lane(block)
             rows[lane, :, : own.shape[1]] = own
             states[lane] = self._state_before(block)
         config = self._worker.job.config.extract
@@ -94,9 +94,12 @@ class LaneWorker:
         )
         return [self._of_lane(block, z, after) for block in blocks]
 
+    def _lane(self, block: Block) -> int:
+        return block.samples.start % self.count
+
     def _of_lane(self, block: Block, z: torch.Tensor, after: torch.Tensor) -> Outputs:
         layout, manifest = self._layout, self._worker.job.manifest
-        lane, (span,) = block.samples.start % self.count, layout.region(block)
+        lane, (span,) = self._lane(block), layout.region(block)
         storing = Storing.of(manifest) if layout.materialized else Storing(None)
         own = z[lane : lane + 1, :, : len(span)].contiguous()
         pooled = self._worker.frozen.embeddings(own)
@@ -115,7 +118,7 @@ class LaneWorker:
         if tile == 0:
             first: NDArray[np.float32] = self._worker.frozen.initial_state().numpy()
             return first
-        last = self._last.get(number % self.count)
+        last = self._last.get(self._lane(block))
         if last is not None and last[:2] == (number, tile - 1):
             return last[2]
         before = Block(-1, 0, block.samples, (tile - 1,))

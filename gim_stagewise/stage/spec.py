@@ -136,12 +136,16 @@ class StepSpec:
         return torch.zeros(shape, dtype=torch.int64, device=device)
 
     def module(self) -> nn.Module:
-        return self.parts()[0]
+        """The (top) module alone, as it is frozen, whatever it is trained with."""
+        return self._space.build(self.index, self.shapes[-1].cell_in[0])
 
     def parts(self) -> tuple[nn.Module, Objective]:
         """Module and objective, as `assemble` gives them."""
-        space = Workspace(self.config, "", Path(), self.code_folder, torch.device(self.device))
-        return assemble(space, self.indexes, self.shapes, classes=self.classes)
+        return assemble(self._space, self.indexes, self.shapes, classes=self.classes)
+
+    @property
+    def _space(self) -> Workspace:
+        return Workspace(self.config, "", Path(), self.code_folder, torch.device(self.device))
 
 
 def step_spec(
