@@ -23,6 +23,10 @@ from gim_stagewise.stage.workspace import Workspace
 
 State = Literal["missing", "training", "frozen", "partial", "sealed", "waiting", "stale", "corrupt"]
 
+_CHECKPOINT_OF_OTHERS = (
+    "its checkpoint is damaged, or of other settings, data or code: training begins anew"
+)
+
 
 @dataclass(frozen=True)
 class StageStatus:
@@ -86,6 +90,8 @@ def _joint_status(pipeline: Pipeline) -> list[StageStatus]:
             why = f"epoch {epoch + 1} of at most {limit}, with all modules"
             found.append(StageStatus(index, "training", why, done=epoch / limit))
             continue
+        if state == "missing" and space.joint_checkpoint_path.exists():
+            state, why = "stale", _CHECKPOINT_OF_OTHERS
         record = weights.record if weights is not None and state == "frozen" else None
         found.append(StageStatus(index, state, why, record=record))
     return found
@@ -149,9 +155,8 @@ def _above_unfinished(pipeline: Pipeline, index: int, below: StageStatus, size: 
 
 
 def _without_weights(pipeline: Pipeline, stage: Stage, why: str, size: int) -> StageStatus:
-    counters = peek_checkpoint(
-        pipeline.workspace.checkpoint_path(stage.index), run=stage.run_digest
-    )
+    checkpoint = pipeline.workspace.checkpoint_path(stage.index)
+    counters = peek_checkpoint(checkpoint, run=stage.run_digest)
     if counters is not None:
         limit = pipeline.config.stage(stage.index).train.max_epochs
         epoch = int(counters["epoch"])
@@ -162,6 +167,8 @@ def _without_weights(pipeline: Pipeline, stage: Stage, why: str, size: int) -> S
             done=epoch / limit,
             cache_bytes=size,
         )
+    if not why and checkpoint.exists():
+        return StageStatus(stage.index, "stale", _CHECKPOINT_OF_OTHERS, cache_bytes=size)
     if not why:
         return StageStatus(stage.index, "missing", cache_bytes=size)
     try:

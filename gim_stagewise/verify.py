@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gim_stagewise.cache import Damage, find_damage, read_manifest
+from gim_stagewise.cache import Damage, find_damage, read_manifest, require_cache
 from gim_stagewise.durable import read_checked_json
 from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError, PartialCacheError
 from gim_stagewise.pipeline import Pipeline
@@ -61,6 +61,7 @@ def verify(path: Path, progress: Progress) -> Verification:
     if not path.is_dir():
         raise CacheNotFoundError(f"no cache and no run's folder at {path}")
     if (path / "zarr.json").exists() or path.suffix == ".zarr":
+        require_cache(path)
         _cache(path, found, progress)
         return found
     caches = sorted(path.glob("m*.zarr"), key=_number)

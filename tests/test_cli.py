@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 from helpers import edit, one_error, weights_of
+from rich.console import Console
 from warm import gim_stage
 
 from gim_stagewise.config import ProbeConfig
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.report.tables import ResultsTable, percent
 from gim_stagewise.stage.classifier import parts_of
+from gim_stagewise.units import format_bytes
 
 
 def test_the_tour_step_by_step_equals_run(tiny: Path, tmp_path: Path) -> None:
@@ -144,6 +148,21 @@ def test_any_width_that_the_environment_states_prints(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "sealed" in done.stdout
     assert done.stderr == ""
+
+
+def test_results_fit_any_terminal_with_all_their_figures(tiny: Path, tmp_path: Path) -> None:
+    result = Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run()
+    for columns in (45, 60, 80, 100, 132):
+        printed = io.StringIO()
+        Console(width=columns, file=printed).print(ResultsTable(result))
+        lines = printed.getvalue().splitlines()
+        assert max(map(len, lines)) <= columns
+        text = " ".join(lines)
+        assert "…" not in text
+        for stage in result.stages:
+            assert f" {stage.record.train_loss:.3f} " in text
+            assert f" {percent(result.accuracy(stage.module))} " in text
+            assert f" {format_bytes(stage.cache_bytes)} " in text
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])

@@ -365,6 +365,7 @@ def test_a_file_that_disappears_is_named(tmp_path: Path) -> None:
         ({"splits": {"train": {"files": ["a.jpg"]}}}, "cannot be read in regions"),
         ({"splits": {"train": {"files": ["folder"]}}}, "no Zarr array"),
         ({"options": {"level": -1}}, "expected 0 or more"),
+        ({"options": {"level": 1}}, "is an array without levels"),
         ({"options": {"axis": "y x"}}, "unknown key; known: axes, level"),
         ({"download": True}, "never fetched"),
     ],

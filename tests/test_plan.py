@@ -152,6 +152,36 @@ def test_one_that_cannot_be_counted_is_refused_over_budget_too(tmp_path: Path, t
     assert "even with micro_batch = 1" in error
 
 
+def test_a_step_larger_than_the_machine_is_refused_by_its_count(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trying it out would take all memory, whatever budget was given."""
+
+    def measured(*arguments: object, **named: object) -> int:
+        raise AssertionError("tried out")
+
+    monkeypatch.setattr("gim_stagewise.stage.project.in_fresh_process", measured)
+    edit(tiny, "negatives = 4", "negatives = 100_000_000")
+    for budget in (Budget(), Budget(device=10**9), Budget(host=4 * 10**9)):
+        pipeline = Pipeline.from_file(tiny, device="cpu", budget=budget)
+        with pytest.raises(
+            OverBudgetError, match=r"at least [\d.]+ [GT]B .*lower train.batch"
+        ):
+            plan_pipeline(pipeline)
+
+
+def test_a_process_that_ran_out_of_memory_is_no_defect(tmp_path: Path, tiny: Path) -> None:
+    ends = LOOKS_AT_VALUES.replace(
+        "z = self.conv(x)",
+        "z = self.conv(x)\n"
+        "        if self.training and len(x) > 1 and multiprocessing.parent_process():\n"
+        "            os.kill(os.getpid(), 9)  # as the system does",
+    )
+    file = user_pipeline(tmp_path, tiny, f"import multiprocessing\nimport os\n{ends}")
+    error = one_error(gim_stage("plan", file, "--device", "cpu"), 3)
+    assert "module 1: a step of micro_batch = 200 ended the process" in error
+
+
 def test_from_forgets_nothing_where_the_budget_is_too_small(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     Pipeline.from_file(tiny, folder=folder, device="cpu").run(until=2)

@@ -18,7 +18,7 @@ from torch import nn
 from warm import gim_stage
 
 from gim_stagewise.cache import BuildFolder, TiledCache, TiledLayout, find_damage
-from gim_stagewise.errors import CorruptCacheError, ModuleRefusedError
+from gim_stagewise.errors import CorruptCacheError, DataNotFoundError, ModuleRefusedError
 from gim_stagewise.models import CellMean, embed, state_size
 from gim_stagewise.models.sequence import conv1d_module, gru_module
 from gim_stagewise.objectives import InfoNCE
@@ -438,3 +438,12 @@ def test_a_layout_with_states_names_each_chunk_of_them() -> None:
         ("states/a/c.1.0",),
         ("states/a/c.2.0",),
     ]
+
+
+def test_folders_are_no_recordings_and_a_missing_one_is_named(audio: Path) -> None:
+    items = len(Pipeline.from_file(audio).source.ids)
+    (audio.parent / "recordings" / "x.wav").mkdir()
+    assert len(Pipeline.from_file(audio).source.ids) == items
+    shutil.rmtree(audio.parent / "recordings")
+    with pytest.raises(DataNotFoundError, match=r"no such folder: .*recordings; check source.root"):
+        Pipeline.from_file(audio).source  # noqa: B018

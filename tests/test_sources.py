@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import struct
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +380,19 @@ def test_wrong_tables_of_arrays_are_named_by_key(
         open_source(arrays(tmp_path, **tables))
     assert caught.value.key == key
     assert reason in caught.value.problem
+
+
+@pytest.mark.parametrize("kind", ["npy", "zarr"])
+def test_channels_that_seem_to_come_last_are_asked_about(tmp_path: Path, kind: str) -> None:
+    save(tmp_path / f"images.{kind}", pixels(2, 8, 8, 3))
+    table = {"images": f"images.{kind}"}
+    with pytest.raises(ConfigError, match="channels come last") as caught:
+        open_source(arrays(tmp_path, kind, train=table))
+    assert caught.value.key == "source.options.axes"
+    options = {"axes": "sample channel height width"}
+    assert (
+        open_source(arrays(tmp_path, kind, train=table, options=options)).items()[0].channels == 8
+    )
 
 
 @pytest.mark.parametrize("kind", ["npy", "zarr"])
@@ -962,15 +976,31 @@ def test_an_image_with_other_channels_is_named() -> None:
         read_one(patches_of(images, crop=5), "train/1")
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [*product([np.nan, np.inf, -np.inf], ["float32", "float64"]), (1e39, "float64")],
+)
 def test_a_pixel_that_is_not_finite_names_its_sample(value: float, dtype: str) -> None:
     images = pixels(3, 1, 4, 4, dtype=dtype)
     images[1, 0, 2, 2] = value
     source = patches_of(in_memory(images))
     read_one(source, "train/0")
-    with pytest.raises(DataError, match="train/1 has pixels that are NaN or infinite"):
+    with pytest.raises(DataError, match="train/1 has values that are NaN, infinite or too"):
         read_one(source, "train/1")
+
+
+@pytest.mark.parametrize("kind", ["npy", "zarr"])
+@pytest.mark.parametrize("how", ["full", "sampled"])
+def test_values_that_are_not_finite_are_found_with_the_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, how: str
+) -> None:
+    """Before anything is trained, in whatever split."""
+    monkeypatch.setattr(parts, "SAMPLED_IMAGES", 3)
+    images = pixels(5, 1, 4, 4, dtype="float64")
+    images[4, 0, 1, 1] = np.nan
+    make_dataset(tmp_path / "data", kind, images, range(5))
+    with pytest.raises(DataError, match=rf"images.{kind}: image 4 has values that are NaN"):
+        digest_of(tmp_path / "data", kind, how)
 
 
 # Digests of content

@@ -53,17 +53,18 @@ def listing(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
 
 
+def stop_at_7(module: int, step: int) -> None:
+    if step == 7:
+        raise StopError
+
+
 def test_each_state_is_named_on_the_way(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     waits = [("missing", f"waits for module {below}, which is missing") for below in (1, 2)]
     assert states(tiny, out) == [("missing", ""), *waits]
 
-    def stop(module: int, step: int) -> None:
-        if step == 7:
-            raise StopError
-
     with pytest.raises(StopError):
-        Pipeline.from_file(tiny, folder=out, device="cpu", on_step=stop).run()
+        Pipeline.from_file(tiny, folder=out, device="cpu", on_step=stop_at_7).run()
     assert states(tiny, out)[0] == ("training", "epoch 2 of at most 3")
 
     stage = open_pipeline(tiny, out).stage(1)
@@ -180,13 +181,21 @@ def test_clean_leaves_measurements_that_go_on_alone(tiny: Path, done: Path) -> N
 
 
 def test_clean_keeps_work_that_can_be_gone_on_with(tiny: Path, tmp_path: Path) -> None:
-    def stop(module: int, step: int) -> None:
-        if step == 7:
-            raise StopError
-
     with pytest.raises(StopError):
-        Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu", on_step=stop).run()
+        Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu", on_step=stop_at_7).run()
     assert removable(open_pipeline(tiny, tmp_path / "out")) == []
+
+
+def test_a_checkpoint_of_other_settings_is_told_of_and_can_go(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(StopError):
+        Pipeline.from_file(tiny, folder=out, device="cpu", on_step=stop_at_7).run()
+    edit(tiny, "lr = 3e-3", "lr = 1e-3")
+    state, why = states(tiny, out)[0]
+    assert state == "stale"
+    assert "its checkpoint is damaged, or of other settings" in why
+    listed = removable(open_pipeline(tiny, out))
+    assert [thing.path.name for thing in listed] == ["m1.pt"]
 
 
 @pytest.mark.parametrize("lost", ["m1.zarr", "m2.zarr/activations/c.0.1.0.0.0.0.0"])
@@ -257,6 +266,16 @@ def test_inspect_shows_a_sealed_cache(done: Path) -> None:
     stored = np.asarray(zarr.open_array(str(done / "m2.zarr" / "activations"))[0])
     assert found["channels"][3]["mean"] == pytest.approx(stored[:, :, :, 3].mean(), rel=1e-4)
     assert found["channels"][3]["max"] == pytest.approx(stored[:, :, :, 3].max())
+
+
+def test_what_is_no_cache_is_not_inspected(done: Path, tmp_path: Path) -> None:
+    import zarr
+
+    zarr.create_array(str(tmp_path / "other.zarr"), shape=(2,), dtype="uint8")
+    places = [tmp_path, tmp_path / "nothing", tmp_path / "other.zarr", done]
+    for path in (*places, done / "m2.zarr" / "activations"):
+        with pytest.raises(CacheNotFoundError, match="give the folder of a module's cache"):
+            inspect_cache(path)
 
 
 @pytest.mark.parametrize("damage", ["chunk", "lost", "metadata", "group", "empty"])

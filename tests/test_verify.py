@@ -164,6 +164,7 @@ def test_other_numerics_refuse_to_repair_and_offer_a_rebuild(
 
 def test_what_cannot_be_verified_is_said(tiny: Path, done: Path, tmp_path: Path) -> None:
     assert "no cache" in one_error(gim_stage("verify", tmp_path / "nothing"), 2)
+    assert "is a Zarr array" in one_error(gim_stage("verify", done / "m2.zarr" / "activations"), 2)
     assert gim_stage("verify", done).returncode == 0
     shutil.copytree(done / "m2.zarr", tmp_path / "elsewhere" / "m2.zarr")
     flip(tmp_path / "elsewhere" / "m2.zarr" / CHUNK)

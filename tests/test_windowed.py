@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from warm import gim_stage
 
 from gim_stagewise.cache import TiledCache, find_damage
-from gim_stagewise.config import parse_pipeline
+from gim_stagewise.config import Mode, parse_pipeline
 from gim_stagewise.errors import ConfigError, OverBudgetError
 from gim_stagewise.memory import Budget
 from gim_stagewise.models import CellMean
@@ -646,3 +646,10 @@ def test_span_of_a_window_is_what_was_asked_for(large: Path) -> None:
         assert request.region is not None
         assert [len(span) for span in request.region] == [16, 16]
         assert all(isinstance(span, Span) for span in request.region)
+
+
+@pytest.mark.parametrize("mode", ["supervised", "greedy_supervised"])
+def test_supervised_modes_say_that_large_items_have_no_labels(large: Path, mode: Mode) -> None:
+    with pytest.raises(ConfigError, match="no training sample has one") as caught:
+        Pipeline.from_file(large, device="cpu", mode=mode).run()
+    assert caught.value.key == "mode"

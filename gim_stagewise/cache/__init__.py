@@ -9,7 +9,12 @@ from gim_stagewise.cache.digests import Digest, files_digest, flatten
 from gim_stagewise.cache.frames import read_chunk_file
 from gim_stagewise.cache.journal import BuildFolder
 from gim_stagewise.cache.layout import Block, CacheLayout, auto_chunk
-from gim_stagewise.cache.manifest import Manifest, read_manifest, write_manifest
+from gim_stagewise.cache.manifest import (
+    Manifest,
+    read_manifest,
+    require_cache,
+    write_manifest,
+)
 from gim_stagewise.cache.precision import PLAIN, Precision, is_precision
 from gim_stagewise.cache.precision_error import PrecisionError
 from gim_stagewise.cache.reader import Cache
@@ -65,6 +70,7 @@ __all__ = [
     "open_tiled_cache",
     "read_chunk_file",
     "read_manifest",
+    "require_cache",
     "sealed_digests",
     "stage_block",
     "stored_blocks",

@@ -167,6 +167,31 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def require_cache(path: Path) -> None:
+    """Refuse what is no cache, rather than one that is damaged.
+
+    Raises
+    ------
+    CacheNotFoundError
+        If a folder is not there, has nothing of a cache, or is another Zarr store.
+    """
+    give = "give the folder of a module's cache, such as cache/digits/m1.zarr"
+    if not path.is_dir():
+        raise CacheNotFoundError(f"no cache at {path}; {give}")
+    file = path / "zarr.json"
+    if not file.exists():
+        if path.suffix == ".zarr" or (path / "activations").is_dir():
+            return  # it lost its metadata
+        raise CacheNotFoundError(f"{path} holds no cache; {give}")
+    try:
+        found = json.loads(file.read_bytes())
+        kind, attributes = str(found["node_type"]), dict(found.get("attributes", {}))
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
+        return  # damaged
+    if KEY not in attributes:
+        raise CacheNotFoundError(f"{path} is a Zarr {kind} that is no cache of gim-stage; {give}")
+
+
 def _parse(content: dict[str, Any]) -> Manifest:
     layout = _parse_layout(content["layout"])
     if not isinstance(content["sealed"], bool):

@@ -57,7 +57,7 @@ def run(
     from gim_stagewise.pipeline import Pipeline
     from gim_stagewise.plan import smallest_budget
     from gim_stagewise.report.record import save_record
-    from gim_stagewise.report.tables import results_table
+    from gim_stagewise.report.tables import ResultsTable
 
     progress = options.progress_for(quiet=quiet, verbose=verbose)
     workers = options.workers_from(worker_count, scheduler)
@@ -69,7 +69,7 @@ def run(
         pipeline = options.limited(pipeline, sizes, lambda: smallest_budget(pipeline))
         result = pipeline.run(start=start, until=until, workers=workers)
     record = save_record(pipeline, result)
-    options.show(record if as_json else results_table(result))
+    options.show(record if as_json else ResultsTable(result))
 
 
 @click.command()
@@ -348,6 +348,8 @@ def probe(
 
     if (input_path is None) == (index is None):
         raise click.UsageError("say which cache: --input CACHE, or --module N with --dir FOLDER")
+    if input_path is not None and folder is not None:
+        raise click.UsageError("--input names the cache; leave out --dir")
     resolve_device(device)
     path = input_path or (folder or Path("cache")) / f"m{index}.zarr"
     module, chosen, accuracy = probe_cache(path, pooling=pooling)

@@ -140,3 +140,5 @@ def _refuse_windows(config: PipelineConfig) -> None:
     for number, module in config.module.items():
         if module.train.window is not None:
             raise ConfigError(f"{what}; leave it out", key=f"module.{number}.train.window")
+    if config.source.on_error != "stop":
+        raise ConfigError(f"{what}; leave it out", key="source.on_error")

@@ -264,7 +264,7 @@ class PipelineConfig(Table):
     labels of the dataset supervised modes are trained on; by default the first that it has.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     seed: Annotated[int, Field(ge=0)] = 0
     mode: Mode = "iterative"
     labels: str | None = None

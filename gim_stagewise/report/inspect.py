@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import zarr
 
-from gim_stagewise.cache import BuildFolder, Manifest, read_chunk_file, read_manifest, stored_blocks
+from gim_stagewise.cache import (
+    BuildFolder,
+    Manifest,
+    read_chunk_file,
+    read_manifest,
+    require_cache,
+    stored_blocks,
+)
 from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
 from gim_stagewise.stage.disk import folder_bytes
 
@@ -32,11 +39,10 @@ def inspect_cache(path: str | Path) -> dict[str, Any]:
     Raises
     ------
     CacheNotFoundError
-        If nothing is there.
+        If nothing is there, or something else.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise CacheNotFoundError(f"no cache at {path}; give the folder of a cache, such as m1.zarr")
+    require_cache(path)
     problems: list[str] = []
     manifest: Manifest | None = None
     state = "corrupt"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from gim_stagewise.config import Mode
 from gim_stagewise.pipeline import Pipeline, RunResult
+from gim_stagewise.stage.probe import ProbeScores
 from gim_stagewise.status import StageStatus
 from gim_stagewise.units import format_bytes
 
@@ -24,58 +28,99 @@ MODE_NAMES: dict[Mode, str] = {
 }
 
 
-def results_table(result: RunResult) -> Table:
-    """Losses, sizes and probe accuracies of a run, one row a module."""
-    title = f"{result.pipeline}: {MODE_NAMES[result.mode]}"
-    table = Table(title=title, title_justify="left")
-    for name in (
-        "module",
-        "epochs",
-        "train loss",
-        "validation loss",
-        "projected",
-        "measured",
-        "cache",
-    ):
-        table.add_column(name, justify="right", no_wrap=name == "module")
-    for scores in result.probes:
-        # The paper's words, tables 1 and 3; shorter ones where there are several labels.
-        own = ("accuracy", "randomly initialized")
-        if len(result.probes) > 1:
-            own = (f"{scores.labels} accuracy", f"{scores.labels}, random")
-        for name in own:
-            table.add_column(name, justify="right")
-    for stage in result.stages:
-        row = [
-            str(stage.module),
-            str(stage.record.epochs),
-            nats(stage.record.train_loss),
-            nats(stage.record.validation_loss),
-            _size(stage.record.projected_mem),
-            _size(stage.record.measured_mem),
-            _size(stage.cache_bytes),
+def _size(count: int) -> str:
+    return format_bytes(count) if count else ""
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One of a table of results; the header may have several lines.
+
+    Parameters
+    ----------
+    header : str
+    cells : list of str
+        One a module.
+    baselines : dict of str to str
+        Of what is compared with modules.
+    """
+
+    header: str
+    cells: list[str]
+    baselines: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ResultsTable:
+    """Losses, sizes and probe accuracies of a run, one row a module.
+
+    Where the terminal is too narrow for one table, it is several.
+    """
+
+    result: RunResult
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        unlimited = options.update(max_width=10_000)
+        groups = [*self._training(), *map(self._probe, self.result.probes)]
+        title = f"{self.result.pipeline}: {MODE_NAMES[self.result.mode]}"
+        while groups:
+            table, count = self._table(groups[:1], title), 1
+            while count < len(groups):
+                wider = self._table(groups[: count + 1], title)
+                if Measurement.get(console, unlimited, wider).maximum > options.max_width:
+                    break
+                table, count = wider, count + 1
+            yield table
+            groups, title = groups[count:], ""
+
+    def _training(self) -> Iterator[list[_Column]]:
+        stages = self.result.stages
+        records = [stage.record for stage in stages]
+        yield [
+            _Column("epochs", [str(record.epochs) for record in records]),
+            _Column("train\nloss", [nats(record.train_loss) for record in records]),
+            _Column("validation\nloss", [nats(record.validation_loss) for record in records]),
         ]
-        for scores in result.probes:
-            row += [
-                percent(result.accuracy(stage.module, labels=scores.labels, random=random))
-                for random in (False, True)
+        yield [
+            _Column("projected", [_size(record.projected_mem) for record in records]),
+            _Column("measured", [_size(record.measured_mem) for record in records]),
+            _Column("cache", [_size(stage.cache_bytes) for stage in stages]),
+        ]
+
+    def _probe(self, scores: ProbeScores) -> list[_Column]:
+        result, labels = self.result, scores.labels
+        # The paper's words, tables 1 and 3; shorter ones where there are several labels.
+        headers = ("accuracy", "randomly\ninitialized")
+        if len(result.probes) > 1:
+            headers = (f"{labels}\naccuracy", f"{labels},\nrandom")
+        trained, random = (
+            [
+                percent(result.accuracy(stage.module, labels=labels, random=random))
+                for stage in result.stages
             ]
-        table.add_row(*row)
-    if result.probes:
+            for random in (False, True)
+        )
+        baselines = {
+            name: percent(result.baseline(name, labels=labels)) for name in scores.baselines
+        }
+        return [_Column(headers[0], trained, baselines), _Column(headers[1], random)]
+
+    def _table(self, groups: Sequence[list[_Column]], title: str) -> Table:
+        columns = [column for group in groups for column in group]
+        table = Table(title=title or None, title_justify="left")
+        for header in ("module", *(column.header for column in columns)):
+            table.add_column(header, justify="right", vertical="bottom", no_wrap=True)
+        for number, stage in enumerate(self.result.stages):
+            table.add_row(str(stage.module), *(column.cells[number] for column in columns))
         table.add_section()
-    for name in dict.fromkeys(name for scores in result.probes for name in scores.baselines):
-        cells = [percent(result.baseline(name, labels=own.labels)) for own in result.probes]
-        table.add_row(name, *[""] * 6, *(text for cell in cells for text in (cell, "")))
-    return table
+        for name in dict.fromkeys(name for column in columns for name in column.baselines):
+            table.add_row(name, *(column.baselines.get(name, "") for column in columns))
+        return table
 
 
 def nats(loss: float | None) -> str:
     """A loss; nothing of a module that has none."""
     return "" if loss is None else f"{loss:.3f}"
-
-
-def _size(count: int) -> str:
-    return format_bytes(count) if count else ""
 
 
 def percent(fraction: float | None) -> str:

@@ -83,6 +83,12 @@ def _axes(config: SourceConfig, images: Any, where: Path) -> tuple[str, ...]:
         guess = {3: "sample height width", 4: "sample channel height width"}
         if len(images.shape) not in guess:
             raise DataError(f"{where} has shape {images.shape}, expected 3 or 4 axes")
+        if len(images.shape) == 4 and images.shape[3] <= 4 < images.shape[1]:
+            raise ConfigError(
+                f"missing, and {where} has shape {images.shape}, which looks as if channels come "
+                'last; set it to "sample height width channel"',
+                key="source.options.axes",
+            )
         stated = guess[len(images.shape)]
     axes = tuple(str(stated).split())
     if (
@@ -267,6 +273,8 @@ class _StoredPart:
     def digest(self, images: Sequence[int]) -> str:
         try:
             values = array_digest(self._images, images, self._labels)
+        except DataError as error:
+            raise DataError(f"{self._where}: {error}") from None
         except (ValueError, RuntimeError, KeyError, OSError) as error:
             raise DataError(f"{self._where} cannot be read ({error})") from None
         # In another order of axes the same values are other images.

@@ -76,6 +76,7 @@ def open_region_file(path: Path, *, axes: str | None = None, level: int = 0) -> 
         raise DataNotFoundError(f"no such file: {path.absolute()}; check source.root and files")
     suffix = path.suffix.lower()
     if suffix == ".npy":
+        _refuse_level(path, level)
         return _NpyImage(path, axes)
     if suffix in {".tif", ".tiff", ".btf", ".tf8"}:
         return _open_tiff(path, axes, level)
@@ -85,6 +86,13 @@ def open_region_file(path: Path, *, axes: str | None = None, level: int = 0) -> 
         f"{path} is of a kind that cannot be read in regions; store it as a Zarr array, a tiled "
         "TIFF or an npy file"
     )
+
+
+def _refuse_level(path: Path, level: int) -> None:
+    if level:
+        raise ConfigError(
+            f"is {level}, but {path} is an array without levels", key="source.options.level"
+        )
 
 
 def _named_axes(
@@ -198,10 +206,8 @@ def _open_zarr(path: Path, axes: str | None, level: int) -> RegionFile:
         found = None
         if isinstance(node, zarr.Group):
             node, found = _ome_level(node, path, level)
-        elif level:
-            raise ConfigError(
-                f"is {level}, but {path} is an array without levels", key="source.options.level"
-            )
+        else:
+            _refuse_level(path, level)
         metadata = node.metadata
         found = found or getattr(metadata, "dimension_names", None)
         if found is not None:

@@ -21,7 +21,7 @@ from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
 from gim_stagewise.sources.base import IMAGE_AXES, SPLITS, Item, Request, Split
 from gim_stagewise.sources.files import RegionFile, open_region_file
 from gim_stagewise.sources.parts import evenly_spaced
-from gim_stagewise.sources.pixels import check_brightness
+from gim_stagewise.sources.pixels import NOT_FINITE, as_float32, check_brightness
 from gim_stagewise.windows import Region, full_region, tiles
 
 # Side of the regions in which data is looked at once, to know it again.
@@ -62,7 +62,7 @@ def open_large(config: SourceConfig) -> LargeSource:
     if type(level) is not int or level < 0:
         raise ConfigError(f"is {level!r}, expected 0 or more", key="source.options.level")
     return LargeSource(
-        find_files(config, 'unlabeled = {files = "*.tif"}'),
+        find_files(config, 'unlabeled = {files = "*.tif"}', folders=True),
         opener=partial(open_region_file, axes=axes, level=level),
         axes=IMAGE_AXES,
         digest=config.digest,
@@ -70,8 +70,12 @@ def open_large(config: SourceConfig) -> LargeSource:
     )
 
 
-def find_files(config: SourceConfig, example: str) -> dict[Split, dict[str, Path]]:
+def find_files(
+    config: SourceConfig, example: str, *, folders: bool = False
+) -> dict[Split, dict[str, Path]]:
     """Files of each split by their names, as ``source.splits`` asks for them.
+
+    Where an item may be a folder, as Zarr arrays are, patterns find ``folders`` as well.
 
     Raises
     ------
@@ -87,7 +91,9 @@ def find_files(config: SourceConfig, example: str) -> dict[Split, dict[str, Path
             f"missing; say which files each split has, as in {example}", key="source.splits"
         )
     root = Path(config.root or ".")
-    return {split: _find(root, split, table) for split, table in config.splits.items()}
+    if not root.is_dir():
+        raise DataNotFoundError(f"no such folder: {root.absolute()}; check source.root")
+    return {split: _find(root, split, table, folders) for split, table in config.splits.items()}
 
 
 def check_name(item_id: str) -> None:
@@ -108,7 +114,7 @@ def check_name(item_id: str) -> None:
         )
 
 
-def _find(root: Path, split: Split, table: Mapping[str, Any]) -> dict[str, Path]:
+def _find(root: Path, split: Split, table: Mapping[str, Any], folders: bool) -> dict[str, Path]:
     """Files of a split by their names: paths below the root."""
     key = f"source.splits.{split}"
     if unknown := set(table) - {"files"}:
@@ -116,7 +122,11 @@ def _find(root: Path, split: Split, table: Mapping[str, Any]) -> dict[str, Path]
     stated = table.get("files")
     if isinstance(stated, str):
         try:
-            found = sorted(path for path in root.glob(stated) if not path.name.startswith("."))
+            found = sorted(
+                path
+                for path in root.glob(stated)
+                if not path.name.startswith(".") and (folders or not path.is_dir())
+            )
         except (NotImplementedError, ValueError) as error:
             raise ConfigError(
                 f"is {stated!r}, which is no pattern below source.root ({error}); use one such as "
@@ -350,14 +360,13 @@ class LargeSource:
             regions = [regions[number] for number in evenly_spaced(len(regions), _SAMPLED_REGIONS)]
         for region in regions:
             values = self._region(item_id, region)
-            if values.dtype.kind == "f" and not np.isfinite(values).all():
+            if values.dtype.kind == "f" and not as_float32(values)[1].all():
                 where = ", ".join(
                     f"{name} {span.start} to {span.stop}"
                     for name, span in zip(self.axes[1:], region, strict=True)
                 )
                 raise DataError(
-                    f"sample {item_id} has values that are NaN or infinite at {where}; mend or "
-                    "remove it",
+                    f"sample {item_id} has {NOT_FINITE} at {where}; mend or remove it",
                     item=item_id,
                 )
             # The same values, in whatever order of bytes they are stored.

@@ -24,6 +24,7 @@ from gim_stagewise.sources.base import (
     Request,
     Split,
 )
+from gim_stagewise.sources.pixels import NOT_FINITE, as_float32
 
 SAMPLED_IMAGES = 1000
 _RUN_BYTES = 16_000_000
@@ -246,7 +247,13 @@ def evenly_spaced(count: int, chosen: int) -> list[int]:
 
 
 def array_digest(array: Any, images: Sequence[int], labels: NDArray[np.int64] | None) -> str:
-    """Hash of rows of an array, which may lie on disk, and of labels."""
+    """Hash of rows of an array, which may lie on disk, and of labels.
+
+    Raises
+    ------
+    DataError
+        If a value is NaN or infinite: what is read anyway is looked at before anything runs.
+    """
     digest = hashlib.sha256(f"{array.shape}{array.dtype.str};".encode())
     if len(images) == array.shape[0]:
         # A run of rows at a time: nothing has to fit in memory, and no chunk is read twice.
@@ -254,9 +261,21 @@ def array_digest(array: Any, images: Sequence[int], labels: NDArray[np.int64] | 
         chunk = getattr(array, "chunks", (1,))[0]
         run = chunk * max(1, _RUN_BYTES // max(1, chunk * row_bytes))
         for start in range(0, array.shape[0], run):
-            digest.update(np.ascontiguousarray(array[start : start + run]).data)
+            rows = array[start : start + run]
+            _refuse_not_finite(rows, start)
+            digest.update(np.ascontiguousarray(rows).data)
     else:
         for image in images:
-            digest.update(np.ascontiguousarray(array[image]).data)
+            row = np.asarray(array[image])
+            _refuse_not_finite(row[None], image)
+            digest.update(np.ascontiguousarray(row).data)
     digest.update(b"none" if labels is None else np.ascontiguousarray(labels).data)
     return digest.hexdigest()
+
+
+def _refuse_not_finite(rows: NDArray[Any], first: int) -> None:
+    if rows.dtype.kind != "f":
+        return
+    finite = as_float32(rows)[1].reshape(len(rows), -1).all(axis=1)
+    if not finite.all():
+        raise DataError(f"image {first + int(finite.argmin())} has {NOT_FINITE}; mend or remove it")

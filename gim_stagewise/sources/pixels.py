@@ -12,6 +12,7 @@ from gim_stagewise.errors import ConfigError, DataError
 from gim_stagewise.sources.base import Item
 from gim_stagewise.windows import PatchGrid
 
+NOT_FINITE = "values that are NaN, infinite or too large for float32"
 # ITU-R BT.601 luma, as torchvision's and Pillow's grayscale.
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
@@ -82,12 +83,17 @@ def _to_unit(image: NDArray[Any], item_id: str) -> NDArray[np.float32]:
         raise DataError(f"sample {item_id} {error}", item=item_id) from None
     if np.issubdtype(image.dtype, np.integer):
         return image.astype(np.float32) / np.float32(np.iinfo(image.dtype).max)
-    pixels = image.astype(np.float32)
-    if not np.isfinite(pixels).all():
-        raise DataError(
-            f"sample {item_id} has pixels that are NaN or infinite; mend or remove it", item=item_id
-        )
+    pixels, finite = as_float32(image)
+    if not finite.all():
+        raise DataError(f"sample {item_id} has {NOT_FINITE}; mend or remove it", item=item_id)
     return pixels
+
+
+def as_float32(values: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Floats as modules see them, and which of them are numbers: not `NOT_FINITE`."""
+    with np.errstate(over="ignore"):  # what is said of it is an error
+        converted = values.astype(np.float32)
+    return converted, np.isfinite(converted)
 
 
 def check_brightness(dtype: np.dtype[Any]) -> None:

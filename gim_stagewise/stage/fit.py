@@ -12,6 +12,7 @@ from gim_stagewise.stage.needs import TrainingNeeds
 from gim_stagewise.stage.project import (
     NOISE_BYTES,
     StepMemory,
+    free_bytes,
     load_counting,
     project_step,
     round_up,
@@ -173,12 +174,22 @@ def _largest_micro_batch(spec: StepSpec, step: StepMemory, room: _Room) -> tuple
     if one.total > room.bytes:
         needed = one.total + room.beside
         fixed = sum(one.counted.get(k, 0) for k in ("parameters", "gradients", "optimizer"))
+        if one.at_least:
+            least = "at least "
+            remedy = (
+                f"the machine has {format_bytes(free_bytes(spec.device))} free, too little to try "
+                "it: lower train.batch or objective.negatives"
+            )
+        else:
+            least = ""
+            remedy = (
+                f"the smallest workable value with it is {room.option} {round_up(needed)}"
+                f"{_beside_remedy(spec, room)}"
+            )
         raise OverBudgetError(
-            f"{spec.label}: training needs {format_bytes(needed)} even with "
+            f"{spec.label}: training needs {least}{format_bytes(needed)} even with "
             f"micro_batch = 1 ({format_bytes(room.beside)} beside the step, {format_bytes(fixed)} "
-            f"parameters, gradients and optimizer), allowed {format_bytes(room.allowed)}: the "
-            f"smallest workable value with it is {room.option} {round_up(needed)}"
-            f"{_beside_remedy(spec, room)}",
+            f"parameters, gradients and optimizer), allowed {format_bytes(room.allowed)}: {remedy}",
             needed=needed,
         )
     # Bytes grow about evenly with the micro-batch: one that fits and one that does not say where

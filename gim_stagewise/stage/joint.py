@@ -32,7 +32,7 @@ from gim_stagewise.stage.code import code_staleness, frozen_weights
 from gim_stagewise.stage.fit import TrainingPlan, plan_training
 from gim_stagewise.stage.freeze import FrozenModule, training_numerics
 from gim_stagewise.stage.job import TrainJob
-from gim_stagewise.stage.labels import Labels, training_labels
+from gim_stagewise.stage.labels import Labels, item_labels, training_labels
 from gim_stagewise.stage.measured import train_within
 from gim_stagewise.stage.needs import TrainingNeeds, joint_needs
 from gim_stagewise.stage.shape import Shape
@@ -67,7 +67,15 @@ class JointStage:
 
     @cached_property
     def samples(self) -> Source:
-        """What modules are trained on: the dataset, or windows of it."""
+        """What modules are trained on: the dataset, or windows of it.
+
+        Raises
+        ------
+        ConfigError
+            If there is no place for windows, or there are no labels where they are wanted.
+        """
+        if self._config.supervised:
+            item_labels(self._config, self.source)  # without any there would be no windows either
         if isinstance(self.source, RegionSource):
             return training_windows(self._config, 1, self.source, self._data_split)
         return self.source

@@ -117,28 +117,32 @@ class WindowStepLabels:
         return found
 
 
-def training_labels(config: PipelineConfig, samples: Source) -> Labels:
-    """Labels of what supervised modes are trained on: ``labels`` in the file, or the first kind.
+def item_labels(config: PipelineConfig, source: Source) -> dict[str, int] | None:
+    """Labels that supervised modes are trained on: ``labels`` in the file, or the first kind.
+
+    Returns
+    -------
+    dict or None
+        By id of a training item; None where steps have them.
 
     Raises
     ------
     ConfigError
         If there are none.
     """
-    source = samples.source if isinstance(samples, WindowSource) else samples
     stepped = step_labelled(source)
     known = [*source.label_names, *([stepped.step_label_name] if stepped else [])]
     chosen = config.labels or (known[0] if known else None)
     if chosen is not None and chosen not in known:
         there = ", ".join(map(repr, known)) or "none"
         raise ConfigError(f"is {chosen!r}, but the dataset's labels are: {there}", key="labels")
-    if isinstance(samples, WindowSource) and stepped and chosen == stepped.step_label_name:
-        return WindowStepLabels(samples, source.split("train"))
+    if stepped and chosen == stepped.step_label_name:
+        return None
     labels = labels_of(source, "train")
     if not labels:
         raise ConfigError(
             f"is {config.mode!r}, which needs labels, and no training sample has one; "
-            "give labels to source.splits.train, or choose another mode",
+            "label the training items, if datasets of its kind have labels, or choose another mode",
             key="mode",
         )
     if len(set(labels.values())) < 2:
@@ -147,8 +151,24 @@ def training_labels(config: PipelineConfig, samples: Source) -> Labels:
             "labels, or another mode",
             key="mode",
         )
+    return labels
+
+
+def training_labels(config: PipelineConfig, samples: Source) -> Labels:
+    """Labels of samples, or of windows (see `item_labels`).
+
+    Raises
+    ------
+    ConfigError
+        If there are none.
+    """
+    source = samples.source if isinstance(samples, WindowSource) else samples
+    labels = item_labels(config, source)
     if isinstance(samples, WindowSource):
+        if labels is None:
+            return WindowStepLabels(samples, source.split("train"))
         return WindowLabels(samples, labels)
+    assert labels is not None  # only recordings have labels of steps, and are read in windows
     return SampleLabels(labels)
 
 

@@ -44,7 +44,11 @@ def check_loading(samples: int, *, batch: int, window: int, chunk_bytes: int, st
         If there are fewer samples than a batch holds, or the window is smaller than a chunk.
     """
     if samples < batch:
-        advice = f"use {samples} or less" if samples else "lower train.validation"
+        advice = (
+            f"use {samples} or less"
+            if samples
+            else "some are held out for validation: use more of them, or lower train.validation"
+        )
         raise ConfigError(
             f"is {batch}, but only {samples} samples are left to train on; {advice}",
             key=f"module.{stage}.train.batch",

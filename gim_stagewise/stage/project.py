@@ -7,6 +7,7 @@ is measured on real micro-batches in a fresh process and added as *workspace*.
 
 from __future__ import annotations
 
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from gim_stagewise.errors import OverBudgetError
 from gim_stagewise.memory import (
+    Budget,
     PeakMeter,
     StorageCounter,
+    available_host_bytes,
     make_fake,
     use_allocator,
     warm_up,
@@ -34,6 +38,7 @@ from gim_stagewise.stage.step import (
     MicroBatches,
     accumulate_gradients,
 )
+from gim_stagewise.units import format_bytes
 
 # A step that counts less than this gets a workspace without a measurement, unless that decides
 # whether it fits: a process that measures takes seconds, and what is small has little.
@@ -76,6 +81,11 @@ class StepMemory:
     def total(self) -> int:
         return self.count + self.workspace
 
+    @property
+    def at_least(self) -> bool:
+        """Whether it takes more, which was not measured: it is over the budget, or the machine."""
+        return self.basis == _COUNTED_ONLY
+
 
 # What was projected before in this process; a plan and the run after it ask for the same.
 _known: dict[tuple[Any, ...], StepMemory] = {}
@@ -91,6 +101,11 @@ def project_step(spec: StepSpec, *, allowed: int | None = None, exact: bool = Fa
         The budget; nothing real is run where the count alone is over it.
     exact : bool
         Measure the workspace also where it hardly matters.
+
+    Raises
+    ------
+    OverBudgetError
+        If a step that cannot be counted takes more than the machine has.
     """
     key = (exact, *spec.key)
     known = _known.get(key)
@@ -98,7 +113,7 @@ def project_step(spec: StepSpec, *, allowed: int | None = None, exact: bool = Fa
     decides = allowed is not None and known is not None and known.total > allowed
     if known is None or (known.basis == _NOT_MEASURED and decides):
         memory = _project_step(spec, allowed, exact=exact)
-        if memory.basis == _COUNTED_ONLY:
+        if memory.at_least:
             return memory
         _known[key] = memory
     return _known[key]
@@ -124,11 +139,13 @@ def _project_step(spec: StepSpec, allowed: int | None, *, exact: bool) -> StepMe
         counted = count_step(spec)
     except Exception as error:
         # Fake tensors carry no values: a module that looks at them, with .item() say, has to run.
-        measured = in_fresh_process(measure_step, spec, steps=2)
+        measured = _measured(spec, steps=2)
         reason = (str(error).splitlines() or [""])[0][:80]
         basis = f"measured only: cannot be counted ({type(error).__name__}: {reason})"
         return StepMemory({}, measured, basis)
-    if allowed is not None and counted.count > allowed:
+    # Neither is a step tried out that the machine has no room for.
+    free = free_bytes(spec.device)
+    if counted.count > (free if allowed is None else min(allowed, free)):
         return counted
     small = counted.count <= SMALL_BYTES and not exact
     assumed = _SMALL_WORKSPACE[spec.device]
@@ -136,13 +153,33 @@ def _project_step(spec: StepSpec, allowed: int | None, *, exact: bool) -> StepMe
         return replace(counted, workspace=assumed, basis=_NOT_MEASURED)
     # What the default allocator keeps back grows over the first steps.
     steps = 1 if spec.lean else 3
-    measured = in_fresh_process(measure_step, spec, steps=steps)
+    measured = _measured(spec, steps=steps)
     same = count_step(spec, steps=steps, few=True).count
     return replace(
         counted,
         workspace=max(0, measured - same) + NOISE_BYTES,
         basis="counted, with the workspace of real micro-batches",
     )
+
+
+def free_bytes(device: str) -> int:
+    """What a device has free: for the CPU, the machine or the container."""
+    on_device = Budget().device_bytes(resolve_device(device))
+    return available_host_bytes() if on_device is None else on_device
+
+
+def _measured(spec: StepSpec, *, steps: int) -> int:
+    free = free_bytes(spec.device)
+    try:
+        return in_fresh_process(measure_step, spec, steps=steps)
+    except (BrokenProcessPool, torch.OutOfMemoryError):
+        # The system ends the process that takes the last of its memory.
+        raise OverBudgetError(
+            f"{spec.label}: a step of micro_batch = {spec.micro_batch} ended the process that "
+            f"measured what it takes; {format_bytes(free)} were free: lower "
+            f"{spec.train_key}.micro_batch, or train.batch",
+            needed=free,
+        ) from None
 
 
 def count_step(spec: StepSpec, *, steps: int = 2, few: bool = False) -> StepMemory:

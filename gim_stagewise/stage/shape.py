@@ -176,7 +176,10 @@ def check_shape(workspace: Workspace, index: int, grid: tuple[int, ...], cell: C
 
 def _check_rows(workspace: Workspace, index: int, rows: int, what: str) -> None:
     objective = workspace.module_config(index).objective
-    smaller = "smaller patches" if what == "patches" else "a larger train.window"
+    smaller = "a larger train.window"
+    if what == "patches":
+        cropped = workspace.config.augment.grid_crop is not None
+        smaller = "a larger augment.grid_crop" if cropped else "smaller patches"
     if objective.window is not None and objective.window < rows:
         rows, smaller = objective.window, "a larger objective.window"
     check_rows(

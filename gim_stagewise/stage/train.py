@@ -292,9 +292,15 @@ class _Trainer:
         job = self.job
         own = peek_checkpoint(job.checkpoint, run=job.run) is not None
         kept = f"is {job.checkpoint}" if own else "is none: it was before one"
+        # Before any step the learning rate has done nothing.
+        advice = (
+            f"Lower {job.key}.lr"
+            if step
+            else "Its input may be too large: look at it, or normalise it (augment.mean and std)"
+        )
         return NonFiniteError(
             f"{job.label}: {what} at step {step} (epoch {self.at.epoch + 1}, lr "
-            f"{job.config.lr}); the last good checkpoint {kept}. Lower {job.key}.lr"
+            f"{job.config.lr}); the last good checkpoint {kept}. {advice}"
         )
 
     def _save(self) -> None:
