@@ -164,9 +164,7 @@ def test_a_step_larger_than_the_machine_is_refused_by_its_count(
     edit(tiny, "negatives = 4", "negatives = 100_000_000")
     for budget in (Budget(), Budget(device=10**9), Budget(host=4 * 10**9)):
         pipeline = Pipeline.from_file(tiny, device="cpu", budget=budget)
-        with pytest.raises(
-            OverBudgetError, match=r"at least [\d.]+ [GT]B .*lower train.batch"
-        ):
+        with pytest.raises(OverBudgetError, match=r"at least [\d.]+ [GT]B .*lower train.batch"):
             plan_pipeline(pipeline)
 
 
