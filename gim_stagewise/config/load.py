@@ -41,13 +41,13 @@ _SHARED: dict[str, type[Table]] = {
 }
 
 # Inputs that never change invite overfitting (paper, figure 3). Of what was tried against it, only
-# this, and noise of 1.0 with early stopping, lost no more by generalisation than simultaneous
-# training and had no less accuracy on validation samples in all comparisons on digits, and on
-# photographs at equal work; of the two, this needs no patience that fits the data. On few
-# photographs for 30 epochs neither did: gaps are 0.03 and 0.24 nats above those of simultaneous
-# training instead of 0.40 and 0.77. See benchmarks/results/iterative_gap.md. Validation losses are
-# higher with it, so that it is better turned off where nothing is overfitted. On windows and
-# sequences, which are placed anew in every epoch, it was not tried.
+# this, with early stopping or without, and noise of 1.0 with early stopping lost no more by
+# generalisation than simultaneous training and had no less accuracy on validation samples in all
+# comparisons on digits, and on photographs at equal work; without, it needs no patience that fits
+# the data. On few photographs for 30 epochs none did: with this, gaps are 0.03 and 0.24 nats above
+# those of simultaneous training instead of 0.40 and 0.77. See benchmarks/results/iterative_gap.md.
+# Validation losses are higher with it, so that it is better turned off where nothing is overfitted.
+# On windows and sequences, which are placed anew in every epoch, it was not tried.
 ON_CACHED_INPUTS = {"dropout": 0.5, "noise": 0.6}
 
 
