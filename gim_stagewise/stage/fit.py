@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 
@@ -172,26 +173,7 @@ def _largest_micro_batch(spec: StepSpec, step: StepMemory, room: _Room) -> tuple
     """
     one = project_step(replace(spec, micro_batch=1), exact=True)
     if one.total > room.bytes:
-        needed = one.total + room.beside
-        fixed = sum(one.counted.get(k, 0) for k in ("parameters", "gradients", "optimizer"))
-        if one.at_least:
-            least = "at least "
-            remedy = (
-                f"the machine has {format_bytes(free_bytes(spec.device))} free, too little to try "
-                "it: lower train.batch or objective.negatives"
-            )
-        else:
-            least = ""
-            remedy = (
-                f"the smallest workable value with it is {room.option} {round_up(needed)}"
-                f"{_beside_remedy(spec, room)}"
-            )
-        raise OverBudgetError(
-            f"{spec.label}: training needs {least}{format_bytes(needed)} even with "
-            f"micro_batch = 1 ({format_bytes(room.beside)} beside the step, {format_bytes(fixed)} "
-            f"parameters, gradients and optimizer), allowed {format_bytes(room.allowed)}: {remedy}",
-            needed=needed,
-        )
+        _refuse_even_one(spec, one, room)
     # Bytes grow about evenly with the micro-batch: one that fits and one that does not say where
     # the room ends. Workspaces come and go with the size, so that what is between has to be tried.
     fits, fitting, over, too_much = 1, one, spec.micro_batch, step.total
@@ -210,6 +192,30 @@ def _largest_micro_batch(spec: StepSpec, step: StepMemory, room: _Room) -> tuple
     return fits, fitting
 
 
+def _refuse_even_one(spec: StepSpec, one: StepMemory, room: _Room) -> NoReturn:
+    """Say what a micro-batch of one patch takes, and what would make it fit."""
+    needed = one.total + room.beside
+    fixed = sum(one.counted.get(k, 0) for k in ("parameters", "gradients", "optimizer"))
+    if one.at_least:
+        least = "at least "
+        remedy = (
+            f"the machine has {format_bytes(free_bytes(spec.device))} free, too little to try it: "
+            "lower train.batch or objective.negatives"
+        )
+    else:
+        least = ""
+        remedy = (
+            f"the smallest workable value with it is {room.option} {round_up(needed)}"
+            f"{_beside_remedy(spec, room)}"
+        )
+    raise OverBudgetError(
+        f"{spec.label}: training needs {least}{format_bytes(needed)} even with micro_batch = 1 "
+        f"({format_bytes(room.beside)} beside the step, {format_bytes(fixed)} parameters, "
+        f"gradients and optimizer), allowed {format_bytes(room.allowed)}: {remedy}",
+        needed=needed,
+    )
+
+
 def _refuse(
     spec: StepSpec,
     step: StepMemory,
@@ -217,7 +223,7 @@ def _refuse(
     fitting: tuple[int, StepMemory],
     *,
     recorded: bool,
-) -> None:
+) -> NoReturn:
     size, _ = fitting
     total = step.total + room.beside
     if recorded:
