@@ -167,9 +167,9 @@ def _without_weights(pipeline: Pipeline, stage: Stage, why: str, size: int) -> S
             done=epoch / limit,
             cache_bytes=size,
         )
-    if not why and checkpoint.exists():
-        return StageStatus(stage.index, "stale", _CHECKPOINT_OF_OTHERS, cache_bytes=size)
     if not why:
+        if checkpoint.exists():
+            return StageStatus(stage.index, "stale", _CHECKPOINT_OF_OTHERS, cache_bytes=size)
         return StageStatus(stage.index, "missing", cache_bytes=size)
     try:
         FrozenWeights.load(pipeline.workspace.weights_path(stage.index))

@@ -103,7 +103,7 @@ def test_a_forward_is_counted_and_not_run(monkeypatch: pytest.MonkeyPatch) -> No
     def measured(*arguments: object) -> int:
         raise AssertionError("a process was started to measure what can be counted")
 
-    monkeypatch.setattr("gim_stagewise.stage.forward.in_fresh_process", measured)
+    monkeypatch.setattr("gim_stagewise.stage.forward.measured_bytes", measured)
     asked = spec(8)
     counted = project_forward(asked, measure=False, margin=False)
     # Of 256 patches: what the widest block gets and gives, 128 channels of 16×16 in float32.
@@ -177,7 +177,7 @@ def test_a_process_that_ran_out_of_memory_is_no_defect(tmp_path: Path, tiny: Pat
     )
     file = user_pipeline(tmp_path, tiny, f"import multiprocessing\nimport os\n{ends}")
     error = one_error(gim_stage("plan", file, "--device", "cpu"), 3)
-    assert "module 1: a step of micro_batch = 200 ended the process" in error
+    assert "module 1: the process that measures what it takes was ended" in error
 
 
 def test_from_forgets_nothing_where_the_budget_is_too_small(tiny: Path, tmp_path: Path) -> None:

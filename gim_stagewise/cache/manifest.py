@@ -116,6 +116,9 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     )
 
 
+_GIVE = "give the folder of a module's cache, such as cache/digits/m1.zarr"
+
+
 def read_manifest(path: Path) -> Manifest:
     """Read the manifest of the cache at ``path``, sealed or not.
 
@@ -130,9 +133,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         text = file.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
-        raise CacheNotFoundError(
-            f"no cache at {path}; give the path of a module's cache, such as cache/digits/m1.zarr"
-        ) from None
+        raise CacheNotFoundError(f"no cache at {path}; {_GIVE}") from None
     except UnicodeDecodeError:
         raise CorruptCacheError(f"{file} is damaged: not text. Build the cache again") from None
     try:
@@ -175,21 +176,20 @@ def require_cache(path: Path) -> None:
     CacheNotFoundError
         If a folder is not there, has nothing of a cache, or is another Zarr store.
     """
-    give = "give the folder of a module's cache, such as cache/digits/m1.zarr"
     if not path.is_dir():
-        raise CacheNotFoundError(f"no cache at {path}; {give}")
+        raise CacheNotFoundError(f"no cache at {path}; {_GIVE}")
     file = path / "zarr.json"
     if not file.exists():
         if path.suffix == ".zarr" or (path / "activations").is_dir():
             return  # it lost its metadata
-        raise CacheNotFoundError(f"{path} holds no cache; {give}")
+        raise CacheNotFoundError(f"{path} holds no cache; {_GIVE}")
     try:
         found = json.loads(file.read_bytes())
         kind, attributes = str(found["node_type"]), dict(found.get("attributes", {}))
     except (ValueError, KeyError, TypeError, OSError, RecursionError):
         return  # damaged
     if KEY not in attributes:
-        raise CacheNotFoundError(f"{path} is a Zarr {kind} that is no cache of gim-stage; {give}")
+        raise CacheNotFoundError(f"{path} is a Zarr {kind} that is no cache of gim-stage; {_GIVE}")
 
 
 def _parse(content: dict[str, Any]) -> Manifest:

@@ -13,7 +13,6 @@ import torch
 
 from gim_stagewise.errors import ConfigError, DataError
 from gim_stagewise.memory import resident_bytes
-from gim_stagewise.processes import in_fresh_process
 from gim_stagewise.reproduce.paper import TABLE_1, TABLE_2
 from gim_stagewise.reproduce.runs import (
     DOES_NOT_FIT,
@@ -25,7 +24,7 @@ from gim_stagewise.reproduce.runs import (
 )
 from gim_stagewise.stage.needs import chain_needs
 from gim_stagewise.stage.probe import PIXEL_STATISTICS
-from gim_stagewise.stage.project import count_step, measure_step
+from gim_stagewise.stage.project import count_step, measure_step, measured_bytes
 from gim_stagewise.stage.spec import StepSpec
 from gim_stagewise.units import format_bytes
 
@@ -141,12 +140,16 @@ def _memory(work: Reproduction, spec: StepSpec) -> list[str]:
     try:
         counted = count_step(spec).count
     except Exception:  # the user's module looks at values, which are not there when it is counted
-        return ["cannot be counted", format_bytes(in_fresh_process(measure_step, spec, steps=2))]
+        return ["cannot be counted", format_bytes(_measured(spec))]
     measured = "does not fit here"
     device = torch.device(spec.device)
     room = work.budget.device_bytes(device)
     if device.type == "cpu":
         room = min(work.budget.host_bytes() - resident_bytes(), room or sys.maxsize)
     if room is None or counted * _MARGIN < room:
-        measured = format_bytes(in_fresh_process(measure_step, spec, steps=2))
+        measured = format_bytes(_measured(spec))
     return [format_bytes(counted), measured]
+
+
+def _measured(spec: StepSpec) -> int:
+    return measured_bytes(measure_step, spec, lower="train.batch", steps=2)

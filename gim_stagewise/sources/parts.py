@@ -276,6 +276,6 @@ def array_digest(array: Any, images: Sequence[int], labels: NDArray[np.int64] | 
 def _refuse_not_finite(rows: NDArray[Any], first: int) -> None:
     if rows.dtype.kind != "f":
         return
-    finite = as_float32(rows)[1].reshape(len(rows), -1).all(axis=1)
+    finite = np.isfinite(as_float32(rows)).reshape(len(rows), -1).all(axis=1)
     if not finite.all():
         raise DataError(f"image {first + int(finite.argmin())} has {NOT_FINITE}; mend or remove it")

@@ -83,17 +83,16 @@ def _to_unit(image: NDArray[Any], item_id: str) -> NDArray[np.float32]:
         raise DataError(f"sample {item_id} {error}", item=item_id) from None
     if np.issubdtype(image.dtype, np.integer):
         return image.astype(np.float32) / np.float32(np.iinfo(image.dtype).max)
-    pixels, finite = as_float32(image)
-    if not finite.all():
+    pixels = as_float32(image)
+    if not np.isfinite(pixels).all():
         raise DataError(f"sample {item_id} has {NOT_FINITE}; mend or remove it", item=item_id)
     return pixels
 
 
-def as_float32(values: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Floats as modules see them, and which of them are numbers: not `NOT_FINITE`."""
+def as_float32(values: NDArray[Any]) -> NDArray[np.float32]:
+    """Floats as modules see them; what is too large becomes infinite, see `NOT_FINITE`."""
     with np.errstate(over="ignore"):  # what is said of it is an error
-        converted = values.astype(np.float32)
-    return converted, np.isfinite(converted)
+        return values.astype(np.float32)
 
 
 def check_brightness(dtype: np.dtype[Any]) -> None:

@@ -16,9 +16,8 @@ from gim_stagewise.memory import (
     use_allocator,
     warm_up,
 )
-from gim_stagewise.processes import in_fresh_process
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward, resolve_device
-from gim_stagewise.stage.project import NOISE_BYTES, SMALL_BYTES
+from gim_stagewise.stage.project import NOISE_BYTES, SMALL_BYTES, measured_bytes
 from gim_stagewise.stage.spec import StepSpec
 
 _known_forwards: dict[tuple[Any, ...], int] = {}
@@ -42,10 +41,14 @@ def _project_forward(spec: StepSpec, *, measure: bool, margin: bool) -> int:
             spec.module(), spec.forward_cell, spec.piece, precision=spec.precision
         )
     except Exception:
-        return in_fresh_process(measure_forward, spec)
+        return _measured_forward(spec)
     if not measure:
         return counted + (SMALL_BYTES if margin else 0)
-    return max(counted, in_fresh_process(measure_forward, spec)) + NOISE_BYTES
+    return max(counted, _measured_forward(spec)) + NOISE_BYTES
+
+
+def _measured_forward(spec: StepSpec) -> int:
+    return measured_bytes(measure_forward, spec, lower="extract.batch")
 
 
 def forward_bytes(

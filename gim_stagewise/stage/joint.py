@@ -74,9 +74,9 @@ class JointStage:
         ConfigError
             If there is no place for windows, or there are no labels where they are wanted.
         """
-        if self._config.supervised:
-            item_labels(self._config, self.source)  # without any there would be no windows either
         if isinstance(self.source, RegionSource):
+            if self._config.supervised:
+                item_labels(self._config, self.source)  # without any there is no place for windows
             return training_windows(self._config, 1, self.source, self._data_split)
         return self.source
 

@@ -7,6 +7,7 @@ is measured on real micro-batches in a fresh process and added as *workspace*.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import cache
@@ -139,7 +140,7 @@ def _project_step(spec: StepSpec, allowed: int | None, *, exact: bool) -> StepMe
         counted = count_step(spec)
     except Exception as error:
         # Fake tensors carry no values: a module that looks at them, with .item() say, has to run.
-        measured = _measured(spec, steps=2)
+        measured = _measured_step(spec, 2)
         reason = (str(error).splitlines() or [""])[0][:80]
         basis = f"measured only: cannot be counted ({type(error).__name__}: {reason})"
         return StepMemory({}, measured, basis)
@@ -153,7 +154,7 @@ def _project_step(spec: StepSpec, allowed: int | None, *, exact: bool) -> StepMe
         return replace(counted, workspace=assumed, basis=_NOT_MEASURED)
     # What the default allocator keeps back grows over the first steps.
     steps = 1 if spec.lean else 3
-    measured = _measured(spec, steps=steps)
+    measured = _measured_step(spec, steps)
     same = count_step(spec, steps=steps, few=True).count
     return replace(
         counted,
@@ -168,18 +169,38 @@ def free_bytes(device: str) -> int:
     return available_host_bytes() if on_device is None else on_device
 
 
-def _measured(spec: StepSpec, *, steps: int) -> int:
+def measured_bytes(
+    measure: Callable[..., int], spec: StepSpec, *, lower: str, **options: Any
+) -> int:
+    """What ``measure(spec, **options)`` finds in a fresh process.
+
+    Parameters
+    ----------
+    measure : callable
+    spec : StepSpec
+    lower : str
+        The key to lower where there is no room for it.
+
+    Raises
+    ------
+    OverBudgetError
+        If the process does not live to the end.
+    """
     free = free_bytes(spec.device)
     try:
-        return in_fresh_process(measure_step, spec, steps=steps)
+        return in_fresh_process(measure, spec, **options)
     except (BrokenProcessPool, torch.OutOfMemoryError):
         # The system ends the process that takes the last of its memory.
         raise OverBudgetError(
-            f"{spec.label}: a step of micro_batch = {spec.micro_batch} ended the process that "
-            f"measured what it takes; {format_bytes(free)} were free: lower "
-            f"{spec.train_key}.micro_batch, or train.batch",
+            f"{spec.label}: the process that measures what it takes was ended, with "
+            f"{format_bytes(free)} free at its start: lower {lower}",
             needed=free,
         ) from None
+
+
+def _measured_step(spec: StepSpec, steps: int) -> int:
+    lower = f"{spec.train_key}.micro_batch from {spec.micro_batch}, or train.batch"
+    return measured_bytes(measure_step, spec, lower=lower, steps=steps)
 
 
 def count_step(spec: StepSpec, *, steps: int = 2, few: bool = False) -> StepMemory:
