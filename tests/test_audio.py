@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from gim_stagewise.config import ProbeConfig, SourceConfig, load_pipeline
 from gim_stagewise.errors import ConfigError, DataError, OverBudgetError
 from gim_stagewise.labels import NO_LABEL
 from gim_stagewise.memory import Budget, PeakMeter, resident_bytes
+from gim_stagewise.memory.allocator import use_allocator
 from gim_stagewise.models import CellMean, Stack, embed
 from gim_stagewise.models.sequence import conv1d_module, gru_module
 from gim_stagewise.objectives import CrossEntropy
@@ -38,7 +40,7 @@ from gim_stagewise.stage.probe_sequences import RecordingProbe
 from gim_stagewise.stage.project import count_step, measure_step
 from gim_stagewise.stage.spec import step_spec
 from gim_stagewise.stage.step_classifier import step_accuracies
-from gim_stagewise.stage.walks import cached_walk, chain_walk, mfcc_walk
+from gim_stagewise.stage.walks import cached_walk, chain_walk, mfcc_bytes, mfcc_walk
 from gim_stagewise.stage.windowed import WindowSource, training_windows
 from gim_stagewise.stage.workspace import Workspace
 
@@ -407,8 +409,8 @@ def test_a_run_says_who_speaks_and_what(work: Reproduction) -> None:
     assert (result.folder / "probe.json").stat().st_mtime_ns == before
     # What a cache knows by itself.
     assert result.stages[2].cache is not None
-    module, pooling, accuracy = probe_cache(result.stages[2].cache)
-    assert (module, pooling) == (3, "mean")
+    module, pooling, accuracy, left_out = probe_cache(result.stages[2].cache)
+    assert (module, pooling, left_out) == (3, "mean", "")
     assert accuracy == result.accuracy(3, labels="speaker")
     with pytest.raises(DataError, match="features are means"):
         probe_cache(result.stages[2].cache, pooling="all")
@@ -670,20 +672,55 @@ def test_one_speakers_phones_are_probed(alone: Path) -> None:
     assert by_labels["speaker"]["accuracies"] == [None] * 3
 
 
-def test_speakers_of_test_that_training_has_none_of_are_not_probed(speech: Path) -> None:
+def with_lists(speech: Path, **recordings: list[str]) -> None:
+    """Splits with the recordings that patterns find."""
     corpus = speech.parent / "corpus"
-    for split, speakers in (("train", (0, 1)), ("test", (2,))):
-        names = [own.stem for n in speakers for own in sorted((corpus / str(n)).rglob("*.flac"))]
-        (corpus / f"{split}.txt").write_text("\n".join(names) + "\n")
-    lists = "".join(f'splits.{own} = {{ list = "{own}.txt" }}\n' for own in ("train", "test"))
+    lists = ""
+    for split, patterns in recordings.items():
+        found = [own.stem for pattern in patterns for own in corpus.rglob(f"{pattern}.flac")]
+        (corpus / f"{split}.txt").write_text("\n".join(found) + "\n")
+        lists += f'splits.{split} = {{ list = "{split}.txt" }}\n'
     edit(speech, ", test = 0.34 }", f" }}\n{lists}")
     edit(speech, "zones = 2", "zones = 1")
-    done = gim_stage("run", speech, "--dir", speech.parent / "run")
+
+
+def test_speakers_of_test_that_training_has_none_of_are_not_probed(speech: Path) -> None:
+    with_lists(speech, train=["0-*", "1-*"], test=["2-*"])
+    base = speech.parent / "runs"
+    done = gim_stage("run", speech, "--dir", base / "speech")
     assert done.returncode == 0, done.stderr
     assert "no test sample has a 'speaker' that" in " ".join(done.stderr.split())
-    phones, speakers = json.loads((speech.parent / "run" / "run.json").read_text())["probes"][::-1]
+    speakers, phones = json.loads((base / "speech" / "run.json").read_text())["probes"]
     assert speakers["accuracies"] == [None] * 3
     assert None not in phones["accuracies"]
+    found = gim_stage("probe", "--input", base / "speech" / "m1.zarr")
+    assert "no test sample has a 'speaker' that" in one_error(found, 2)
+    found = gim_stage("reproduce", "table3", "--pipeline", speech, "--dir", base)
+    assert found.returncode == 0, found.stderr
+    lines = (base / "speech-reproduced" / "table3.md").read_text().splitlines()
+    (row,) = (own for own in lines if own.startswith("| Supervised | 77"))
+    *_, phone, speaker, _ = (cell.strip() for cell in row.split("|"))
+    assert phone
+    assert not speaker
+    # Nothing is trained on what nobody could know.
+    assert list(base.glob("*supervised-phone"))
+    assert not list(base.glob("*supervised-speaker"))
+
+
+def test_accuracy_is_of_speakers_that_training_has(speech: Path) -> None:
+    with_lists(speech, train=["0-*", "1-1-000[012]"], test=["1-1-0003", "2-*"])
+    done = gim_stage("run", speech, "--dir", speech.parent / "run")
+    assert done.returncode == 0, done.stderr
+    said = "4 of 5 test samples have a 'speaker' that no training sample has, and are left out"
+    assert said in " ".join(done.stderr.split())
+    speakers, phones = json.loads((speech.parent / "run" / "run.json").read_text())["probes"]
+    # Of a single recording, which MFCC, of its pitch, suffice for.
+    assert {*speakers["accuracies"], *speakers["random_accuracies"]} <= {0.0, 1.0}
+    assert speakers["baselines"]["MFCC"] == 1.0
+    assert None not in phones["accuracies"]
+    found = gim_stage("probe", "--input", speech.parent / "run" / "m2.zarr", "--json")
+    assert said in found.stderr
+    assert json.loads(found.stdout)["probe_accuracy"] == speakers["accuracies"][1]
 
 
 @pytest.mark.parametrize("command", [["run", "--mode", "supervised"], ["reproduce", "figure4"]])
@@ -723,6 +760,52 @@ def test_recordings_too_long_for_the_probe_are_refused_before_any_work(speech: P
     for mode in ("iterative", "random"):
         found = gim_stage("run", speech, "--mode", mode, *small)
         assert f"for the longest, {longest.id}" in one_error(found, 3)
+
+
+@pytest.fixture
+def lean() -> Iterator[None]:
+    """As in a process that has been given a budget."""
+    use_allocator(lean=True)
+    yield
+    use_allocator(lean=False)
+
+
+@pytest.mark.usefixtures("lean")
+def test_batches_of_long_recordings_are_counted(speech: Path) -> None:
+    """What classifiers of steps hold at once, and MFCC, as that of modules above."""
+    for file in speech.parent.rglob("*.flac"):
+        soundfile.write(file, np.tile(soundfile.read(file)[0], 40), 16_000)
+    labels = speech.parent / "corpus" / "phones.txt"
+    lines = [line.split() for line in labels.read_text().splitlines()]
+    labels.write_text("\n".join(" ".join([name, *phones * 40]) for name, *phones in lines))
+    edit(speech, "channels = 5", "channels = 300")
+    edit(speech, "step_batch = 2", "step_batch = 6")
+    edit(speech, "step_epochs = 3", "step_epochs = 1")
+    pipeline = Pipeline.from_file(speech, device="cpu")
+    space, source, shapes = pipeline.workspace, pipeline.source, pipeline.check()
+    chain = fresh_chain(space, [shape.cell_in[0] for shape in shapes])
+    features = dict(zip(source.ids, chain_walk(chain, source, space)(source.ids), strict=True))
+    probe = RecordingProbe.of(space, source)
+    assert probe is not None
+
+    def walk(ids: Sequence[str]) -> Iterator[list[NDArray[np.float32]]]:
+        return ([own.copy() for own in features[item_id]] for item_id in ids)
+
+    probe(walk, [1, 2])  # what a first time loads
+    with PeakMeter(space.device) as of_steps:
+        replace(probe, most_kept=0)(walk, [1, 2])
+    few = replace(space, budget=Budget(host=resident_bytes() + of_steps.peak // 2))
+    with pytest.raises(OverBudgetError, match=r"lower probe\.step_batch from 6") as caught:
+        check_probe_of_recordings(few, source, shapes)
+    assert of_steps.peak < caught.value.needed - resident_bytes()
+
+    longest = max(source.items(), key=lambda item: item.extent)
+    for _ in mfcc_walk(source, 16_000)([longest.id]):
+        pass
+    with PeakMeter(space.device) as of_mfcc:
+        for _ in mfcc_walk(source, 16_000)([longest.id]):
+            pass
+    assert 0.3 * mfcc_bytes(longest, 16_000) < of_mfcc.peak < mfcc_bytes(longest, 16_000)
 
 
 def test_what_mfcc_need_is_wanted_from_the_start(

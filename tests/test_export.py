@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import LOOKS_AT_VALUES, edit, one_error
+from test_audio import write_speech
 from test_windowed import write_large
 from warm import gim_stage
 
@@ -122,6 +123,14 @@ def test_a_dense_encoder_takes_images_of_any_size(tmp_path: Path) -> None:
     extra = {"pipeline.toml": ""}  # how patches are made
     torch.export.load(tmp_path / "encoder.pt2", extra_files=extra)
     assert extra["pipeline.toml"] == file.read_text()
+
+
+def test_a_program_for_one_length_alone_is_refused(tmp_path: Path) -> None:
+    file = write_speech(tmp_path)
+    Pipeline.from_file(file, folder=tmp_path / "out", device="cpu").run(workers=Workers(0))
+    found = gim_stage("export", file, "--to", tmp_path / "e.pt2", "--dir", tmp_path / "out")
+    assert "use a file that ends in .safetensors" in one_error(found, 2)
+    assert not (tmp_path / "e.pt2").exists()
 
 
 @pytest.mark.parametrize("done", ["float32"], indirect=True)

@@ -133,7 +133,7 @@ def test_a_stage_is_trained_from_a_cache_alone(tiny: Path, tmp_path: Path) -> No
     expected = weights_of(tmp_path / "out")
     for name, tensor in weights.tensors.items():
         assert torch.equal(tensor, expected[f"m2.{name}"])
-    module, pooling, accuracy = probe_cache(elsewhere / "m2.zarr")
+    module, pooling, accuracy, _ = probe_cache(elsewhere / "m2.zarr")
     assert (module, pooling) == (2, "mean")
     assert 0 <= accuracy <= 1
 

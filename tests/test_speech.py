@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -472,6 +473,30 @@ def test_a_recording_that_cannot_be_read_is_named(root: Path, content: bytes | N
     assert list(source.skipped) == ["train/84-121-0001"]
 
 
+def test_names_that_are_not_text_are_refused_or_left_out(root: Path) -> None:
+    found = next((root / "recordings").rglob("84-77-0003.flac"))
+    found.rename(found.with_name(os.fsdecode(b"caf\xe9.flac")))
+    with pytest.raises(DataError, match=r"sample '(train|test)/caf\\udce9': its name is not text"):
+        opened(root)
+    left = opened(root, on_error="skip")
+    (name,) = left.skipped
+    assert name.encode().endswith(b"/caf\\xe9")
+    assert len(left.ids) == len(STEPS) - 1
+
+
+def test_folders_need_not_be_named_in_utf_8(root: Path) -> None:
+    folder = root / "recordings" / "2007"
+    folder.rename(folder.with_name(os.fsdecode(b"ren\xe9")))
+    found = opened(root)
+    (values,) = found.read([Request("train/2007-5-0009")])
+    assert values.shape == (1, STEPS["2007-5-0009"])
+
+
+def test_hidden_folders_are_no_speakers(root: Path) -> None:
+    write(root / "recordings" / ".trash" / "84-77-0099.flac", 5000)
+    assert sorted(Corpus(root / "recordings").paths) == sorted(STEPS)
+
+
 def test_a_missing_folder_is_named_with_the_layout(root: Path) -> None:
     with pytest.raises(DataNotFoundError, match=r"recordings at .*/nothing; .*<speaker>/<chapter>"):
         opened(root, recordings="nothing")
@@ -541,6 +566,7 @@ def test_what_is_for_test_is_not_trained_on_unlabeled_either(root: Path) -> None
     [
         ({"rat": 8000}, "rat"),
         ({"rate": "fast"}, "rate"),
+        ({"rate": 80}, "rate"),
         ({"rate": 11025, "phones": "labels/phones.txt"}, "rate"),
         ({"mono": 1}, "mono"),
         ({"test": 1.5}, "test"),

@@ -352,7 +352,9 @@ def probe(
         raise click.UsageError("--input names the cache; leave out --dir")
     resolve_device(device)
     path = input_path or (folder or Path("cache")) / f"m{index}.zarr"
-    module, chosen, accuracy = probe_cache(path, pooling=pooling)
+    module, chosen, accuracy, left_out = probe_cache(path, pooling=pooling)
+    if left_out:
+        click.echo(left_out, err=True)
     if as_json:
         options.show({"module": module, "pooling": chosen, "probe_accuracy": accuracy})
     else:

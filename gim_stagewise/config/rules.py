@@ -111,6 +111,12 @@ def _check_windowed(config: PipelineConfig) -> None:
             "leave it out",
             key="extract.batch",
         )
+    if config.probe.pooling != "mean":
+        raise ConfigError(
+            f"is {config.probe.pooling!r}, but features of items of any size are means; leave it "
+            "out",
+            key="probe.pooling",
+        )
     for number, module in config.module.items():
         if module.train.window is None and (config.iterative or number == 1):
             raise ConfigError(

@@ -22,7 +22,7 @@ from gim_stagewise.reproduce.runs import (
     over_seeds,
     spread,
 )
-from gim_stagewise.sources import Source, labels_of, step_labelled
+from gim_stagewise.sources import Source, step_labelled
 from gim_stagewise.stage.extraction_plan import Workers
 from gim_stagewise.stage.probe import (
     TRAINED,
@@ -30,6 +30,7 @@ from gim_stagewise.stage.probe import (
     ProbeSplit,
     Rows,
     nothing_to_probe,
+    of_known_labels,
     probe_splits,
 )
 from gim_stagewise.stage.probe_memory import remembered_scores
@@ -62,7 +63,10 @@ def table_3(work: Reproduction) -> Path:
     """
     speaker, phone = _labels(work)
     work.check([mode for _, mode, *_ in TABLE_3 if mode is not None])
-    count = len(work.pipeline("iterative").config.module)
+    pipeline = work.pipeline("iterative")
+    count = len(pipeline.config.module)
+    # Of speakers that nobody could know there is no accuracy to train for.
+    unknown = nothing_to_probe(*_splits(pipeline.source), speaker, pipeline.config)
     rows, by_module = [], []
     runs: list[RunResult] = work.runs("iterative")
     for name, mode, *paper in TABLE_3:
@@ -72,16 +76,17 @@ def table_3(work: Reproduction) -> Path:
             continue
         supervised = mode.endswith("supervised")
         for labels, place in ((phone, 0), (speaker, 1)):
-            own = work.runs(mode, labels=labels if supervised else None)
+            cells = [""] * count
+            if not (supervised and labels == speaker and unknown):
+                own = work.runs(mode, labels=labels if supervised else None)
+                cells = [_accuracy(own, n, labels) for n in range(1, count + 1)]
             if place == 0:
                 rows.append([name, *paper])
-            rows[-1].append(_accuracy(own, count, labels))
-            by_module.append(
-                [name, labels, *(_accuracy(own, n, labels) for n in range(1, count + 1))]
-            )
+            rows[-1].append(cells[-1])
+            by_module.append([name, labels, *cells])
     statistics = ["MFCC, mean and deviation", "", "", "", _baseline(runs, MFCC_STATISTICS, speaker)]
     text = (
-        f"# Table 3: {work.pipeline('iterative').config.name}\n\n"
+        f"# Table 3: {pipeline.config.name}\n\n"
         "Test accuracy in percent of linear classifiers on frozen features, of the top module; the "
         "paper's columns are LibriSpeech. Recordings are classified by the mean of their features "
         "over time, from their beginning to their end where the paper takes 1.28 s of each; steps "
@@ -166,11 +171,12 @@ def figure_4(work: Reproduction) -> Path:
             key="source.kind",
         )
     speaker = source.label_names[0]
-    if why := nothing_to_probe(*_splits(source), speaker, config):
+    splits = _splits(source)
+    if why := nothing_to_probe(*splits, speaker, config):
         raise ConfigError(f"{why}; figure 4 shows nothing else", key="source.splits")
     work.check([mode for _, mode, _ in _SHOWN])
     # No error at all is drawn as half of one, since there is no zero on a log scale.
-    least = 0.5 / len(labels_of(source, "test"))
+    least = 0.5 / len(of_known_labels(*splits).ids)
     figure = matplotlib_figure(6, 4)
     panel = figure.subplots()
     rows = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,8 @@ class Recording:
         self._path = path
         self._errors: tuple[type[Exception], ...] = (soundfile.SoundFileError, RuntimeError)
         try:
-            self._file = soundfile.SoundFile(path)
+            # As bytes, since folders need not be named in UTF-8.
+            self._file = soundfile.SoundFile(os.fsencode(path) if os.name == "posix" else path)
         except self._errors as error:
             raise DataError(f"{path} cannot be read as a recording ({error})") from None
         if _LOSSY.search(self._file.subtype):

@@ -94,7 +94,7 @@ def _relative_paths(folder: Path) -> dict[str, Path]:
         raise DataNotFoundError(f"no folder of recordings at {folder.absolute()}; {layout}")
     found: dict[str, Path] = {}
     for path in sorted(_files(folder)):
-        if path.suffix.lower() not in _SUFFIXES or path.name.startswith("."):
+        if path.suffix.lower() not in _SUFFIXES:
             continue
         relative = path.relative_to(folder)
         if len(relative.parts) == 1:
@@ -114,7 +114,7 @@ def _relative_paths(folder: Path) -> dict[str, Path]:
 
 
 def _files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """All files below a folder, also where links lead, but not round in circles."""
+    """All files below a folder but hidden ones, also where links lead, but not round in circles."""
     place = folder.resolve()
     if place in above:
         return
@@ -123,6 +123,8 @@ def _files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error})") from None
     for path in inside:
+        if path.name.startswith("."):
+            continue
         if path.is_dir():
             yield from _files(path, above | {place})
         else:

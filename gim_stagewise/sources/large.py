@@ -106,7 +106,9 @@ def check_name(item_id: str) -> None:
     try:
         length = len(quote(item_id, safe=""))
     except UnicodeEncodeError:
-        raise DataError("its name is not text in UTF-8; rename it", item=repr(item_id)) from None
+        raise DataError(
+            f"sample {item_id!r}: its name is not text in UTF-8; rename it", item=item_id
+        ) from None
     if length > _LONGEST_NAME:
         raise DataError(
             f"its name takes {length} characters in a cache, where others than letters and digits "
@@ -243,7 +245,9 @@ class LargeSource:
         if on_error == "stop":
             raise error
         self._items.pop(item_id, None)
-        self.skipped[item_id] = str(error)
+        # What is no text can be filed all the same.
+        text = item_id.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        self.skipped[text] = str(error)
 
     def _keep_alike(self, what: str, wanted: int | None, on_error: Literal["stop", "skip"]) -> None:
         """Refuse or leave out items that are not as wanted, or not as most are."""

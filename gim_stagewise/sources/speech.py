@@ -99,7 +99,10 @@ def _options(config: SourceConfig) -> dict[str, Any]:
         "phones_align": (options["phones_align"] in ("start", "end"), '"start" or "end"'),
         "resample": (type(options["resample"]) is bool, "true or false"),
         "mono": (type(options["mono"]) is bool, "true or false"),
-        "rate": (type(options["rate"]) is int and options["rate"] > 0, "samples per second"),
+        "rate": (
+            type(options["rate"]) is int and options["rate"] >= LABELS_A_SECOND,
+            f"samples per second, {LABELS_A_SECOND} or more",
+        ),
         "test": (
             type(options["test"]) is float and 0 < options["test"] < 1,
             "a part between 0 and 1",

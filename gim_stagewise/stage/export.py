@@ -78,8 +78,9 @@ def export_encoder(space: Workspace, target: Path, *, pipeline: Path) -> Encoder
 def _exported(encoder: Encoder, in_shape: tuple[int, ...], *, dense: bool) -> Any:
     # More than one row: what is 1 is taken for a constant.
     rows = torch.randn(2, *in_shape)
-    auto = torch.export.Dim.AUTO
-    sizes = {0: auto} | (dict.fromkeys(range(2, rows.ndim), auto) if dense else {})
+    # Any size is demanded: what "auto" cannot make of any size it makes of this one, silently.
+    any_size = torch.export.Dim.DYNAMIC
+    sizes = {0: any_size} | (dict.fromkeys(range(2, rows.ndim), any_size) if dense else {})
     try:
         return torch.export.export(encoder, (rows,), dynamic_shapes=(sizes,))
     except Exception as error:  # whatever a module does that cannot be traced

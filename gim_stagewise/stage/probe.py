@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Literal
 
@@ -75,6 +76,23 @@ def nothing_to_probe(train: ProbeSplit, test: ProbeSplit, name: str, config: Pip
     if not np.isin(test.labels, train.labels).any():
         return f"no test sample has a {name!r} that a training sample has, which is not probed"
     return ""
+
+
+def of_known_labels(train: ProbeSplit, test: ProbeSplit) -> ProbeSplit:
+    """Test samples with labels that training samples have: others cannot be known by anybody."""
+    known = np.isin(test.labels, train.labels)
+    return ProbeSplit(list(compress(test.ids, known)), test.labels[known])
+
+
+def left_out_of_test(train: ProbeSplit, test: ProbeSplit, name: str) -> str:
+    """How many test samples have labels of that name that no training sample has, if any do."""
+    count = len(test.ids) - len(of_known_labels(train, test).ids)
+    if not count:
+        return ""
+    return (
+        f"{count} of {len(test.ids)} test samples have a {name!r} that no training sample has, and "
+        "are left out"
+    )
 
 
 def pool_features(embeddings: NDArray[np.float32], config: PipelineConfig) -> NDArray[np.float32]:
@@ -190,6 +208,9 @@ def probe_chain(
     if why := nothing_to_probe(train, test, source.label_names[0], workspace.config):
         workspace.progress.note(why)
         return Probes([], {})
+    if left_out := left_out_of_test(train, test, source.label_names[0]):
+        workspace.progress.note(left_out)
+        test = of_known_labels(train, test)
     ids = [*train.ids, *test.ids]
     config = workspace.config
     numbers = [str(number) for number in range(1, 1 + len(in_channels))]
@@ -262,7 +283,9 @@ def _raw_pixels(source: PatchSource, ids: list[str], config: PipelineConfig) -> 
     return images.reshape(len(ids), -1)
 
 
-def probe_cache(path: str | Path, *, pooling: Pooling | None = None) -> tuple[int, Pooling, float]:
+def probe_cache(
+    path: str | Path, *, pooling: Pooling | None = None
+) -> tuple[int, Pooling, float, str]:
     """Probe the features in a cache.
 
     Parameters
@@ -273,15 +296,16 @@ def probe_cache(path: str | Path, *, pooling: Pooling | None = None) -> tuple[in
 
     Returns
     -------
-    (int, str, float)
-        The module, the pooling, and the test accuracy in [0, 1].
+    (int, str, float, str)
+        The module, the pooling, the test accuracy in [0, 1], and which test samples are left out,
+        if any are.
 
     Raises
     ------
     CacheNotFoundError, PartialCacheError, CorruptCacheError
         If the cache cannot be used.
     DataError
-        If its samples have no labels.
+        If its samples have no labels, or none that something can be learned of.
     """
     cache = open_sealed(path)
     text = cache.manifest.pipeline_text
@@ -292,6 +316,11 @@ def probe_cache(path: str | Path, *, pooling: Pooling | None = None) -> tuple[in
         raise DataError(f"{path} has no labelled train and test samples: nothing to probe")
     train, test = splits
     config = config.model_copy(update={"probe": probe})
+    name = cache.label_names[0]
+    if why := nothing_to_probe(train, test, name, config):
+        raise DataError(f"{path}: {why}")
+    left_out = left_out_of_test(train, test, name)
+    test = of_known_labels(train, test)
     ids = [*train.ids, *test.ids]
     if isinstance(cache, TiledCache):
         if probe.pooling != "mean":
@@ -300,7 +329,7 @@ def probe_cache(path: str | Path, *, pooling: Pooling | None = None) -> tuple[in
     else:
         features = cached_features(Path(path), ids, config)
     accuracy = probe_accuracy(features, train, test, probe, seed=config.seed)
-    return cache.manifest.module, probe.pooling, accuracy.test
+    return cache.manifest.module, probe.pooling, accuracy.test, left_out
 
 
 def chain_features(

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
+from heapq import nlargest
+from itertools import compress
 
 from gim_stagewise.errors import OverBudgetError
 from gim_stagewise.memory import resident_bytes
-from gim_stagewise.sources import PatchSource, Source
+from gim_stagewise.sources import Item, PatchSource, Source, step_labelled
 from gim_stagewise.stage.forward import project_forward
 from gim_stagewise.stage.probe import probe_splits, samples_at_once
+from gim_stagewise.stage.probe_sequences import KEPT_PART, stored_spacings
 from gim_stagewise.stage.project import round_up
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.spec import step_spec
+from gim_stagewise.stage.walks import mfcc_bytes, sample_rate
 from gim_stagewise.stage.workspace import Workspace
 from gim_stagewise.units import format_bytes
+
+# What scikit-learn takes when it is loaded.
+_CLASSIFIER_BYTES = 90_000_000
 
 
 def check_probe_of_recordings(space: Workspace, source: Source, shapes: Sequence[Shape]) -> None:
@@ -37,13 +45,22 @@ def check_probe_of_recordings(space: Workspace, source: Source, shapes: Sequence
     if splits is None or not space.config.sequences:
         return
     probed = {*splits[0].ids, *splits[1].ids}
-    longest = max((own for own in source.items() if own.id in probed), key=lambda own: own.extent)
+    items = [own for own in source.items() if own.id in probed]
+    longest = max(items, key=lambda own: own.extent)
+    whole = _recording_bytes(longest, shapes, space)
+    steps = _steps_bytes(items, shapes, space, source)
+    rate, remedy = sample_rate(source), "cut it into several"
+    if steps > whole and space.config.probe.step_batch > 1:
+        remedy = f"lower probe.step_batch from {space.config.probe.step_batch}"
+    count = max(whole + steps, mfcc_bytes(longest, rate) if rate else 0)
+    # Of the room that there is a part is for features that are kept.
+    count = count * KEPT_PART // (KEPT_PART - 1)
     _check(
         space,
-        _recording_bytes(longest.extent, longest.channels, shapes, space),
+        count + (0 if "sklearn.linear_model" in sys.modules else _CLASSIFIER_BYTES),
         "the probe takes recordings as a whole, and",
         f" for the longest, {longest.id}",
-        "cut it into several",
+        remedy,
     )
 
 
@@ -91,19 +108,42 @@ def _patches_bytes(source: PatchSource, shapes: Sequence[Shape], space: Workspac
     return weights + most
 
 
-def _recording_bytes(
-    extent: tuple[int, ...], channels: int, shapes: Sequence[Shape], space: Workspace
-) -> int:
-    """What `chain_walk` holds at once of a recording: float32 throughout."""
-    most = embeddings = 0
-    inputs = 4 * channels * math.prod(extent)
-    for index, shape in enumerate(shapes, start=1):
+def _recording_bytes(item: Item, shapes: Sequence[Shape], space: Workspace) -> int:
+    """What `chain_walk` holds at once of a recording, and what is made of its embeddings."""
+    most = embeddings = largest = 0
+    extent, inputs = item.extent, 4 * item.channels * math.prod(item.extent)
+    for shape, stored in zip(shapes, _embedding_bytes(item, shapes, space), strict=True):
         extent = shape.extent_out(extent)
-        steps = math.prod(extent)
-        outputs = 4 * shape.cell_out[0] * steps
+        outputs = 4 * shape.cell_out[0] * math.prod(extent)
         # Outputs before and after an activation, those that are kept, and what a convolution makes
         # of its own in another order.
         most = max(most, inputs + 5 * outputs + embeddings)
-        embeddings += 4 * shape.embedding * -(-steps // space.config.stored_pool(index))
+        embeddings += stored
+        largest = max(largest, stored)
         inputs = outputs
-    return max(most, embeddings)
+    # Values and their squares as float64.
+    return max(most, embeddings + 4 * largest)
+
+
+def _embedding_bytes(item: Item, shapes: Sequence[Shape], space: Workspace) -> list[int]:
+    """What the stored embeddings of each module take of an item: float32."""
+    found, extent = [], item.extent
+    for index, shape in enumerate(shapes, start=1):
+        extent = shape.extent_out(extent)
+        steps = -(-math.prod(extent) // space.config.stored_pool(index))
+        found.append(4 * shape.embedding * steps)
+    return found
+
+
+def _steps_bytes(
+    items: Sequence[Item], shapes: Sequence[Shape], space: Workspace, source: Source
+) -> int:
+    """What classifiers of steps hold at once: a batch, and of one module a second time."""
+    stepped = step_labelled(source)
+    if stepped is None:
+        return 0
+    fitting = [own == stepped.step_label_hop for own in stored_spacings(space.config, shapes)]
+    longest = nlargest(space.config.probe.step_batch, items, key=lambda own: own.extent)
+    found = [list(compress(_embedding_bytes(own, shapes, space), fitting)) for own in longest]
+    by_module: list[int] = [sum(own) for own in zip(*found, strict=True)]
+    return sum(by_module) + max(by_module, default=0)

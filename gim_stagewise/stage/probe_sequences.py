@@ -25,8 +25,10 @@ from gim_stagewise.stage.probe import (
     Probes,
     ProbeSplit,
     Rows,
+    left_out_of_test,
     mean_feature,
     nothing_to_probe,
+    of_known_labels,
     probe_accuracy,
     probe_splits,
 )
@@ -91,9 +93,10 @@ class RecordingProbe:
         """
         train, test = self.splits
         learnable = not nothing_to_probe(train, test, "", self.config)
+        test = of_known_labels(train, test)
         pooled = [
             [mean_feature(own, deviation=deviation) for own in features]
-            for features in walk(self._ids)
+            for features in walk([*train.ids, *test.ids])
         ]
         for own in zip(*pooled, strict=True):
             config = self.config
@@ -152,7 +155,10 @@ def probe_recordings(
     probe = RecordingProbe.of(space, source)
     if probe is None:
         return Probes([], {})
-    if why := nothing_to_probe(*probe.splits, source.label_names[0], space.config):
+    name = source.label_names[0]
+    if why := (
+        nothing_to_probe(*probe.splits, name, space.config) or left_out_of_test(*probe.splits, name)
+    ):
         space.progress.note(why)
     stepped, rate = probe.stepped, sample_rate(source)
 
@@ -182,7 +188,7 @@ def probe_recordings(
         TRAINED: lambda: of_modules("probe", trained),
         RANDOM: lambda: of_modules("probe: random modules", random),
     }
-    names = [source.label_names[0], *([str(stepped.step_label_name)] if stepped else [])]
+    names = [name, *([str(stepped.step_label_name)] if stepped else [])]
     return Probes(names, parts | ({BASELINES: mfcc} if rate else {}))
 
 
@@ -190,10 +196,8 @@ def modules_with_steps(
     space: Workspace, shapes: Sequence[Shape], source: StepLabelled
 ) -> list[int]:
     """Modules, counted from 0, of which there is a stored embedding for each label of a step."""
-    found, spacing = [], 1
-    for number, shape in enumerate(shapes):
-        spacing *= math.prod(own.stride for own in shape.geometry)
-        stored = spacing * space.config.stored_pool(number + 1)
+    found = []
+    for number, stored in enumerate(stored_spacings(space.config, shapes)):
         if stored == source.step_label_hop:
             found.append(number)
         else:
@@ -202,6 +206,15 @@ def modules_with_steps(
                 f"{stored} samples, and labels come every {source.step_label_hop}: set "
                 f"module.{number + 1}.cache.pool"
             )
+    return found
+
+
+def stored_spacings(config: PipelineConfig, shapes: Sequence[Shape]) -> list[int]:
+    """Samples from one stored embedding of each module to the next."""
+    found, spacing = [], 1
+    for number, shape in enumerate(shapes, start=1):
+        spacing *= math.prod(own.stride for own in shape.geometry)
+        found.append(spacing * config.stored_pool(number))
     return found
 
 

@@ -133,25 +133,33 @@ class _Fit:
     def _batches(
         self, ids: Sequence[str]
     ) -> Iterator[tuple[list[Float[Tensor, "step channel"]], Int64[Tensor, " step"]]]:
-        """Standardised features of each module, and labels, of some recordings at a time."""
+        """Standardised features of each module, and labels, of some recordings at a time.
+
+        Features are gone when the next ones are asked for: there is memory for one batch.
+        """
         size = self._config.step_batch
         for start in range(0, len(ids), size):
-            own = ids[start : start + size]
-            parts: list[list[NDArray[np.float32]]] = [[] for _ in self._layers]
-            labels = []
-            for item_id, features in zip(own, self._walk(own), strict=True):
-                steps = min(len(self._labels[item_id]), *(len(part) for part in features))
-                known = self._labels[item_id][:steps] != NO_LABEL
-                labels.append(self._labels[item_id][:steps][known])
-                for kept, part in zip(parts, features, strict=True):
-                    kept.append(part[:steps] if known.all() else part[:steps][known])
-            yield (
-                [
-                    torch.from_numpy(_standardised(np.concatenate(kept), *scaling))
-                    for kept, scaling in zip(parts, self._scalings, strict=True)
-                ],
-                torch.from_numpy(np.concatenate(labels).astype(np.int64)),
-            )
+            parts, labels = self._read(ids[start : start + size])
+            features = [
+                torch.from_numpy(_standardised(np.concatenate(parts.pop(0)), *scaling))
+                for scaling in self._scalings
+            ]
+            yield features, torch.from_numpy(labels.astype(np.int64))
+            features.clear()
+
+    def _read(
+        self, ids: Sequence[str]
+    ) -> tuple[list[list[NDArray[np.float32]]], NDArray[np.integer]]:
+        """Features of each module by recording, and labels, of steps that have one."""
+        parts: list[list[NDArray[np.float32]]] = [[] for _ in self._layers]
+        labels = []
+        for item_id, features in zip(ids, self._walk(ids), strict=True):
+            steps = min(len(self._labels[item_id]), *(len(part) for part in features))
+            known = self._labels[item_id][:steps] != NO_LABEL
+            labels.append(self._labels[item_id][:steps][known])
+            for kept, part in zip(parts, features, strict=True):
+                kept.append(part[:steps] if known.all() else part[:steps][known])
+        return parts, np.concatenate(labels)
 
 
 def _standardised(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gim_stagewise.cache import TiledCache
 from gim_stagewise.errors import ConfigError
-from gim_stagewise.sources import Request, Source
+from gim_stagewise.sources import Item, Request, Source
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
 from gim_stagewise.stage.probe import probe_splits
 from gim_stagewise.stage.step_classifier import Walk
@@ -21,6 +21,8 @@ from gim_stagewise.stage.workspace import Workspace
 
 # As mel-frequency cepstral coefficients are usually taken.
 MFCC_A_SECOND = 100
+# Bytes that they take of each sample of each window while they are computed.
+_MFCC_BYTES = 18
 
 
 def cached_walk(paths: Sequence[Path]) -> Walk:
@@ -71,7 +73,7 @@ def mfcc_walk(source: Source, rate: int) -> Walk:
     from torchaudio.functional import compute_deltas
     from torchaudio.transforms import MFCC
 
-    hop, size = rate // MFCC_A_SECOND, 2 ** math.ceil(math.log2(rate / 40))
+    hop, size = _mfcc_window(rate)
     mel = {"n_fft": size, "win_length": rate // 40, "hop_length": hop, "n_mels": 40}
     transform = MFCC(sample_rate=rate, n_mfcc=13, melkwargs={**mel, "center": False})
     before = (size - hop) // 2
@@ -90,6 +92,18 @@ def mfcc_walk(source: Source, rate: int) -> Walk:
             yield [torch.cat([plain, first, compute_deltas(first)]).T.numpy()]
 
     return walk
+
+
+def mfcc_bytes(item: Item, rate: int) -> int:
+    """What `mfcc_walk` holds at once of a recording, which it reads as a whole."""
+    hop, size = _mfcc_window(rate)
+    (samples,) = item.extent
+    return samples * (4 * item.channels + _MFCC_BYTES * size // hop)
+
+
+def _mfcc_window(rate: int) -> tuple[int, int]:
+    """Samples from one window to the next, and in one, padded to a power of 2."""
+    return rate // MFCC_A_SECOND, 2 ** math.ceil(math.log2(rate / 40))
 
 
 def sample_rate(source: Source) -> int:
