@@ -83,6 +83,10 @@ def _joint_status(pipeline: Pipeline) -> list[StageStatus]:
     counters = peek_checkpoint(space.joint_checkpoint_path, run=stage.run_digest)
     below: FrozenWeights | None = None
     for index in pipeline.config.module:
+        if found and below is None and space.weights_path(index).exists() and counters is None:
+            why = f"waits for module {index - 1}, which is {found[-1].state}"
+            found.append(StageStatus(index, "waiting", why))
+            continue
         weights, state, why = _joint_weights(space, stage, index, below)
         below = weights
         if state in ("missing", "stale") and counters is not None:

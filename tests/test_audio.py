@@ -542,10 +542,10 @@ def test_cpc_wants_a_context_network(speech: Path) -> None:
     assert "needs a context network as the last module" in one_error(done, 2)
 
 
-@pytest.mark.parametrize("labels", ["word", "class"])
-def test_labels_that_are_not_there_are_refused(speech: Path, labels: str) -> None:
+@pytest.mark.parametrize(("labels", "mode"), [("word", "supervised"), ("class", "iterative")])
+def test_labels_that_are_not_there_are_refused(speech: Path, labels: str, mode: str) -> None:
     edit(speech, "seed = 1", f'seed = 1\nlabels = "{labels}"')
-    done = gim_stage("run", speech, "--mode", "supervised", "--dir", speech.parent / "out")
+    done = gim_stage("run", speech, "--mode", mode, "--dir", speech.parent / "out")
     assert f"labels: is '{labels}', but the dataset's labels are: 'speaker', 'phone'" in one_error(
         done, 2
     )

@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers import edit, one_error, weights_of
 from rich.console import Console
 from warm import gim_stage
 
+from gim_stagewise.cli import main
 from gim_stagewise.config import ProbeConfig
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.report.tables import ResultsTable, percent
@@ -184,3 +186,23 @@ def test_one_rare_class_is_not_probed_and_nothing_is_lost(tiny: Path, tmp_path: 
     assert done.returncode == 0
     assert "but some that are held out" in " ".join(done.stderr.split())
     assert (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "give the same command again to go on"),
+        (["--from", "2"], "give the same command again without --from to go on"),
+        (["--from=2"], "give the same command again without --from to go on"),
+    ],
+)
+def test_who_goes_on_is_not_told_to_start_anew(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "run", interrupted)
+    found = CliRunner().invoke(main, ["run", str(tiny), *options])
+    assert found.exit_code == 130
+    assert said in found.stderr

@@ -138,6 +138,11 @@ def test_what_cannot_be_exported_is_said(done: Path, tmp_path: Path) -> None:
     out = done.parent / "out"
     message = one_error(gim_stage("export", done, "--to", "x.onnx", "--dir", out), 2)
     assert "--to: is x.onnx, expected a file that ends in .safetensors or .pt2" in message
+    for taken in ("m1.safetensors", "m2.zarr/e.pt2"):
+        before = (out / "m1.safetensors").read_bytes()
+        found = gim_stage("export", done, "--to", out / taken, "--dir", out)
+        assert "where a run has its own weights or a cache" in one_error(found, 2)
+        assert (out / "m1.safetensors").read_bytes() == before
     target = tmp_path / "e.safetensors"
     found = gim_stage("export", done, "--to", target, "--dir", tmp_path / "none")
     assert "no frozen modules" in one_error(found, 2)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ import gim_stagewise.stage.extract as extract_room
 from gim_stagewise import Pipeline
 from gim_stagewise.errors import CacheNotFoundError, ConfigError
 from gim_stagewise.lock import exclusive
-from gim_stagewise.report.curves import plot_curves
+from gim_stagewise.report import curves
+from gim_stagewise.report.curves import matplotlib_figure, plot_curves
 from gim_stagewise.report.inspect import inspect_cache
 from gim_stagewise.report.record import save_record
 from gim_stagewise.stage.metrics import read_metrics
@@ -316,6 +318,37 @@ def test_logs_have_every_step_and_epoch_once_also_after_a_stop(tiny: Path, tmp_p
     epochs = [line for line in lines if "validation_loss" in line]
     assert [line["epoch"] for line in epochs] == [1, 2, 3]
     assert min(line["validation_loss"] for line in epochs) == record["validation_loss"]
+
+
+def test_curves_are_those_of_the_frozen_weights(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another training of the same module was begun and given up."""
+    drawn: list[Any] = []
+
+    def noted(width: float, height: float) -> Any:
+        drawn.append(matplotlib_figure(width, height))
+        return drawn[-1]
+
+    monkeypatch.setattr(curves, "matplotlib_figure", noted)
+    out = tmp_path / "out"
+    open_pipeline(tiny, out).run()
+    log = out / "logs" / "m1" / "metrics.jsonl"
+    losses = [line["train_loss"] for line in read_metrics(log) if "train_loss" in line]
+
+    other = Pipeline.from_file(
+        tiny, folder=out, device="cpu", changes={"train.lr": 1e-4}, on_step=stop_at_7
+    )
+    with pytest.raises(StopError):
+        other.run()
+    assert not any(stage.trained for stage in open_pipeline(tiny, out).run().stages)
+    plot_curves(out)
+    (figure,) = drawn
+    lines = {own.get_label(): own.get_ydata().tolist() for own in figure.axes[0].get_lines()}
+    assert lines["train"] == losses
+    assert len(lines["train, not finished"]) == 1
+    assert lines["train, not finished"][0] != losses[0]
+    assert {own.get_label() for own in figure.axes[1].get_lines()} == {"train", "validation"}
 
 
 def test_curves_are_drawn(done: Path) -> None:

@@ -39,6 +39,7 @@ class _Group(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         _mend_streams()
+        given = list(context.args)  # they are taken away one by one
         try:
             # A polite `kill` ends a run like Ctrl-C, with its workers.
             signal.signal(signal.SIGTERM, _interrupt)
@@ -47,8 +48,12 @@ class _Group(click.Group):
             click.echo(f"error: {error}", err=True)
             context.exit(error.exit_code)
         except KeyboardInterrupt:
+            # These would have it done again from the start.
+            afresh = [o for o in ("--from", "--force") if _has(given, o)]
+            without = f" without {afresh[0]}" if afresh else ""
             click.echo(
-                "interrupted: what is done stays; give the same command again to go on", err=True
+                f"interrupted: what is done stays; give the same command again{without} to go on",
+                err=True,
             )
             context.exit(130)
         except BrokenPipeError:
@@ -63,6 +68,10 @@ class _Group(click.Group):
             traceback.print_exc()
             click.echo("error: this is a defect of gim-stage; please report it", err=True)
             context.exit(1)
+
+
+def _has(arguments: list[str], option: str) -> bool:
+    return any(own == option or own.startswith(f"{option}=") for own in arguments)
 
 
 def _mend_streams() -> None:

@@ -37,6 +37,7 @@ from gim_stagewise.stage.fit import plan_training
 from gim_stagewise.stage.freeze import resolve_device
 from gim_stagewise.stage.identity import cache_recipe, recipe_differences
 from gim_stagewise.stage.joint import JointStage
+from gim_stagewise.stage.labels import chosen_labels
 from gim_stagewise.stage.lineage import foreign_content
 from gim_stagewise.stage.needs import chain_needs
 from gim_stagewise.stage.probe_fit import check_probe_of_patches, check_probe_of_recordings
@@ -259,6 +260,7 @@ class Pipeline:
         GimStageError
             For whatever does not fit.
         """
+        chosen_labels(self.config, self.source)
         return check_chain(self.workspace, self.source)
 
     def check_budget(

@@ -18,11 +18,10 @@ from gim_stagewise.config import AugmentConfig
 from gim_stagewise.durable import write_atomic
 from gim_stagewise.errors import CacheNotFoundError, ConfigError, DataError
 from gim_stagewise.pipeline import RunResult, StageResult
-from gim_stagewise.report.curves import matplotlib_figure
+from gim_stagewise.report.curves import CURVES, matplotlib_figure
 from gim_stagewise.reproduce.exciting import Neuron, most_exciting
 from gim_stagewise.reproduce.runs import Reproduction, how_iterative, markdown_table
 from gim_stagewise.sources import PatchSource
-from gim_stagewise.stage.metrics import read_metrics
 from gim_stagewise.stage.workspace import patch_grid
 from gim_stagewise.windows import PatchGrid, Span
 
@@ -133,7 +132,7 @@ def figure_3(work: Reproduction) -> Path:
     ConfigError
         If matplotlib is not installed.
     CacheNotFoundError
-        If a run has no log.
+        If weights do not know the losses of their epochs.
     GimStageError
         If one of the two cannot be trained.
     """
@@ -147,17 +146,17 @@ def figure_3(work: Reproduction) -> Path:
     for mode, (colour, width) in lines.items():
         for result in work.runs(mode):  # none if it does not fit in memory
             for panel, stage in zip(panels, result.stages, strict=True):
-                epochs = _epochs(result, stage.module)
+                epochs = _epoch_losses(result, stage)
                 rows.append([str(stage.module), mode, *_frozen_losses(stage)])
-                for name, style in (("train_loss", "-"), ("validation_loss", "--")):
+                for name, style, losses in zip(*CURVES, zip(*epochs, strict=True), strict=True):
                     panel.plot(
-                        [line["epoch"] for line in epochs],
-                        [line[name] for line in epochs],
+                        range(1, 1 + len(losses)),
+                        losses,
                         style,
                         color=colour,
                         linewidth=width,
                         marker="." if len(epochs) == 1 else "",
-                        label=f"{mode}, {name.removesuffix('_loss')}",
+                        label=f"{mode}, {name}",
                     )
     for number, panel in enumerate(panels, start=1):
         panel.set_title(f"module {number}")
@@ -193,14 +192,14 @@ def _frozen_losses(stage: StageResult) -> list[str]:
     return [str(own.epochs), *(f"{loss:.3f}" for loss in losses)]
 
 
-def _epochs(result: RunResult, module: int) -> list[dict[str, Any]]:
-    """What the log of a module's training says of epochs."""
-    lines = read_metrics(result.folder / "logs" / f"m{module}" / "metrics.jsonl")
-    epochs = [line for line in lines if "validation_loss" in line]
-    if not epochs:
+def _epoch_losses(result: RunResult, stage: StageResult) -> list[list[float]]:
+    """Losses after each epoch of the training that a module's weights come from."""
+    epochs = stage.record.epoch_losses
+    if len(epochs) != stage.record.epochs:
+        weights = result.folder / f"m{stage.module}.safetensors"
         raise CacheNotFoundError(
-            f"{result.folder} has weights of module {module}, but no log of its training; remove "
-            "the folder, and it is trained again"
+            f"{weights} does not know the losses of its epochs, as an earlier version left it; "
+            "remove it, and the module is trained again"
         )
     return epochs
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,8 @@ class TrainingRecord:
         before; see `gim_stagewise.memory`.
     shuffle_quality : float
         How often batches repeated a chunk of the input, against a perfect shuffle, which has 1.
+    epoch_losses : list of [float, float]
+        After each epoch: ``train_loss`` and ``validation_loss``.
     """
 
     epochs: int
@@ -142,6 +144,7 @@ class TrainingRecord:
     projected_mem: int = 0
     measured_mem: int = 0
     shuffle_quality: float = 1.0
+    epoch_losses: list[list[float]] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> TrainingRecord:
@@ -152,12 +155,16 @@ class TrainingRecord:
         TypeError, ValueError
             If that is no record.
         """
-        numbers = {name: value for name, value in content.items() if name != "numerics"}
+        others = {"numerics", "epoch_losses"}
+        numbers = {name: value for name, value in content.items() if name not in others}
         losses = {name for name in ("train_loss", "validation_loss") if numbers[name] is None}
         known = {name: value for name, value in numbers.items() if name not in losses}
         if any(isinstance(v, bool) or not isinstance(v, int | float) for v in known.values()):
             raise TypeError("a record of something else than numbers")
-        return cls(**numbers, numerics=dict(content["numerics"]))
+        losses_of = [[float(own) for own in pair] for pair in content.get("epoch_losses", [])]
+        if any(len(pair) != 2 for pair in losses_of):
+            raise ValueError("losses of an epoch that are no pair")
+        return cls(**numbers, numerics=dict(content["numerics"]), epoch_losses=losses_of)
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,18 @@ def export_encoder(space: Workspace, target: Path, *, pipeline: Path) -> Encoder
     StaleCacheError
         If one belongs to other settings or code.
     ConfigError
-        If ``target`` ends in something else, or the modules cannot be exported.
+        If ``target`` ends in something else or is the run's own, or the modules cannot be exported.
     """
     if target.suffix not in SUFFIXES:
         raise ConfigError(
             f"is {target}, expected a file that ends in {' or '.join(SUFFIXES)}", key="--to"
+        )
+    place = target.resolve()
+    own = {space.weights_path(index).resolve() for index in space.config.module}
+    if place in own or any(above.suffix == ".zarr" for above in place.parents):
+        raise ConfigError(
+            f"is {target}, where a run has its own weights or a cache; give another file",
+            key="--to",
         )
     chain = frozen_chain(space.folder)
     if len(chain) < len(space.config.module):

@@ -278,4 +278,4 @@ class JointStage:
 
 
 def _without_losses(record: TrainingRecord) -> TrainingRecord:
-    return replace(record, train_loss=None, validation_loss=None)
+    return replace(record, train_loss=None, validation_loss=None, epoch_losses=[])

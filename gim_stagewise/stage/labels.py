@@ -117,6 +117,23 @@ class WindowStepLabels:
         return found
 
 
+def chosen_labels(config: PipelineConfig, source: Source) -> str | None:
+    """Name of the labels that supervised modes are trained on, or None where there are none.
+
+    Raises
+    ------
+    ConfigError
+        If the file names others than there are.
+    """
+    stepped = step_labelled(source)
+    known = [*source.label_names, *([stepped.step_label_name] if stepped else [])]
+    chosen = config.labels or (known[0] if known else None)
+    if chosen is not None and chosen not in known:
+        there = ", ".join(map(repr, known)) or "none"
+        raise ConfigError(f"is {chosen!r}, but the dataset's labels are: {there}", key="labels")
+    return chosen
+
+
 def item_labels(config: PipelineConfig, source: Source) -> dict[str, int] | None:
     """Labels that supervised modes are trained on: ``labels`` in the file, or the first kind.
 
@@ -130,12 +147,7 @@ def item_labels(config: PipelineConfig, source: Source) -> dict[str, int] | None
     ConfigError
         If there are none.
     """
-    stepped = step_labelled(source)
-    known = [*source.label_names, *([stepped.step_label_name] if stepped else [])]
-    chosen = config.labels or (known[0] if known else None)
-    if chosen is not None and chosen not in known:
-        there = ", ".join(map(repr, known)) or "none"
-        raise ConfigError(f"is {chosen!r}, but the dataset's labels are: {there}", key="labels")
+    stepped, chosen = step_labelled(source), chosen_labels(config, source)
     if stepped and chosen == stepped.step_label_name:
         return None
     labels = labels_of(source, "train")

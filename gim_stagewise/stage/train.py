@@ -58,6 +58,8 @@ class _Counters:
     best_train_losses: list[float] = field(default_factory=list)
     best_losses: list[float] = field(default_factory=list)
     best_epoch: int = 0
+    # Of each epoch: those on samples that are trained on, and on those that are held out.
+    epoch_losses: list[list[list[float]]] = field(default_factory=list)
     seconds: float = 0.0
     finished: bool = False
     micro_batch: int = 0
@@ -144,7 +146,7 @@ class _Trainer:
 
     def _records(self) -> list[TrainingRecord]:
         losses = zip(self.at.best_train_losses, self.at.best_losses, strict=True)
-        return [
+        return [  # of each objective
             TrainingRecord(
                 epochs=self.at.epoch,
                 best_epoch=self.at.best_epoch,
@@ -154,8 +156,9 @@ class _Trainer:
                 numerics=training_numerics(self.job.device),
                 micro_batch=self.job.micro_batch,
                 shuffle_quality=self.loader.shuffle_quality,
+                epoch_losses=[[own[number] for own in pair] for pair in self.at.epoch_losses],
             )
-            for train_loss, validation_loss in losses
+            for number, (train_loss, validation_loss) in enumerate(losses)
         ]
 
     @property
@@ -220,6 +223,7 @@ class _Trainer:
         validation_losses = self._evaluate(self.validation_ids)
         at.epoch += 1
         at.step_in_epoch = 0
+        at.epoch_losses.append([train_losses, validation_losses])
         if not at.best_losses or sum(validation_losses) < sum(at.best_losses):
             at.best_train_losses, at.best_losses = train_losses, validation_losses
             at.best_epoch = at.epoch
