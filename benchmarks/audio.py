@@ -79,7 +79,9 @@ TRIED = (
     "corpus (seed 40), by validation accuracies of module 6, as shipped: speakers 83.3, phones "
     "65.1; with moving averages of all weights (decay 0.98): 83.6 and 64.3; with them and 16 "
     "epochs of module 6: 82.3 and 68.0; with them, 12 epochs, dropout 0.3 and noise 0.3: 82.8 and "
-    "67.1."
+    "67.1. What helps is labelled recordings, and it helps MFCC as much: with a quarter, a half "
+    "and all of those of seed 51, test accuracies of speakers from module 6 averaged are 68.7, "
+    "76.2 and 81.0, from mean and deviation of MFCC 76.7, 85.6 and 89.5."
 )
 
 

@@ -56,9 +56,9 @@ class _Group(click.Group):
                 err=True,
             )
             context.exit(130)
-        except BrokenPipeError:
-            raise  # who read has seen enough: click ends quietly
         except OSError as error:
+            if isinstance(error, BrokenPipeError) and _unread():
+                raise  # who read has seen enough: click ends quietly
             place = f"{error.filename}: " if error.filename else ""
             click.echo(f"error: {place}{error.strerror or error}", err=True)
             context.exit(4)
@@ -68,6 +68,16 @@ class _Group(click.Group):
             traceback.print_exc()
             click.echo("error: this is a defect of gim-stage; please report it", err=True)
             context.exit(1)
+
+
+def _unread() -> bool:
+    """Whether nobody reads what is printed any more."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _has(arguments: list[str], option: str) -> bool:

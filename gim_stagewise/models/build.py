@@ -78,7 +78,7 @@ def resolve_builder(reference: str, *, code_folder: Path | None, key: str = "bui
     if code_folder is None:
         raise ConfigError(
             f"is {reference!r}, your own code, which is never imported on the word of a cache; "
-            "add --pipeline FILE to name the pipeline file that it belongs to",
+            "name the pipeline file that it belongs to: --pipeline FILE, in Python pipeline=FILE",
             key=key,
         )
     try:

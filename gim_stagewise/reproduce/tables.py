@@ -110,9 +110,10 @@ def table_2(work: Reproduction) -> Path:
         for own in (replace(s, micro_batch=size),)
     ]
     first = whole[0]
+    samples = " or ".join(map(str, sorted({own.shape[0] for own in whole})))
     text = (
         f"# Table 2: {work.pipeline('iterative').config.name}\n\n"
-        f"Memory of a training step (the second, with Adam's state), {first.shape[0]} samples of "
+        f"Memory of a training step (the second, with Adam's state), {samples} samples of "
         f"{first.rows // first.shape[0]} patches. The paper's column is its ResNet-50 on a GPU "
         "with 16 images.\n\n"
         + markdown_table(["method", "paper (GB)", "counted", "measured"], rows)
