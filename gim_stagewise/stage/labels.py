@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,10 @@ from gim_stagewise.sources import (
     step_labelled,
 )
 from gim_stagewise.stage.windowed import WindowSource
+
+
+# Recordings whose labels of steps are held in memory.
+_MOST_REMEMBERED = 16
 
 
 class Labels(Protocol):
@@ -90,6 +95,8 @@ class WindowStepLabels:
         source = step_labelled(windows.source)
         assert source is not None
         self._source, self._windows = source, windows
+        # Those of hours of sound are not parsed anew for every window.
+        self._labels = lru_cache(_MOST_REMEMBERED)(source.step_labels)
         self.ids: Collection[str] = frozenset(windows.ids)
         (window,) = windows.zones.window
         self.steps = window // source.step_label_hop
@@ -110,7 +117,7 @@ class WindowStepLabels:
         assert place.region is not None
         hop = self._source.step_label_hop
         steps = (place.region[0].start + hop // 2) // hop + np.arange(self.steps)
-        labels = self._source.step_labels(place.id)
+        labels = self._labels(place.id)
         found = np.full(self.steps, NO_LABEL, np.int64)
         inside = steps < len(labels)
         found[inside] = labels[steps[inside]]
