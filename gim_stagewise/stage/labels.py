@@ -24,7 +24,6 @@ from gim_stagewise.sources import (
 )
 from gim_stagewise.stage.windowed import WindowSource
 
-
 # Recordings whose labels of steps are held in memory.
 _MOST_REMEMBERED = 16
 
