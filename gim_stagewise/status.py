@@ -83,13 +83,13 @@ def _joint_status(pipeline: Pipeline) -> list[StageStatus]:
     counters = peek_checkpoint(space.joint_checkpoint_path, run=stage.run_digest)
     below: FrozenWeights | None = None
     for index in pipeline.config.module:
-        if found and below is None and space.weights_path(index).exists() and counters is None:
-            why = f"waits for module {index - 1}, which is {found[-1].state}"
-            found.append(StageStatus(index, "waiting", why))
-            continue
         weights, state, why = _joint_weights(space, stage, index, below)
+        unknown = found and below is None  # whether it was trained with the module below
+        if weights and unknown and not recipe_differences(weights.recipe, stage.recipe):
+            state, why = "waiting", f"waits for module {index - 1}, which is {found[-1].state}"
+            weights = None
         below = weights
-        if state in ("missing", "stale") and counters is not None:
+        if state in ("missing", "stale", "waiting") and counters is not None:
             limit, epoch = pipeline.config.stage(1).train.max_epochs, int(counters["epoch"])
             why = f"epoch {epoch + 1} of at most {limit}, with all modules"
             found.append(StageStatus(index, "training", why, done=epoch / limit))

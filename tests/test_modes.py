@@ -592,7 +592,10 @@ def test_what_is_stale_is_trained_again_with_the_reason(
     assert pipeline_status(other)[0].why == "mode simultaneous → iterative"
     assert pipeline.run().stages[0].trained
     (tmp_path / "out" / "m2.safetensors").unlink()
-    assert [s.state for s in pipeline_status(pipeline)] == ["frozen", "missing", "stale"]
+    assert [s.state for s in pipeline_status(pipeline)] == ["frozen", "missing", "waiting"]
+    edit(tiny, "lr = 2e-3", "lr = 1e-3")
+    changed = pipeline_status(Pipeline.from_file(tiny, **arguments))  # type: ignore[arg-type]
+    assert [s.state for s in changed] == ["stale", "missing", "stale"]
     assert pipeline.run().stages[2].trained
 
 
