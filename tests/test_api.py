@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from gim_stagewise import Pipeline, load_encoder, open_cache
 from gim_stagewise.errors import CacheNotFoundError, ConfigError, StaleCacheError
+from gim_stagewise.models.build import forget_user_code
 from gim_stagewise.sources import Request
 
 
@@ -80,6 +81,21 @@ def test_an_encoder_of_ones_own_code_needs_the_pipeline_file(tiny: Path, tmp_pat
     with pytest.raises(ConfigError, match="--pipeline FILE"):
         load_encoder(tmp_path / "out")
     assert load_encoder(tmp_path / "out", pipeline=tiny)(torch.ones(2, 1, 4, 4)).shape[1] == 4
+    # Weights would fit these as well.
+    code = (tmp_path / "api_nets.py").read_text()
+    (tmp_path / "api_nets.py").write_text(code.replace("4, 3)", "4, 3, dilation=1, padding=1)"))
+    forget_user_code()
+    with pytest.raises(StaleCacheError, match="computes something else now"):
+        load_encoder(tmp_path / "out", pipeline=tiny)
+
+
+def test_an_encoder_of_another_file_is_refused(tiny: Path, tmp_path: Path) -> None:
+    Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run(until=1)
+    edit(tiny, "lr = 3e-3", "lr = 1e-3")  # says nothing of what is computed
+    assert load_encoder(tmp_path / "out", pipeline=tiny)(torch.ones(2, 1, 4, 4)).shape[2] == 4
+    edit(tiny, "{ stem = 4, channels = 6 }", "{ stem = 4, channels = 6, stride = 2 }")
+    with pytest.raises(StaleCacheError, match=r"module\.1\.options\.stride"):
+        load_encoder(tmp_path / "out", pipeline=tiny)
 
 
 def test_a_cache_is_a_torch_dataset_and_a_dask_array(done: Path, tmp_path: Path) -> None:

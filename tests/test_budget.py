@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,11 @@ from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.plan import plan_pipeline
 from gim_stagewise.prove import prove
 from gim_stagewise.stage.chain import fresh_chain
+from gim_stagewise.stage.fit import plan_training
 from gim_stagewise.stage.needs import chain_needs
 from gim_stagewise.stage.probe import chain_features
 from gim_stagewise.stage.probe_fit import check_probe_of_patches
+from gim_stagewise.stage.project import count_step
 
 
 def open_pipeline(file: Path, folder: Path, *, mode: str | None = None, **budget: int) -> Pipeline:
@@ -61,6 +64,23 @@ def test_the_probe_of_a_chain_takes_what_is_said_and_is_refused_before_any_work(
     with pytest.raises(OverBudgetError, match="the probe of all modules"):
         open_pipeline(tiny, tmp_path / "random", host=1_000_000, mode="random").run()
     assert not list((tmp_path / "random").glob("m*"))
+
+
+def test_a_budget_that_is_named_is_enough(tiny: Path, tmp_path: Path) -> None:
+    """Also where the count alone is over what was allowed, and the workspace comes on top."""
+    edit(tiny, "channels = 6", "channels = 400")
+    edit(tiny, "batch = 8\n", "batch = 32\n")
+    pipeline = open_pipeline(tiny, tmp_path / "out")
+    (needs,) = chain_needs(pipeline.workspace, pipeline.source, pipeline.check())[:1]
+    counted = count_step(replace(needs.spec, micro_batch=needs.spec.rows)).count
+    with pytest.raises(OverBudgetError, match="or less, or allow") as caught:
+        plan_training(needs, recorded=None, budget=Budget(device=counted - 1, host=2**40))
+    assert "at least" not in str(caught.value)
+    named = re.search(r"--allowed-mem (\d+)MB", str(caught.value))
+    assert named is not None
+    enough = Budget(device=1_000_000 * int(named[1]), host=2**40)
+    plan = plan_training(needs, recorded=None, budget=enough)
+    assert plan.step.total <= caught.value.needed
 
 
 def test_a_stage_that_will_be_made_again_is_checked_first(tiny: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gim_stagewise.errors import ConfigError, ModuleRefusedError
 from gim_stagewise.models import Builder, build_module, output_shape, pool, resolve_builder
+from gim_stagewise.models.build import forget_user_code
 from gim_stagewise.models.residual import PreActivationBlock, residual_module
 from gim_stagewise.models.resnet import resnet34_module, resnet50_module
 from gim_stagewise.pipeline import Pipeline
@@ -320,6 +321,49 @@ def test_the_digest_follows_the_code_and_not_the_folder(code: Path) -> None:
     assert digest("edited") != digest("first")
     assert digest("edited_helper") != digest("first")
     assert digest("first") != residual().source_digest
+
+
+def test_the_digest_follows_links(code: Path) -> None:
+    shared, folder = code / "shared_part.py", code / "pipelines"
+    folder.mkdir()
+    (folder / "linked_part.py").symlink_to(shared)
+    (folder / "linking.py").write_text("import linked_part\n\nblock = linked_part.make\n")
+    found = []
+    for rows in ("nn.ReLU()", "nn.Tanh()", "nn.ReLU()"):
+        shared.write_text(f"from torch import nn\n\n\ndef make():\n    return {rows}\n")
+        forget_user_code()
+        found.append(resolve_builder("linking:block", code_folder=folder).source_digest)
+    assert found[0] == found[2] != found[1]
+
+
+@pytest.mark.parametrize("reference", ["edited_pack.blocks:block", "edited_pack:block"])
+def test_the_digest_follows_code_elsewhere_on_the_path(
+    code: Path, monkeypatch: pytest.MonkeyPatch, reference: str
+) -> None:
+    """As what is installed to be edited, whose release says nothing."""
+    package, folder = code / "elsewhere" / "edited_pack", code / "pipelines"
+    folder.mkdir()
+    package.mkdir(parents=True)
+    monkeypatch.syspath_prepend(package.parent)
+    (package / "__init__.py").write_text("from edited_pack.blocks import block\n")
+    (package / "blocks.py").write_text("from edited_pack import layers\n\nblock = layers.make\n")
+    found = []
+    for rows in ("nn.ReLU()", "nn.Tanh()", "nn.ReLU()"):
+        layers = package / "layers.py"
+        layers.write_text(f"from torch import nn\n\n\ndef make():\n    return {rows}\n")
+        for name in [own for own in sys.modules if own.startswith("edited_pack")]:
+            del sys.modules[name]
+        found.append(resolve_builder(reference, code_folder=folder).source_digest)
+    assert found[0] == found[2] != found[1]
+
+
+def test_the_digest_of_a_release_is_that_of_one_file(code: Path) -> None:
+    (code / "plain_code.py").touch()
+    first = resolve_builder("torchvision.ops:Conv2dNormActivation", code_folder=code)
+    assert (
+        first.source_digest
+        == resolve_builder("torchvision.ops:MLP", code_folder=code).source_digest
+    )
 
 
 def test_the_digest_does_not_depend_on_what_else_was_imported(code: Path) -> None:

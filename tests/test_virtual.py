@@ -157,6 +157,14 @@ def test_earlier_activations_go_and_embeddings_stay(
     assert_same_weights(tmp_path / "all", folder)
 
 
+def test_what_keep_leaves_is_stored_once_that_is_asked_for(tiny: Path, tmp_path: Path) -> None:
+    edit(tiny, "seed = 3\n", 'seed = 3\nkeep = "last-two"\n')
+    run(never(tiny), tmp_path / "out")
+    run(tiny, tmp_path / "out")
+    caches = [Cache(tmp_path / "out" / f"m{n}.zarr") for n in (1, 2, 3)]
+    assert [own.materialized for own in caches] == [False, True, True]
+
+
 def test_prove_shows_equal_weights(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = gim_stage("prove", tiny, "--dir", out, "--device", "cpu", "--json", "-q")

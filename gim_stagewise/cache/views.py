@@ -167,7 +167,8 @@ def _expanded(key: Any, ndim: int) -> list[Any]:
     for axis, one in enumerate(keys):
         if isinstance(one, slice):
             continue
-        if np.ndim(one) == 0 and not isinstance(one, bool | np.bool_) and one is not None:
+        number = hasattr(one, "__index__") and not isinstance(one, bool | np.bool_)
+        if number and np.ndim(one) == 0:
             keys[axis] = operator.index(one)
         elif axis == _SAMPLE and isinstance(one, list | np.ndarray) and np.ndim(one) == 1:
             keys[axis] = np.asarray(one, dtype=None if len(one) else np.intp)

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import inspect
 import sys
+import sysconfig
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,9 +203,20 @@ def _lies_under(module: ModuleType, folder: Path) -> bool:
     packages = getattr(module, "__path__", None)
     listed = list(packages) if isinstance(packages, Iterable) else []
     for place in [getattr(module, "__file__", None), *listed]:
-        if isinstance(place, str) and Path(place).resolve().is_relative_to(folder):
-            return "site-packages" not in Path(place).resolve().relative_to(folder).parts
+        if isinstance(place, str) and (below := _below(Path(place), folder)):
+            return "site-packages" not in Path(below).parts
     return False
+
+
+def _below(path: Path, folder: Path) -> str:
+    """Where a file lies in a folder, as it is named there or as links lead; empty if it does not.
+
+    A link below the folder belongs to it, whatever it leads to.
+    """
+    for place in (path.absolute(), path.resolve()):
+        if place.is_relative_to(folder):
+            return place.relative_to(folder).as_posix()
+    return ""
 
 
 _digests: WeakKeyDictionary[ModuleType, str] = WeakKeyDictionary()
@@ -222,11 +234,17 @@ def _our_files() -> dict[str, Path]:
 def _user_files(module: ModuleType, folder: Path) -> dict[str, Path]:
     """The builder's file and what it imports, at any remove, from the pipeline's folder.
 
-    Of a module that is installed elsewhere, its own file stands for the release it belongs to.
+    Of a module elsewhere on Python's path it is what lies there. Of one that is installed, its own
+    file stands for the release it belongs to.
     """
     if not _lies_under(module, folder):
         origin = getattr(module, "__file__", None)
-        return {module.__name__: Path(origin)} if origin else {}
+        if not origin:
+            return {}
+        # The folder that its outermost package lies in, as on Python's path.
+        folder = Path(origin).resolve().parents[_packages_above(module)]
+        if _is_installed(folder):
+            return {module.__name__: Path(origin)}
     files: dict[str, Path] = {}
     waiting = [module]
     while waiting:
@@ -234,8 +252,8 @@ def _user_files(module: ModuleType, folder: Path) -> dict[str, Path]:
         origin = getattr(current, "__file__", None)
         if not origin or not origin.endswith(".py") or not _lies_under(current, folder):
             continue
-        file = Path(origin).resolve()
-        place = file.relative_to(folder).as_posix()
+        file = Path(origin).absolute()
+        place = _below(file, folder)
         if place not in files:
             files[place] = file
             names = _imported_names(file, current)
@@ -246,11 +264,22 @@ def _user_files(module: ModuleType, folder: Path) -> dict[str, Path]:
     return files
 
 
+def _packages_above(module: ModuleType) -> int:
+    """Packages that a module's file lies in, its own folder included if it is a package."""
+    return module.__name__.count(".") + hasattr(module, "__path__")
+
+
+def _is_installed(folder: Path) -> bool:
+    """Whether code of others lies there, that is not edited: a release, or Python's own."""
+    own = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")}
+    return bool({"site-packages", "dist-packages"} & {*folder.parts}) or folder in own
+
+
 def _places(name: str, folder: Path) -> list[Path]:
     """Files in a folder that an import of that name would run."""
     stem = folder.joinpath(*name.split("."))
     found = [stem.with_suffix(".py"), stem / "__init__.py"]
-    return [path.resolve() for path in found if path.is_file()]
+    return [path for path in found if path.is_file()]
 
 
 def _files_below(waiting: list[Path], folder: Path, known: Mapping[str, Path]) -> dict[str, Path]:
@@ -258,9 +287,9 @@ def _files_below(waiting: list[Path], folder: Path, known: Mapping[str, Path]) -
     files: dict[str, Path] = {}
     while waiting:
         file = waiting.pop()
-        if not file.is_relative_to(folder) or "site-packages" in file.parts:
-            continue
         place = file.relative_to(folder).as_posix()
+        if "site-packages" in Path(place).parts:
+            continue
         if place in known or place in files:
             continue
         files[place] = file

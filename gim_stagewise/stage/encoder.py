@@ -16,6 +16,8 @@ from gim_stagewise.durable import write_atomic
 from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError, StaleCacheError
 from gim_stagewise.models import pool
 from gim_stagewise.stage.checkpoint import FrozenWeights
+from gim_stagewise.stage.code import code_staleness
+from gim_stagewise.stage.identity import stage_recipe
 from gim_stagewise.stage.workspace import Workspace
 
 # Where a file of all modules says what they are.
@@ -66,7 +68,21 @@ def load_encoder(path: str | Path, *, pipeline: str | Path | None = None) -> Enc
     found = frozen_chain(path)
     space = _workspace(path, found[-1].pipeline_text, pipeline)
     found = found[: len(space.config.module)]  # more may be left of an earlier file
+    if pipeline is not None:
+        for weights in found:
+            _check_builds(space, weights)
     return _frozen(Encoder(*(_build(space, weights, found) for weights in found)))
+
+
+def _check_builds(space: Workspace, weights: FrozenWeights) -> None:
+    """Refuse weights of another module than file and code build now, also where they would fit."""
+    number = weights.module
+    own = (f"module.{number}.build", f"module.{number}.options")
+    now = stage_recipe(space.config, number)
+    others = [key for key in {*weights.recipe.parts, *now.parts} if not key.startswith(own)]
+    changes = weights.recipe.differences(now, ignore=others)
+    if reason := "; ".join(changes) or code_staleness(space, weights):
+        raise StaleCacheError(f"{space.weights_path(number)} is stale: {reason}")
 
 
 def frozen_chain(folder: Path) -> list[FrozenWeights]:

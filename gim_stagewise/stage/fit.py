@@ -225,6 +225,9 @@ def _refuse(
     recorded: bool,
 ) -> NoReturn:
     size, _ = fitting
+    if step.at_least:  # what is to be allowed is what it really takes, if that can be tried
+        step = project_step(spec)
+    least = "at least " if step.at_least else ""
     total = step.total + room.beside
     if recorded:
         remedy = (
@@ -238,7 +241,7 @@ def _refuse(
             f"or allow {room.option} {round_up(total)}"
         )
     raise OverBudgetError(
-        f"{spec.label}: training projects {format_bytes(total)}, "
+        f"{spec.label}: training projects {least}{format_bytes(total)}, "
         f"allowed {format_bytes(room.allowed)}: {remedy}",
         needed=total,
     )

@@ -261,8 +261,10 @@ class StageOutputs:
         if not found.sealed and found.content.value != wanted.content.value:
             begun = "; ".join(found.content.differences(wanted.content))
             return FoundCache(None, f"what was begun would not be of one piece: {begun}")
+        last = len(self.workspace.config.module)
         # Where old activations may go, or were not worth storing, they are computed when needed.
-        may_go = self.workspace.config.keep != "all" or self._config.cache.materialize == "auto"
+        kept = {"all": self.index, "last-two": last - 1, "last": last}[self.workspace.config.keep]
+        may_go = self.index < kept or self._config.cache.materialize == "auto"
         if wanted.layout.materialized and not found.layout.materialized and not may_go:
             return FoundCache(None, "its activations are not stored")
         if not found.sealed:
