@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import py_compile
 import re
 import shutil
 import sys
@@ -354,6 +355,27 @@ def test_the_digest_follows_code_elsewhere_on_the_path(
         for name in [own for own in sys.modules if own.startswith("edited_pack")]:
             del sys.modules[name]
         found.append(resolve_builder(reference, code_folder=folder).source_digest)
+    assert found[0] == found[2] != found[1]
+
+
+def test_the_digest_follows_code_that_is_compiled(
+    code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere, folder = code / "elsewhere", code / "pipelines"
+    elsewhere.mkdir()
+    folder.mkdir()
+    monkeypatch.syspath_prepend(elsewhere)
+    found = []
+    for number in (1, 2, 1):
+        source = code / "source.py"
+        source.write_text(f"block = lambda: {number}\n")
+        py_compile.compile(
+            str(source),
+            cfile=str(elsewhere / "compiled_code.pyc"),
+            invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+        )
+        sys.modules.pop("compiled_code", None)
+        found.append(resolve_builder("compiled_code:block", code_folder=folder).source_digest)
     assert found[0] == found[2] != found[1]
 
 

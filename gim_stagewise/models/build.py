@@ -235,7 +235,7 @@ def _user_files(module: ModuleType, folder: Path) -> dict[str, Path]:
     """The builder's file and what it imports, at any remove, from the pipeline's folder.
 
     Of a module elsewhere on Python's path it is what lies there. Of one that is installed, its own
-    file stands for the release it belongs to.
+    file stands for the release it belongs to; of one that is compiled, for all that it has.
     """
     if not _lies_under(module, folder):
         origin = getattr(module, "__file__", None)
@@ -243,7 +243,7 @@ def _user_files(module: ModuleType, folder: Path) -> dict[str, Path]:
             return {}
         # The folder that its outermost package lies in, as on Python's path.
         folder = Path(origin).resolve().parents[_packages_above(module)]
-        if _is_installed(folder):
+        if _is_installed(folder) or not origin.endswith(".py"):
             return {module.__name__: Path(origin)}
     files: dict[str, Path] = {}
     waiting = [module]

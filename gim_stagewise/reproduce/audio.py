@@ -24,21 +24,19 @@ from gim_stagewise.reproduce.runs import (
 )
 from gim_stagewise.sources import Source, step_labelled
 from gim_stagewise.stage.extraction_plan import Workers
-from gim_stagewise.stage.probe import (
-    TRAINED,
-    Probes,
-    ProbeSplit,
-    Rows,
-    nothing_to_probe,
-    of_known_labels,
-    probe_splits,
-)
+from gim_stagewise.stage.probe import TRAINED, Probes, Rows
 from gim_stagewise.stage.probe_memory import remembered_scores
 from gim_stagewise.stage.probe_sequences import (
     MFCC,
     MFCC_STATISTICS,
     RecordingProbe,
     modules_with_steps,
+)
+from gim_stagewise.stage.probe_splits import (
+    ProbeSplit,
+    nothing_to_probe,
+    of_known_labels,
+    probe_splits,
 )
 from gim_stagewise.stage.walks import cached_walk
 
@@ -75,12 +73,12 @@ def table_3(work: Reproduction) -> Path:
             rows.append([name, *paper, *cells])
             continue
         supervised = mode.endswith("supervised")
-        for labels, place in ((phone, 0), (speaker, 1)):
+        for labels in (phone, speaker):
             cells = [""] * count
             if not (supervised and labels == speaker and unknown):
                 own = work.runs(mode, labels=labels if supervised else None)
                 cells = [_accuracy(own, n, labels) for n in range(1, count + 1)]
-            if place == 0:
+            if labels == phone:
                 rows.append([name, *paper])
             rows[-1].append(cells[-1])
             by_module.append([name, labels, *cells])

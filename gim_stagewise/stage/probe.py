@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from pathlib import Path
 from typing import Literal
 
@@ -25,12 +24,18 @@ from gim_stagewise.sources import (
     PatchSource,
     Request,
     Source,
-    labels_of,
     read_stacked,
 )
 from gim_stagewise.stage.chain import fresh_chain
-from gim_stagewise.stage.classifier import Accuracy, classify, parts_of
+from gim_stagewise.stage.classifier import Accuracy, classify
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
+from gim_stagewise.stage.probe_splits import (
+    ProbeSplit,
+    left_out_of_test,
+    nothing_to_probe,
+    of_known_labels,
+    probe_splits,
+)
 from gim_stagewise.stage.shape import trained_part
 from gim_stagewise.stage.workspace import Workspace, patch_grid
 from gim_stagewise.windows import centre
@@ -43,56 +48,6 @@ PIXEL_STATISTICS, RAW_PIXELS = "pixel statistics", "raw pixels"
 # Of what is probed.
 PARTS = TRAINED, RANDOM, BASELINES = "trained", "random", "baselines"
 Rows = dict[str, Accuracy | None]
-
-
-@dataclass(frozen=True)
-class ProbeSplit:
-    """Labelled samples of one split: ids and their labels."""
-
-    ids: list[str]
-    labels: NDArray[np.int64]
-
-
-def probe_splits(source: Source) -> tuple[ProbeSplit, ProbeSplit] | None:
-    """Train and test samples with labels, or None where there are none."""
-    splits = []
-    for name in ("train", "test"):
-        labels = labels_of(source, name)
-        splits.append(ProbeSplit(list(labels), np.array(list(labels.values()), dtype=np.int64)))
-    train, test = splits
-    return (train, test) if len(train.ids) > 1 and test.ids else None
-
-
-def nothing_to_probe(train: ProbeSplit, test: ProbeSplit, name: str, config: PipelineConfig) -> str:
-    """Why labels of that name say nothing about features; empty if they do."""
-    if len(np.unique(train.labels)) < 2:
-        return f"all training samples have the same {name!r}, which is not probed"
-    _, fit, _ = parts_of(len(train.ids), config.probe, seed=config.seed)
-    if len(np.unique(train.labels[fit])) < 2:
-        return (
-            f"all training samples but some that are held out to choose by (probe.validation) have "
-            f"the same {name!r}, which is not probed"
-        )
-    if not np.isin(test.labels, train.labels).any():
-        return f"no test sample has a {name!r} that a training sample has, which is not probed"
-    return ""
-
-
-def of_known_labels(train: ProbeSplit, test: ProbeSplit) -> ProbeSplit:
-    """Test samples with labels that training samples have: others cannot be known by anybody."""
-    known = np.isin(test.labels, train.labels)
-    return ProbeSplit(list(compress(test.ids, known)), test.labels[known])
-
-
-def left_out_of_test(train: ProbeSplit, test: ProbeSplit, name: str) -> str:
-    """How many test samples have labels of that name that no training sample has, if any do."""
-    count = len(test.ids) - len(of_known_labels(train, test).ids)
-    if not count:
-        return ""
-    return (
-        f"{count} of {len(test.ids)} test samples have a {name!r} that no training sample has, and "
-        "are left out"
-    )
 
 
 def pool_features(embeddings: NDArray[np.float32], config: PipelineConfig) -> NDArray[np.float32]:

@@ -12,8 +12,9 @@ from gim_stagewise.errors import OverBudgetError
 from gim_stagewise.memory import resident_bytes
 from gim_stagewise.sources import Item, PatchSource, Source, step_labelled
 from gim_stagewise.stage.forward import project_forward
-from gim_stagewise.stage.probe import probe_splits, samples_at_once
+from gim_stagewise.stage.probe import samples_at_once
 from gim_stagewise.stage.probe_sequences import KEPT_PART, stored_spacings
+from gim_stagewise.stage.probe_splits import probe_splits
 from gim_stagewise.stage.project import round_up
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.spec import step_spec

@@ -23,13 +23,15 @@ from gim_stagewise.stage.probe import (
     RANDOM,
     TRAINED,
     Probes,
-    ProbeSplit,
     Rows,
-    left_out_of_test,
     mean_feature,
+    probe_accuracy,
+)
+from gim_stagewise.stage.probe_splits import (
+    ProbeSplit,
+    left_out_of_test,
     nothing_to_probe,
     of_known_labels,
-    probe_accuracy,
     probe_splits,
 )
 from gim_stagewise.stage.shape import Shape
