@@ -393,13 +393,14 @@ def test_the_error_is_known_at_any_magnitude(name: str, magnitude: float) -> Non
         assert 1e-4 < found.relative < 0.1
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "bitround-7"])
+@pytest.mark.parametrize("name", ["bfloat16", "bitround-7", "float8_e4m3", "uint8"])
 def test_what_would_round_to_infinity_is_counted(name: str) -> None:
     values = torch.tensor([1.0, 3.402e38, -3.402e38])[:, None, None, None]
-    stored, error = Precision(name).encode(values)
+    form = calibrated(name, values)
+    stored, error = form.encode(values)
     assert error is not None
     assert error.saturated == 2
-    assert Precision(name).decode(stored).isfinite().all()
+    assert form.decode(stored).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["uint8", "float8_e4m3"])

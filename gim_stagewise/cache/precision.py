@@ -43,6 +43,10 @@ _LARGEST_BFLOAT16 = (2 - 2.0**-7) * 2.0**127
 # to spare; each code of a uint8 counts.
 _FLOAT8_MARGIN = 4.0
 _UINT8_MARGIN = 1.1
+# So that no code decodes to infinity: 448 times a scale, and the ends of a uint8 with its margin
+# and rounding, are float32 numbers.
+_LARGEST_FLOAT8_SCALE_POWER = 119
+_LARGEST_UINT8_END = 2.0**127
 # Values that are encoded together: as many as stay in a processor's cache, or keep a GPU busy.
 _TOGETHER = {"cpu": 2**16, "cuda": 2**22}
 
@@ -127,7 +131,10 @@ class Precision:
         if self.name == "float8_e4m3":
             reach = _some_reach(torch.maximum(-lowest, highest))
             powers = torch.log2(reach * _FLOAT8_MARGIN / _LARGEST_FLOAT8).ceil()
+            powers = powers.clamp(max=_LARGEST_FLOAT8_SCALE_POWER)
             return replace(self, scale=tuple(torch.exp2(powers).tolist()))
+        lowest = lowest.clamp(min=-_LARGEST_UINT8_END)
+        highest = highest.clamp(max=_LARGEST_UINT8_END)
         reach = _some_reach(highest - lowest) * _UINT8_MARGIN
         step = (reach / 255).float()
         # Rounded to a whole code, so that 0 is a code of its own, and both ends have one.
