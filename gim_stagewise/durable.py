@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -106,13 +107,26 @@ def remove(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-# What operations that were killed leave behind, below a run's folder.
-_LEFTOVERS = (".*.tmp", "*/.*.tmp", "logs/*/.*.tmp", ".*.trash-*", ".*.repair-*")
+def token() -> str:
+    """Of a temporary name: nothing else in a folder is called so (see `leftovers`)."""
+    return uuid.uuid4().hex[:8]
+
+
+def aside(path: Path, purpose: str) -> Path:
+    """A name beside ``path`` that nobody else uses, for "trash" or "repair"."""
+    return path.with_name(f".{path.name.lstrip('.')}.{purpose}-{token()}")
+
+
+# What operations that were killed leave behind, and where below a run's folder they work. A run may
+# lie in a folder of the user's, with hidden files of theirs, so names are matched in full.
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8}\.tmp|(trash|repair)-[0-9a-f]{8})")
+_PLACES = (".*", "checkpoints/.*", "logs/m*/.*", "m*.zarr/.*")
 
 
 def leftovers(folder: Path) -> list[Path]:
     """Files and folders that an operation left when it was killed in a run's folder."""
-    return sorted({path for pattern in _LEFTOVERS for path in folder.glob(pattern)})
+    found = (path for place in _PLACES for path in folder.glob(place))
+    return sorted(path for path in found if _TEMPORARY.fullmatch(path.name))
 
 
 def sweep(folder: Path) -> None:
@@ -146,7 +160,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """
     with storage_errors(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        temporary = path.with_name(f".{path.name}.{token()}.tmp")
         try:
             with operation("write", temporary):
                 write(temporary)

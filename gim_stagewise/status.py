@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gim_stagewise.cache import BuildFolder, read_manifest
-from gim_stagewise.durable import leftovers, rename
+from gim_stagewise.durable import aside, leftovers, rename
 from gim_stagewise.durable import remove as remove_path
 from gim_stagewise.errors import CorruptCacheError, GimStageError
 from gim_stagewise.lock import is_in_use
@@ -312,8 +312,7 @@ def remove(thing: Removable) -> None:
     """Remove exactly this file or folder."""
     if thing.path.is_dir():
         # Renamed first: nothing half-removed keeps its name.
-        trash = thing.path.with_name(f".{thing.path.name.lstrip('.')}.trash-removed")
-        remove_path(trash)
+        trash = aside(thing.path, "trash")
         rename(thing.path, trash)
         remove_path(trash)
     else:

@@ -465,3 +465,11 @@ def test_a_frame_of_another_size_is_not_decoded(tmp_path: Path) -> None:
         cache.read([Request("train/5")])
     with pytest.raises(CorruptCacheError, match="declares 4000000 bytes"):
         Cache(cache.path, verify=False).read([Request("train/5")])
+
+
+@pytest.mark.parametrize(("old", "new"), [(1, True), (1, 1.0), ([0], [False])])
+def test_what_python_calls_equal_may_be_another_option(old: object, new: object) -> None:
+    before, after = Digest.of({"options": {"k": old}}), Digest.of({"options": {"k": new}})
+    assert before.value != after.value
+    assert len(before.differences(after)) == 1
+    assert not after.differences(Digest.of({"options": {"k": new}}))

@@ -140,10 +140,23 @@ def test_what_is_stale_or_damaged_says_why(
     assert states(tiny, done) == [("sealed", "")] * 3
 
 
+def test_hidden_files_of_the_user_stay(tiny: Path, done: Path) -> None:
+    theirs = [".notes.tmp", "checkpoints/.draft.tmp", ".work.trash-me", ".m1.zarr.trash-old"]
+    (done / "checkpoints").mkdir(exist_ok=True)
+    for name in theirs:
+        (done / name).write_text("mine")
+    ours = done / ".m1.zarr.repair-00c0ffee"
+    ours.mkdir()
+    assert [thing.path for thing in removable(open_pipeline(tiny, done))] == [ours]
+    open_pipeline(tiny, done).run(start=3)
+    assert not ours.exists()
+    assert all((done / name).read_text() == "mine" for name in theirs)
+
+
 def test_clean_removes_what_it_listed_and_nothing_else(tiny: Path, done: Path) -> None:
     assert removable(open_pipeline(tiny, done)) == []
-    (done / ".m1.zarr.trash-12").mkdir()
-    (done / ".m2.safetensors.ab12.tmp").write_bytes(b"torn")
+    (done / ".m1.zarr.trash-12345678").mkdir()
+    (done / ".m2.safetensors.ab12cd34.tmp").write_bytes(b"torn")
     (done / "checkpoints").mkdir(exist_ok=True)
     (done / "checkpoints" / "m1.pt").write_bytes(b"old")
     (done / "m9.safetensors").write_bytes(b"of an older file")
@@ -152,8 +165,8 @@ def test_clean_removes_what_it_listed_and_nothing_else(tiny: Path, done: Path) -
     listed = removable(open_pipeline(tiny, done))
     names = sorted(str(thing.path.relative_to(done)) for thing in listed)
     assert names == [
-        ".m1.zarr.trash-12",
-        ".m2.safetensors.ab12.tmp",
+        ".m1.zarr.trash-12345678",
+        ".m2.safetensors.ab12cd34.tmp",
         "checkpoints/m1.pt",
         "m3.safetensors",
         "m3.zarr",

@@ -59,7 +59,8 @@ class Digest:
         lines = []
         for key in sorted({*self.parts, *other.parts} - skipped):
             old, new = self.parts.get(key), other.parts.get(key)
-            if old != new:
+            # As text: 1, 1.0 and true are equal, and yet other options to those who build.
+            if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
                 lines.append(f"{key} {_short(old)} → {_short(new)}")
         return lines
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from gim_stagewise.cache.journal import BuildFolder
 from gim_stagewise.cache.layout import FORMAT_VERSION
 from gim_stagewise.cache.manifest import KEY, Manifest, read_manifest, write_manifest
-from gim_stagewise.durable import remove, rename, storage_errors
+from gim_stagewise.durable import aside, remove, rename, storage_errors
 from gim_stagewise.errors import CorruptCacheError
 
 
@@ -24,15 +23,15 @@ def drop_activations(path: Path) -> Manifest:
         layout=replace(manifest.layout, materialized=False),
         files={k: v for k, v in manifest.files.items() if not k.startswith(gone)},
     )
-    aside = path.with_name(f".{path.name}.trash-{uuid.uuid4().hex[:8]}")
+    trash = aside(path, "trash")
     with storage_errors(f"removing the activations of {path}"):
-        aside.mkdir()
+        trash.mkdir()
         # The manifest first: whatever is interrupted here, nobody takes half an array for a whole.
         write_manifest(path, left)
         for name in ("activations", "checksums/activations"):
             if (path / name).exists():
-                rename(path / name, aside / name.replace("/", "-"))
-        remove(aside)
+                rename(path / name, trash / name.replace("/", "-"))
+        remove(trash)
     return left
 
 
@@ -70,6 +69,6 @@ def discard_cache(path: Path) -> None:
                 f"{path} is in the way and is not a cache of this version; move it, or choose "
                 "another --dir"
             )
-        trash = path.with_name(f".{path.name}.trash-{uuid.uuid4().hex[:8]}")
+        trash = aside(path, "trash")
         rename(path, trash)
         remove(trash)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,14 @@ from gim_stagewise.cache import (
     write_checksums,
     write_samples,
 )
-from gim_stagewise.durable import flush_tree, fsync_directory, remove, rename, storage_errors
+from gim_stagewise.durable import (
+    aside,
+    flush_tree,
+    fsync_directory,
+    remove,
+    rename,
+    storage_errors,
+)
 from gim_stagewise.errors import CorruptCacheError, StaleCacheError
 from gim_stagewise.lock import exclusive
 from gim_stagewise.stage import identity
@@ -62,7 +68,7 @@ def repair(outputs: StageOutputs, weights: FrozenWeights, damage: list[Damage]) 
             f"{path} belongs to something else than what is here ({'; '.join(changes)}): it cannot "
             f"be repaired from it. {_rebuild(outputs)}"
         )
-    staging = path.with_name(f".{path.name}.repair-{uuid.uuid4().hex[:8]}")
+    staging = aside(path, "repair")
     with exclusive(space.folder), storage_errors(f"repairing {path}"):
         staging.mkdir()
         try:
