@@ -117,6 +117,16 @@ def aside(path: Path, purpose: str) -> Path:
     return path.with_name(f".{path.name.lstrip('.')}.{purpose}-{token()}")
 
 
+def discard(path: Path) -> None:
+    """Remove a file or folder, under another name first: nothing half-removed keeps its own.
+
+    Nor can a worker of a killed run add to it meanwhile.
+    """
+    trash = aside(path, "trash")
+    rename(path, trash)
+    remove(trash)
+
+
 # What operations that were killed leave behind, and where below a run's folder they work. A run may
 # lie in a folder of the user's, with hidden files of theirs, so names are matched in full.
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8}\.tmp|(trash|repair)-[0-9a-f]{8})")

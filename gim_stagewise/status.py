@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from gim_stagewise.cache import BuildFolder, read_manifest
-from gim_stagewise.durable import aside, leftovers, rename
-from gim_stagewise.durable import remove as remove_path
 from gim_stagewise.errors import CorruptCacheError, GimStageError
-from gim_stagewise.lock import is_in_use
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.stage.checkpoint import FrozenWeights, TrainingRecord, peek_checkpoint
 from gim_stagewise.stage.disk import folder_bytes
@@ -23,9 +18,7 @@ from gim_stagewise.stage.workspace import Workspace
 
 State = Literal["missing", "training", "frozen", "partial", "sealed", "waiting", "stale", "corrupt"]
 
-_CHECKPOINT_OF_OTHERS = (
-    "its checkpoint is damaged, or of other settings, data or code: training begins anew"
-)
+_CHECKPOINT_OF_OTHERS = "its checkpoint is damaged, or of other settings, data or code"
 
 
 @dataclass(frozen=True)
@@ -57,6 +50,13 @@ class StageStatus:
     done: float | None = None
     record: TrainingRecord | None = None
     cache_bytes: int = 0
+
+    @property
+    def made_again(self) -> Literal["weights", "cache"] | None:
+        """What `run` will make again of what is stale: where weights are, the cache above them."""
+        if self.state != "stale":
+            return None
+        return "weights" if self.record is None else "cache"
 
 
 def pipeline_status(pipeline: Pipeline) -> list[StageStatus]:
@@ -146,15 +146,15 @@ def _above_unfinished(pipeline: Pipeline, index: int, below: StageStatus, size: 
     try:
         if places[0].exists():
             weights = FrozenWeights.load(places[0])
-            record = weights.record
             changes = recipe_differences(weights.recipe, stage_recipe(pipeline.config, index))
+            record = None if changes else weights.record
         if places[1].exists() and not changes:
             recipe = read_manifest(places[1]).recipe
             changes = recipe_differences(recipe, cache_recipe(pipeline.config, index))
     except CorruptCacheError as error:
         return StageStatus(index, "corrupt", str(error), cache_bytes=size)
     if changes:
-        return StageStatus(index, "stale", "; ".join(changes), cache_bytes=size)
+        return StageStatus(index, "stale", "; ".join(changes), record=record, cache_bytes=size)
     return StageStatus(index, "waiting", waits, record=record, cache_bytes=size)
 
 
@@ -205,115 +205,3 @@ def _with_weights(stage: Stage, weights: FrozenWeights, size: int) -> StageStatu
         record=record,
         cache_bytes=size,
     )
-
-
-@dataclass(frozen=True)
-class Removable:
-    """Something in a run's folder that is of no more use."""
-
-    path: Path
-    bytes: int
-    why: str
-
-
-def removable(pipeline: Pipeline) -> list[Removable]:
-    """What can go from a pipeline's folder: leftovers, and what is stale. Removes nothing.
-
-    Sealed and current things, and work that can be gone on with, are never among it.
-
-    Raises
-    ------
-    GimStageError
-        If the pipeline cannot run as it is: then nobody knows what belongs to it.
-    """
-    pipeline.check()
-    listed = []
-    for path, why in _candidates(pipeline):
-        size = path.stat().st_size if path.is_file() else folder_bytes(path)
-        listed.append(Removable(path, size, why))
-    return listed
-
-
-def _candidates(pipeline: Pipeline) -> Iterator[tuple[Path, str]]:
-    space = pipeline.workspace
-    states = {status.module: status for status in pipeline_status(pipeline)}
-    for path in leftovers(space.folder):
-        yield path, "left over from something that was interrupted"
-    for pattern in (".measure-*", ".prove-*"):
-        for path in sorted(space.folder.glob(pattern)):
-            if not is_in_use(path):
-                yield path, "left over from a measurement"
-    for path in sorted(space.folder.glob(".m*.zarr.build")):
-        index = _number(path.name.removeprefix(".").removesuffix(".build"), ".zarr")
-        if index not in states or states[index].state not in {"partial", "waiting"}:
-            yield path, "left over from building a cache"
-    places = [
-        ("m*.zarr", ".zarr"),
-        ("m*.safetensors", ".safetensors"),
-        ("checkpoints/m*.pt", ".pt"),
-    ]
-    yield from _joint_candidates(pipeline, states)
-    for pattern, suffix in places:
-        for path in sorted(space.folder.glob(pattern)):
-            index = _number(path.name, suffix)
-            if index is None:
-                continue
-            if index not in states:
-                yield path, f"the pipeline has no module {index}"
-            elif reason := _why_removable(pipeline, path, states[index]):
-                yield path, reason
-
-
-def _joint_candidates(
-    pipeline: Pipeline, states: Mapping[int, StageStatus]
-) -> Iterator[tuple[Path, str]]:
-    """The checkpoint of all modules, if it is of no more use."""
-    path = pipeline.workspace.joint_checkpoint_path
-    if not path.exists() or any(status.state == "training" for status in states.values()):
-        return
-    done = all(status.state == "frozen" for status in states.values())
-    if pipeline.config.iterative:
-        yield path, "of another mode: modules are trained one after another"
-    else:
-        yield path, "training is done" if done else "stale: of other settings, data or code"
-
-
-def _why_removable(pipeline: Pipeline, path: Path, status: StageStatus) -> str:
-    """Why a file of a stage is of no use; empty if it is, or will be once something is mended."""
-    if path.suffix == ".pt":
-        if status.record is not None:
-            return "training is done"
-        return f"stale: {status.why}" if status.state == "stale" else ""
-    if not pipeline.config.iterative:
-        if path.suffix == ".zarr":
-            return f"no cache is made where mode = {pipeline.config.mode!r}"
-        return f"{status.state}: {status.why}" if status.state in ("stale", "corrupt") else ""
-    try:
-        read: Any = read_manifest if path.suffix == ".zarr" else FrozenWeights.load
-        recipe = read(path).recipe
-    except CorruptCacheError as error:
-        return f"cannot be read: {error}"
-    if status.state == "stale" and (path.suffix == ".zarr" or status.record is None):
-        # Current weights under a stale cache are kept.
-        return f"stale: {status.why}"
-    wanted = (cache_recipe if path.suffix == ".zarr" else stage_recipe)(
-        pipeline.config, status.module
-    )
-    changes = recipe_differences(recipe, wanted)
-    return f"stale: {'; '.join(changes)}" if changes else ""
-
-
-def _number(name: str, suffix: str) -> int | None:
-    digits = name.removeprefix("m").removesuffix(suffix)
-    return int(digits) if digits.isdecimal() else None
-
-
-def remove(thing: Removable) -> None:
-    """Remove exactly this file or folder."""
-    if thing.path.is_dir():
-        # Renamed first: nothing half-removed keeps its name.
-        trash = aside(thing.path, "trash")
-        rename(thing.path, trash)
-        remove_path(trash)
-    else:
-        remove_path(thing.path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.progress import Silent, Task
 from gim_stagewise.report.record import save_record
 from gim_stagewise.stage.extraction_plan import Workers
 
@@ -31,6 +34,27 @@ class Own(nn.Module):
         z = self.conv(x)
         return z * 2 if float(z.detach().sum()) > 1e30 else z
 """
+
+
+class StopError(Exception):
+    """Ends a run at a chosen point."""
+
+
+class Heard(Silent):
+    """Notes what was begun and said."""
+
+    def __init__(self) -> None:
+        self.tasks: list[str] = []
+        self.notes: list[str] = []
+
+    @contextmanager
+    def task(self, label: str, *, total: int, done: int = 0, unit: str) -> Iterator[Task]:
+        self.tasks.append(label)
+        with super().task(label, total=total, done=done, unit=unit) as task:
+            yield task
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 def edit(file: Path, old: str, new: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import tracemalloc
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from helpers import edit, one_error, weights_of
 from warm import gim_stage
 
-from gim_stagewise.cache import Cache
+from gim_stagewise.cache import Cache, auto_chunk, read_manifest
 from gim_stagewise.errors import OverBudgetError, StorageError
 from gim_stagewise.memory import Budget, PeakMeter, resident_bytes
 from gim_stagewise.pipeline import Pipeline
@@ -223,3 +224,35 @@ def _never(pipeline: Pipeline):  # type: ignore[no-untyped-def]
         for index, module in pipeline.config.module.items()
     }
     return pipeline.config.model_copy(update={"module": modules})
+
+
+@pytest.mark.parametrize("precision", ["uint8", "float32"])
+def test_a_block_on_its_way_takes_no_more_than_is_counted(
+    tiny: Path, tmp_path: Path, precision: str
+) -> None:
+    """Of an input that is stored as bytes, and becomes floats when it is read."""
+    edit(tiny, "chunk = 7", f'chunk = 40\nprecision = "{precision}"\nstored_operation = "none"')
+    edit(tiny, "channels = 6", "channels = 32")
+    pipeline = open_pipeline(tiny, tmp_path / "out")
+    pipeline.run(until=2)
+    stage, manifest = pipeline.stage(2), read_manifest(tmp_path / "out" / "m2.zarr")
+    weights = stage.load_weights()
+    worker = stage.outputs.block_job(weights, manifest, tmp_path / "staging").open(stage.source)
+    block, *_ = manifest.layout.blocks(stage.source)
+    (tmp_path / "staging").mkdir()
+    worker(block)
+    tracemalloc.start()
+    try:
+        worker(block)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    inputs = 4 * 40 * 25 * 32 * 4 * 4  # float32 of [sample, row * column, channel, height, width]
+    assert inputs < peak <= stage.needs.block
+
+
+def test_a_chunk_of_little_is_not_made_from_much() -> None:
+    small, large = 1000, 1_000_000
+    assert auto_chunk(small) == auto_chunk(small, small) == 4000
+    assert auto_chunk(small, large) == 64
+    assert auto_chunk(small, 100_000_000) == 1

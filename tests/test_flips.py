@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from helpers import StopError
 
 from gim_stagewise.cache import (
     BuildFolder,
@@ -32,10 +33,6 @@ from gim_stagewise.report.record import save_record
 from gim_stagewise.sources import Request, open_source
 from gim_stagewise.stage.checkpoint import FrozenWeights, check_checkpoint, load_checkpoint
 from gim_stagewise.stage.outputs import StageOutputs
-
-
-class StopError(Exception):
-    pass
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_run, caches_of, edit
+from helpers import StopError, assert_same_run, caches_of, edit
 from numpy.typing import NDArray
 from test_audio import write_speech
 from test_windowed import write_large
@@ -27,9 +27,6 @@ pytestmark = [
 
 
 def test_a_run_on_a_gpu_is_repeatable_and_resumes(tiny: Path, tmp_path: Path) -> None:
-    class StopError(Exception):
-        pass
-
     def stop(module: int, step: int) -> None:
         if (module, step) == (2, 6):
             raise StopError
@@ -45,9 +42,6 @@ def test_a_run_on_a_gpu_is_repeatable_and_resumes(tiny: Path, tmp_path: Path) ->
 def test_one_step_for_all_on_a_gpu_is_repeatable_and_resumes(
     tiny: Path, tmp_path: Path, mode: str
 ) -> None:
-    class StopError(Exception):
-        pass
-
     def stop(module: int, step: int) -> None:
         if step == 6:
             raise StopError

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_run, edit, one_error, shorten, weights_of
+from helpers import StopError, assert_same_run, edit, one_error, shorten, weights_of
 from torch import Tensor, nn
 from warm import gim_stage
 
+from gim_stagewise.clean import removable
 from gim_stagewise.cli.options import mode_option
 from gim_stagewise.config import MODES, TrainConfig, parse_pipeline
 from gim_stagewise.errors import ConfigError
@@ -34,7 +35,7 @@ from gim_stagewise.stage.step import (
     MicroBatches,
     accumulate_gradients,
 )
-from gim_stagewise.status import pipeline_status, removable
+from gim_stagewise.status import pipeline_status
 from gim_stagewise.windows import Span
 
 CPU = torch.device("cpu")
@@ -356,9 +357,6 @@ def test_supervised_modes_learn_labels(tiny: Path, tmp_path: Path) -> None:
 def test_a_run_that_is_stopped_goes_on_to_the_same_bits(
     runs: dict[str, Path], tmp_path: Path, mode: str
 ) -> None:
-    class StopError(Exception):
-        pass
-
     def stop(module: int, step: int) -> None:
         if step == 7:
             raise StopError
@@ -379,9 +377,6 @@ def test_noise_and_averages_resume_bit_for_bit(tiny: Path, tmp_path: Path) -> No
     switches = "dropout = 0.2\nnoise = 0.3\naverage = 0.9\nmicro_batch = 30"
     edit(tiny, "lr = 3e-3", f"lr = 3e-3\n{switches}")
     tiny.write_text(tiny.read_text().partition("[module.3]")[0])
-
-    class StopError(Exception):
-        pass
 
     def stop(module: int, step: int) -> None:
         if (module, step) == (2, 7):
@@ -457,9 +452,6 @@ def test_a_pace_is_that_of_a_loop(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_pace_goes_on_where_it_was(tiny: Path, tmp_path: Path) -> None:
     """After an odd number of steps, in the first epoch: whatever is the best one ends later."""
-
-    class StopError(Exception):
-        pass
 
     def stop(module: int, step: int) -> None:
         if step == 3:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same_run, edit, results_of
+from helpers import Heard, StopError, assert_same_run, edit, results_of
 
 from gim_stagewise.cache import BuildFolder, Cache, read_manifest
 from gim_stagewise.errors import NonFiniteError, PartialCacheError
@@ -87,9 +87,6 @@ def test_a_run_killed_in_training_and_in_extraction_ends_in_the_same_bits(
 def test_training_goes_on_from_the_middle_of_an_epoch_bit_for_bit(
     tiny: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
-    class StopError(Exception):
-        pass
-
     def stop_at_step_6(module: int, step: int) -> None:
         if (module, step) == (1, 6):
             raise StopError
@@ -116,9 +113,6 @@ def test_dropout_resumes_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
     )
     edit(tiny, 'build = "residual"\noptions = { stem = 4, channels = 6 }', 'build = "noisy:block"')
     tiny.write_text(tiny.read_text().partition("[module.2]")[0])
-
-    class StopError(Exception):
-        pass
 
     def stop(module: int, step: int) -> None:
         if step == 6:
@@ -215,3 +209,43 @@ def test_training_that_diverges_says_where_and_keeps_the_last_good_checkpoint(
     state = torch.load(checkpoint, weights_only=True)
     assert all(tensor.isfinite().all() for tensor in state["module"].values())
     assert not (tmp_path / "out" / "m1.safetensors").exists()
+
+
+def test_a_training_that_goes_on_under_other_numerics_says_so(tiny: Path, tmp_path: Path) -> None:
+    out, heard = tmp_path / "out", Heard()
+
+    def stop(_module: int, step: int) -> None:
+        if step == 7:
+            raise StopError
+
+    with pytest.raises(StopError):
+        Pipeline.from_file(tiny, folder=out, device="cpu", on_step=stop).run(until=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        pipeline = Pipeline.from_file(tiny, folder=out, device="cpu", progress=heard)
+        record = pipeline.run(until=1).stages[0].record
+    finally:
+        torch.set_num_threads(before)
+    assert record.numerics["threads"] == [before, before + 1]
+    assert record.numerics["device"] == "cpu"
+    assert any(f"threads {before} → {before + 1}" in note for note in heard.notes)
+    assert pipeline.stage(1).load_weights().record == record
+
+
+def test_training_anew_that_is_stopped_goes_on_without_being_forced(
+    tiny: Path, tmp_path: Path
+) -> None:
+    def stop(_module: int, step: int) -> None:
+        if step == 7:
+            raise StopError
+
+    whole = Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").stage(1)
+    expected, _ = whole.train()
+    stopped = Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu", on_step=stop)
+    with pytest.raises(StopError):
+        stopped.stage(1).train(force=True)
+    found, trained = whole.train()
+    assert trained
+    assert not whole.workspace.checkpoint_path(1).exists()
+    assert found.digest == expected.digest

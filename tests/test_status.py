@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import edit
+import zarr
+from helpers import StopError, edit
 
 import gim_stagewise.stage.extract as extract_room
 from gim_stagewise import Pipeline
+from gim_stagewise.clean import Removable, removable, remove
 from gim_stagewise.errors import CacheNotFoundError, ConfigError
 from gim_stagewise.lock import exclusive
 from gim_stagewise.report import curves
@@ -22,11 +24,7 @@ from gim_stagewise.report.inspect import inspect_cache
 from gim_stagewise.report.record import save_record
 from gim_stagewise.stage.metrics import read_metrics
 from gim_stagewise.stage.storing import compute_block
-from gim_stagewise.status import Removable, pipeline_status, removable, remove
-
-
-class StopError(Exception):
-    """Ends a run at a chosen point."""
+from gim_stagewise.status import pipeline_status
 
 
 def open_pipeline(file: Path, folder: Path) -> Pipeline:
@@ -138,6 +136,28 @@ def test_what_is_stale_or_damaged_says_why(
     # And `run` agrees with what was said.
     open_pipeline(tiny, done).run()
     assert states(tiny, done) == [("sealed", "")] * 3
+
+
+def test_what_a_stale_cache_was_made_of_stays(tiny: Path, done: Path) -> None:
+    """A cache that is stored in another way is built again, of the same weights."""
+    edit(tiny, "chunk = 7", 'chunk = 7\ncodec = "zstd"')
+    found = pipeline_status(open_pipeline(tiny, done))
+    assert [(status.state, status.made_again) for status in found] == [("stale", "cache")] * 3
+    assert all(status.record is not None for status in found)
+    listed = removable(open_pipeline(tiny, done))
+    assert [thing.path.name for thing in listed] == ["m1.zarr", "m2.zarr", "m3.zarr"]
+    for thing in listed:
+        remove(thing)
+    assert not any(stage.trained for stage in open_pipeline(tiny, done).run().stages)
+
+
+def test_what_run_would_not_touch_is_not_removed(tiny: Path, done: Path) -> None:
+    zarr.create_group(done / "m9.zarr").attrs["mine"] = 1
+    text = (done / "m3.zarr" / "zarr.json").read_text()
+    newer = text.replace('"format_version": 1', '"format_version": 99')
+    assert newer != text
+    (done / "m3.zarr" / "zarr.json").write_text(newer)
+    assert removable(open_pipeline(tiny, done)) == []
 
 
 def test_hidden_files_of_the_user_stay(tiny: Path, done: Path) -> None:
@@ -276,7 +296,6 @@ def test_inspect_shows_a_sealed_cache(done: Path) -> None:
     assert found["manifest"]["module"] == 2
     assert len(found["channels"]) == 8
     json.dumps(found)
-    import zarr
 
     stored = np.asarray(zarr.open_array(str(done / "m2.zarr" / "activations"))[0])
     assert found["channels"][3]["mean"] == pytest.approx(stored[:, :, :, 3].mean(), rel=1e-4)
@@ -284,7 +303,6 @@ def test_inspect_shows_a_sealed_cache(done: Path) -> None:
 
 
 def test_what_is_no_cache_is_not_inspected(done: Path, tmp_path: Path) -> None:
-    import zarr
 
     zarr.create_array(str(tmp_path / "other.zarr"), shape=(2,), dtype="uint8")
     places = [tmp_path, tmp_path / "nothing", tmp_path / "other.zarr", done]

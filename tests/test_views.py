@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -163,3 +164,32 @@ def test_no_part_of_a_damaged_chunk_is_given(cache: Cache, name: str) -> None:
                 way()
     finally:
         file.write_bytes(content)
+
+
+def test_samples_that_a_view_is_not_stored_for_are_not_computed(tiny: Path, tmp_path: Path) -> None:
+    """Zeros in their place would give NaN, and nobody counts what is not there."""
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n\n\n"
+        "class Contrast(nn.Module):\n"
+        "    def __init__(self, in_channels):\n"
+        "        super().__init__()\n"
+        "        self.conv = nn.Conv2d(in_channels, 4, 3, padding=1)\n\n"
+        "    def forward(self, x):\n"
+        "        x = x - x.mean((1, 2, 3), True)\n"
+        "        return self.conv(x / x.square().mean((1, 2, 3), True).sqrt())\n"
+    )
+    edit(tiny, "splits.train", 'splits.unlabeled = { images = "train.npy" }\nsplits.train')
+    edit(tiny, "[patches]\n", "[augment]\nflip = 0.5\nviews = 2\n\n[patches]\n")
+    edit(
+        tiny, 'build = "residual"\noptions = { stem = 4, channels = 6 }', 'build = "mine:Contrast"'
+    )
+    Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run(until=1)
+    cache = open_cache(tmp_path / "out" / "m1.zarr")
+    places = [(view, place) for view in range(3) for place in range(len(cache.ids))]
+    stored = sum(cache.is_stored(*place) for place in places)
+    assert stored == 2 * 40 + 52
+    assert cache.manifest.error is not None
+    assert cache.manifest.error["values"] == stored * math.prod(cache.activations.shape[2:])
+    for view, place in places:
+        expected = np.isfinite if cache.is_stored(view, place) else np.isnan
+        assert expected(cache.activations[view, place]).all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gim_stagewise.cache.codecs import codec_implementation, encode
 from gim_stagewise.cache.columns import metadata_problem, write_checksums, write_samples
-from gim_stagewise.cache.create import create_arrays
+from gim_stagewise.cache.create import create_arrays, padding
 from gim_stagewise.cache.digests import Digest, files_digest, flatten
 from gim_stagewise.cache.frames import read_chunk_file
 from gim_stagewise.cache.journal import BuildFolder
@@ -18,7 +18,7 @@ from gim_stagewise.cache.manifest import (
 from gim_stagewise.cache.precision import PLAIN, Precision, is_precision
 from gim_stagewise.cache.precision_error import PrecisionError
 from gim_stagewise.cache.reader import Cache
-from gim_stagewise.cache.removal import discard_cache, drop_activations
+from gim_stagewise.cache.removal import discard_cache, drop_activations, is_cache
 from gim_stagewise.cache.sealed import SealedCache
 from gim_stagewise.cache.tiled import TiledCache, open_cache, open_sealed, open_tiled_cache
 from gim_stagewise.cache.tiles import Layout, TiledLayout
@@ -63,11 +63,13 @@ __all__ = [
     "files_digest",
     "find_damage",
     "flatten",
+    "is_cache",
     "is_precision",
     "metadata_problem",
     "open_cache",
     "open_sealed",
     "open_tiled_cache",
+    "padding",
     "read_chunk_file",
     "read_manifest",
     "require_cache",

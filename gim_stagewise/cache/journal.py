@@ -16,8 +16,8 @@ from gim_stagewise.cache.digests import Digest
 from gim_stagewise.cache.layout import Block
 from gim_stagewise.durable import (
     append_line,
+    discard,
     fsync_directory,
-    remove,
     storage_errors,
     write_atomic,
 )
@@ -37,7 +37,7 @@ class BuildFolder:
 
     def start(self, content: Digest, blocks: int) -> Path:
         """Begin an empty journal for a cache of ``blocks``; returns this run's staging folder."""
-        remove(self.path)
+        self.remove()
         self._errors.mkdir(parents=True)
         self._append({"content": content.value, "blocks": blocks})
         fsync_directory(self.path)
@@ -57,7 +57,7 @@ class BuildFolder:
         if not records or records[0]["content"] != content.value:
             return None
         for leftover in self.path.glob("staging-*"):
-            remove(leftover)
+            discard(leftover)
         done = {record["block"]: record["sha256"] for record in records[1:]}
         # Rewritten whole, so that a line torn by a kill is not appended to.
         text = "".join(json.dumps(record) + "\n" for record in records)
@@ -82,7 +82,7 @@ class BuildFolder:
 
     def remove(self) -> None:
         if self.path.exists():
-            remove(self.path)
+            discard(self.path)
 
     def _new_staging(self) -> Path:
         staging = self.path / f"staging-{uuid.uuid4().hex[:12]}"

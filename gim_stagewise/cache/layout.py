@@ -43,6 +43,8 @@ POOLED_AXES = ("view", "sample", "grid_row", "grid_col", "channel")
 # shuffled epoch hold too much in memory.
 MIN_CHUNK_BYTES = 4_000_000
 MAX_CHUNK_BYTES = 16_000_000
+# A chunk is computed as a whole, from inputs that are in memory together.
+MAX_INPUT_BYTES = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ class CacheLayout:
     def wanted(self, source: Listed, view: int) -> frozenset[str]:
         """Ids of the samples that a view is stored for.
 
-        A block may have others besides: what is stored of those is made from zeros, and not read.
+        A block may have others besides, which are neither computed nor read.
         """
         if self.views == 1:
             return frozenset(source.ids)
@@ -239,6 +241,13 @@ class CacheLayout:
         return [file for part in self.parts(block).values() for file in part.files]
 
 
-def auto_chunk(sample_bytes: int) -> int:
-    """Samples per chunk so that a chunk reaches `MIN_CHUNK_BYTES`."""
-    return math.ceil(MIN_CHUNK_BYTES / sample_bytes)
+def auto_chunk(sample_bytes: int, input_bytes: int = 0) -> int:
+    """Samples per chunk so that a chunk reaches `MIN_CHUNK_BYTES`.
+
+    Of modules that make little of much there are fewer: what chunks are made from, ``input_bytes``
+    a sample, stays below `MAX_INPUT_BYTES`.
+    """
+    count = math.ceil(MIN_CHUNK_BYTES / sample_bytes)
+    if input_bytes:
+        count = min(count, MAX_INPUT_BYTES // input_bytes)
+    return max(1, count)

@@ -10,7 +10,7 @@ from pathlib import Path
 from gim_stagewise.cache.journal import BuildFolder
 from gim_stagewise.cache.layout import FORMAT_VERSION
 from gim_stagewise.cache.manifest import KEY, Manifest, read_manifest, write_manifest
-from gim_stagewise.durable import aside, remove, rename, storage_errors
+from gim_stagewise.durable import aside, discard, remove, rename, storage_errors
 from gim_stagewise.errors import CorruptCacheError
 
 
@@ -35,7 +35,7 @@ def drop_activations(path: Path) -> Manifest:
     return left
 
 
-def _is_cache(path: Path) -> bool:
+def is_cache(path: Path) -> bool:
     """Whether a folder is what is left of a cache of ours, damaged or not, or empty."""
     if path.is_symlink() or not path.is_dir():
         return False
@@ -64,11 +64,9 @@ def discard_cache(path: Path) -> None:
     for leftover in path.parent.glob(f".{path.name}.trash-*"):
         remove(leftover)
     if path.exists() or path.is_symlink():
-        if not _is_cache(path):
+        if not is_cache(path):
             raise CorruptCacheError(
                 f"{path} is in the way and is not a cache of this version; move it, or choose "
                 "another --dir"
             )
-        trash = aside(path, "trash")
-        rename(path, trash)
-        remove(trash)
+        discard(path)

@@ -99,8 +99,10 @@ def stage_block(
             with operation("mkdir", folder):
                 folder.mkdir()  # not its parent: if that is gone, another took over
             for name, part in parts.items():
-                own = folder / part.array
-                own.mkdir(parents=True)
+                own = folder
+                for step in Path(part.array).parts:
+                    own /= step
+                    own.mkdir(exist_ok=True)
                 with operation("write", own):
                     _write_part(folder, manifest, name, part, arrays[name])
             if error is not None:

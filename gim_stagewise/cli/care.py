@@ -34,7 +34,7 @@ def status(pipeline_file: Path, mode: str | None, folder: Path | None, as_json: 
             {
                 "pipeline": pipeline.config.name,
                 "folder": str(pipeline.workspace.folder),
-                "modules": [asdict(stage) for stage in stages],
+                "modules": [asdict(s) | {"made_again": s.made_again} for s in stages],
             }
         )
     else:
@@ -180,8 +180,8 @@ def clean(
     Example:
       gim-stage clean pipelines/digits.toml
     """
+    from gim_stagewise.clean import removable, remove
     from gim_stagewise.lock import exclusive
-    from gim_stagewise.status import removable, remove
     from gim_stagewise.units import format_bytes
 
     pipeline = options.pipeline_from(pipeline_file, None, folder, device="cpu", mode=mode)

@@ -105,8 +105,9 @@ def output_shape(
     Raises
     ------
     ModuleRefusedError
-        If the input does not fit, the output is no batch of rows, rows depend on one another, a
-        forward changes a buffer or draws in evaluation mode, or there is nothing to train.
+        If the input does not fit, the output is no batch of finite rows, rows depend on one
+        another, a forward changes a buffer or draws in evaluation mode, or there is nothing to
+        train.
     """
     _check_parameters(module, key)
     training = module.training
@@ -117,6 +118,12 @@ def output_shape(
             module.train()
             z, pooled = _forward(module, rows, key)
             _check_shapes(z, pooled, rows.ndim, key, dense=dense)
+            if not (z.isfinite().all() and pooled.isfinite().all()):
+                raise ModuleRefusedError(
+                    "gives NaN or infinity for normally distributed values; does it divide by 0, "
+                    "or take a logarithm or root of what may be negative?",
+                    key=key,
+                )
             _check_buffers(module, before, key)
             _check_rows_alone(module, rows, key)
             _check_input_op(module, rows.detach(), key)

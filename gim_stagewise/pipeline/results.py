@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gim_stagewise.config import Mode
+from gim_stagewise.errors import ConfigError
 from gim_stagewise.stage.checkpoint import TrainingRecord
 from gim_stagewise.stage.probe import ProbeScores
 
@@ -69,7 +70,15 @@ class RunResult:
         -------
         float or None
             None where there are no such labels, or they do not fit the module.
+
+        Raises
+        ------
+        ConfigError
+            If the run has no such module.
         """
+        if module not in range(1, len(self.stages) + 1):
+            there = f"this run has modules 1 to {len(self.stages)}"
+            raise ConfigError(f"is {module}; {there}", key="module")
         scores = self.scores(labels)
         if scores is None:
             return None

@@ -142,6 +142,7 @@ def status_table(pipeline: Pipeline, stages: Sequence[StageStatus]) -> Table:
             state = f"{state} {100 * stage.done:.0f} %"
         colour = colours.get(stage.state, "default")
         record = stage.record
+        again = {"weights": ": trains again", "cache": ": builds its cache again", None: ""}
         table.add_row(
             str(stage.module),
             f"[{colour}]{state}[/]",
@@ -149,7 +150,7 @@ def status_table(pipeline: Pipeline, stages: Sequence[StageStatus]) -> Table:
             "" if record is None else nats(record.validation_loss),
             "" if record is None else f"{record.seconds:.0f} s",
             format_bytes(stage.cache_bytes) if stage.cache_bytes else "",
-            escape(stage.why),
+            escape(stage.why + again[stage.made_again]),
         )
     return table
 

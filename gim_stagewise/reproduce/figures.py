@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from gim_stagewise.cache import Cache
 from gim_stagewise.config import AugmentConfig
 from gim_stagewise.durable import write_atomic
-from gim_stagewise.errors import CacheNotFoundError, ConfigError, DataError
-from gim_stagewise.pipeline import RunResult, StageResult
+from gim_stagewise.errors import ConfigError, DataError
+from gim_stagewise.pipeline import StageResult
 from gim_stagewise.report.curves import CURVES, matplotlib_figure
 from gim_stagewise.reproduce.exciting import Neuron, most_exciting
 from gim_stagewise.reproduce.runs import Reproduction, how_iterative, markdown_table
@@ -131,8 +131,6 @@ def figure_3(work: Reproduction) -> Path:
     ------
     ConfigError
         If matplotlib is not installed.
-    CacheNotFoundError
-        If weights do not know the losses of their epochs.
     GimStageError
         If one of the two cannot be trained.
     """
@@ -146,7 +144,7 @@ def figure_3(work: Reproduction) -> Path:
     for mode, (colour, width) in lines.items():
         for result in work.runs(mode):  # none if it does not fit in memory
             for panel, stage in zip(panels, result.stages, strict=True):
-                epochs = _epoch_losses(result, stage)
+                epochs = stage.record.epoch_losses
                 rows.append([str(stage.module), mode, *_frozen_losses(stage)])
                 for name, style, losses in zip(*CURVES, zip(*epochs, strict=True), strict=True):
                     panel.plot(
@@ -190,18 +188,6 @@ def _frozen_losses(stage: StageResult) -> list[str]:
     assert own.validation_loss is not None
     losses = (own.train_loss, own.validation_loss, own.validation_loss - own.train_loss)
     return [str(own.epochs), *(f"{loss:.3f}" for loss in losses)]
-
-
-def _epoch_losses(result: RunResult, stage: StageResult) -> list[list[float]]:
-    """Losses after each epoch of the training that a module's weights come from."""
-    epochs = stage.record.epoch_losses
-    if len(epochs) != stage.record.epochs:
-        weights = result.folder / f"m{stage.module}.safetensors"
-        raise CacheNotFoundError(
-            f"{weights} does not know the losses of its epochs, as an earlier version left it; "
-            "remove it, and the module is trained again"
-        )
-    return epochs
 
 
 def save_figure(work: Reproduction, figure: Any, number: int, text: str) -> Path:

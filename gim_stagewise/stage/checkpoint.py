@@ -117,12 +117,13 @@ class TrainingRecord:
     best_epoch : int
         Counted from 1.
     train_loss, validation_loss : float or None
-        Of the frozen weights, in nats, on held-out samples and on as many of those that were
-        trained on; None of a module without an objective of its own.
+        Of the frozen weights, in nats, on as many of the samples that were trained on as are held
+        out, and on those that are; None of a module without an objective of its own.
     seconds : float
         Time spent in training, resumed parts included.
     numerics : dict
-        What the bits of the weights depend on besides the recipe: device, torch, threads.
+        What the bits of the weights depend on besides the recipe: device, torch, threads. Where
+        training went on under others, a list of values.
     micro_batch : int
         Patches that were in memory at a time.
     projected_mem, measured_mem : int
@@ -161,7 +162,7 @@ class TrainingRecord:
         known = {name: value for name, value in numbers.items() if name not in losses}
         if any(isinstance(v, bool) or not isinstance(v, int | float) for v in known.values()):
             raise TypeError("a record of something else than numbers")
-        losses_of = [[float(own) for own in pair] for pair in content.get("epoch_losses", [])]
+        losses_of = [[float(own) for own in pair] for pair in content["epoch_losses"]]
         if any(len(pair) != 2 for pair in losses_of):
             raise ValueError("losses of an epoch that are no pair")
         return cls(**numbers, numerics=dict(content["numerics"]), epoch_losses=losses_of)

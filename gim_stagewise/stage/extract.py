@@ -29,6 +29,7 @@ from gim_stagewise.cache import (
     StagedBlock,
     TiledLayout,
     open_sealed,
+    padding,
     stage_block,
 )
 from gim_stagewise.config import PipelineConfig
@@ -147,17 +148,30 @@ class BlockWorker:
 
     def compute(self, ids: list[str], view: int) -> dict[str, NDArray[Any]]:
         """Activations, as they would be stored, and embeddings of the samples of a block."""
-        samples = self._samples(ids, view)
-        return compute_block(
-            self.frozen, samples, ids, self.job.config.extract, Storing.of(self.job.manifest)
-        )
+        return self._computed(ids, view, self._samples(ids, view), Storing.of(self.job.manifest))
+
+    def _computed(
+        self, ids: list[str], view: int, samples: NDArray[np.float32], storing: Storing
+    ) -> dict[str, NDArray[Any]]:
+        """What becomes of `_samples`, in the places that they have in their block."""
+        own = self._own(ids, view)
+        named = [item_id for item_id, is_own in zip(ids, own, strict=True) if is_own]
+        arrays = compute_block(self.frozen, samples, named, self.job.config.extract, storing)
+        if all(own):
+            return arrays
+        block = {}
+        for name, values in arrays.items():
+            nothing = padding(name, self.job.manifest.precision)
+            block[name] = np.full((len(ids), *values.shape[1:]), nothing, values.dtype)
+            block[name][own] = values
+        return block
 
     def _read(self, requests: Sequence[Request]) -> NDArray[np.float32]:
         with self._reading:  # sources need not be made for several threads
             return read_stacked(self.source, requests)
 
     def read(self, block: Block) -> NDArray[np.float32]:
-        """The input of a block: its samples, or one window."""
+        """The input of a block: those of its samples that it is stored for, or one window."""
         layout = self.job.manifest.layout
         if isinstance(layout, TiledLayout):
             (item_id,) = self.ids(block)
@@ -167,15 +181,16 @@ class BlockWorker:
         return self._samples(self.ids(block), block.view)
 
     def _samples(self, ids: list[str], view: int) -> NDArray[np.float32]:
-        """Samples of a block; zeros for those that the view is not stored for."""
+        """Samples of a block that the view is stored for; a module may not even take others."""
+        own = self._own(ids, view)
+        return self._read(
+            [Request(item_id, view) for item_id, is_own in zip(ids, own, strict=True) if is_own]
+        )
+
+    def _own(self, ids: list[str], view: int) -> list[bool]:
+        """Which of a block's samples the view is stored for."""
         wanted = self._wanted[view]
-        own = [item_id in wanted for item_id in ids]
-        read = self._read([Request(i, view) for i, is_own in zip(ids, own, strict=True) if is_own])
-        if all(own):
-            return read
-        samples = np.zeros((len(ids), *read.shape[1:]), read.dtype)
-        samples[own] = read
-        return samples
+        return [item_id in wanted for item_id in ids]
 
     @cached_property
     def _wanted(self) -> list[frozenset[str]]:
@@ -212,7 +227,7 @@ class BlockWorker:
         layout, config = self.job.manifest.layout, self.job.config.extract
         storing = Storing.of(self.job.manifest) if layout.materialized else Storing(None)
         if not isinstance(layout, TiledLayout):
-            arrays = compute_block(self.frozen, samples, self.ids(block), config, storing)
+            arrays = self._computed(self.ids(block), block.view, samples, storing)
             return arrays, storing.error
         (item_id,) = self.ids(block)
         place = ", ".join(f"{span.start} to {span.stop}" for span in layout.region(block))

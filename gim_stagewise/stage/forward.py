@@ -95,6 +95,6 @@ def block_bytes(inputs: int, outputs: int) -> int:
     Parameters
     ----------
     inputs, outputs : int
-        Bytes of the block's inputs, and of its outputs in their stored form.
+        Bytes of the block's inputs in memory, and of its outputs in their stored form.
     """
     return 2 * inputs + 4 * outputs

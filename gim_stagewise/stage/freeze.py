@@ -214,7 +214,7 @@ def numerics(device: torch.device, config: ExtractConfig, cache: CacheConfig) ->
     """What the bits of a frozen module's outputs, and their encoded form, depend on."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "threads": config.threads,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "piece": config.batch,
@@ -228,7 +228,7 @@ def training_numerics(device: torch.device) -> dict[str, Any]:
     """What the bits of trained weights depend on, besides their recipe."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }

@@ -46,8 +46,8 @@ def _joint_recipe(config: PipelineConfig) -> Digest:
 def _module_table(config: PipelineConfig, number: int) -> dict[str, Any]:
     """What decides a module's weights, besides its input.
 
-    What is switched off does not stand there, so that weights stay current that were trained before
-    there was such a switch.
+    What is switched off does not stand there, so that weights stay current when a release brings a
+    new switch.
     """
     module = config.stage(number)
     table: dict[str, Any] = {"build": module.build, "options": module.options}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from gim_stagewise.cache import Cache, CacheLayout, Layout, Precision, TiledCache, auto_chunk
+from gim_stagewise.cache import Cache, CacheLayout, Layout, Precision, TiledCache
 from gim_stagewise.sources import PatchSource, RegionSource, Source, Split
 from gim_stagewise.stage.extract import VirtualCache
 from gim_stagewise.stage.feed import MOST_THREADS
@@ -81,7 +81,7 @@ def stage_needs(workspace: Workspace, index: int, shape: Shape, source: Source) 
         loader=loader,
         chain=chain_bytes(source),
         item_bytes=source.item_bytes,
-        block=_block_bytes(source.item_bytes, layout),
+        block=_block_bytes(shape, layout),
         layout=layout,
     )
 
@@ -118,8 +118,8 @@ def joint_needs(
     return TrainingNeeds(joint_spec(workspace, shapes, **known), held, 0)
 
 
-def _block_bytes(item_bytes: int, layout: CacheLayout) -> int:
-    return block_bytes(layout.chunk * item_bytes, layout.block_bytes)
+def _block_bytes(shape: Shape, layout: CacheLayout) -> int:
+    return block_bytes(layout.chunk * shape.input_bytes, layout.block_bytes)
 
 
 def _windowed_needs(
@@ -195,13 +195,13 @@ def chain_needs(
         )
         spec = step_spec(workspace, index, shape)
         layout = cache_layout(workspace, index, shape, source)
-        block = _block_bytes(item_bytes, layout)
+        block = _block_bytes(shape, layout)
         needs.append(StageNeeds(spec, held, chain, item_bytes, block, layout))
         always = workspace.module_config(index).cache.materialize == "always"
         if (stored or {}).get(index, always):
             chain = 0
         elif index < len(shapes):
-            chain += virtual_bytes(spec, item_bytes, layout)
+            chain += virtual_bytes(spec, shape, layout)
         item_bytes, chunk_items, views = layout.sample_bytes, layout.chunk, layout.views - 1
     return needs
 
@@ -240,14 +240,14 @@ def chain_bytes(source: Source) -> int:
         )
         shape = check_shape(space, job.manifest.module, grid, cell)
         spec = step_spec(space, job.manifest.module, shape)
-        total += virtual_bytes(spec, below.item_bytes, source.layout)
+        total += virtual_bytes(spec, shape, source.layout)
         source = below
     return total
 
 
-def virtual_bytes(spec: StepSpec, item_bytes: int, layout: CacheLayout) -> int:
+def virtual_bytes(spec: StepSpec, shape: Shape, layout: CacheLayout) -> int:
     """Bytes that one frozen module takes to compute blocks on demand."""
-    return project_forward(spec, measure=False, margin=False) + _block_bytes(item_bytes, layout)
+    return project_forward(spec, measure=False, margin=False) + _block_bytes(shape, layout)
 
 
 def layout_of(workspace: Workspace, index: int, shape: Shape, source: Source) -> Layout:
@@ -273,16 +273,14 @@ def cache_layout(workspace: Workspace, index: int, shape: Shape, source: Source)
     cache, augment = workspace.module_config(index).cache, workspace.config.augment
     rows, columns = shape.grid
     channels, height, width = shape.cell_out
-    layout = CacheLayout(
+    return CacheLayout(
         samples=len(source.ids),
         views=1 + (augment.views if augment.random else 0),
         grid=(rows, columns),
         cell=(channels, height, width),
         embedding=shape.embedding,
-        chunk=1,
+        chunk=shape.chunk(cache, len(source.ids)),
         codec=cache.codec,
         materialized=cache.materialize != "never",
         dtype=Precision(cache.precision).stored_dtype,
     )
-    chunk = auto_chunk(layout.sample_bytes) if cache.chunk == "auto" else cache.chunk
-    return replace(layout, chunk=min(chunk, layout.samples))

@@ -23,7 +23,7 @@ from gim_stagewise.stage.probe import (
 from gim_stagewise.stage.workspace import Workspace
 
 # To be raised when probes are computed in another way.
-VERSION = 7
+VERSION = 1
 _NAME = "probe.json"
 
 

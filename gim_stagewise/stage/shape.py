@@ -63,12 +63,26 @@ class Shape:
     input_op: str | None = None
     geometry: tuple[Geometry, ...] = ()
 
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of a sample of the input in memory."""
+        return 4 * math.prod(self.grid) * math.prod(self.cell_in)
+
+    def chunk(self, cache: CacheConfig, samples: int) -> int:
+        """Samples in a chunk of the module's cache."""
+        wanted = cache.chunk
+        if wanted == "auto":
+            wanted = auto_chunk(self._stored_bytes(cache), self.input_bytes)
+        return min(wanted, samples)
+
     def chunk_bytes(self, cache: CacheConfig, samples: int) -> int:
         """Bytes of one chunk of the module's cache, before it is compressed."""
+        return self._stored_bytes(cache) * self.chunk(cache, samples)
+
+    def _stored_bytes(self, cache: CacheConfig) -> int:
+        """Bytes of a sample of the module's cache, before it is compressed."""
         itemsize = Precision(cache.precision).itemsize
-        per_sample = itemsize * math.prod(self.grid) * math.prod(self.cell_out)
-        wanted = auto_chunk(per_sample) if cache.chunk == "auto" else cache.chunk
-        return per_sample * min(wanted, samples)
+        return itemsize * math.prod(self.grid) * math.prod(self.cell_out)
 
     def extent_out(self, extent: tuple[int, ...]) -> tuple[int, ...]:
         """Extent of the outputs for an item whose input has this one."""

@@ -139,7 +139,10 @@ class Stage:
             sweep(self.workspace.folder)
             if force:
                 remove(checkpoint)
-            weights = self._train()
+            plan = self.plan_training()
+            if force:  # once it is interrupted, it goes on without being forced again
+                remove(self.workspace.weights_path(self.index))
+            weights = self._train(plan)
             remove(checkpoint)
         return weights, True
 
@@ -203,9 +206,8 @@ class Stage:
         recorded = None if begun is None else begun["micro_batch"]
         return plan_training(self.needs, recorded=recorded, budget=self.workspace.budget)
 
-    def _train(self) -> FrozenWeights:
+    def _train(self, plan: TrainingPlan) -> FrozenWeights:
         space = self.workspace
-        plan = self.plan_training()
         tensors, (record,) = train_within(space, plan, lambda: self._train_job(plan))
         below = self.source.manifest.recipe.parts if isinstance(self.source, SealedCache) else {}
         weights = frozen_weights(

@@ -63,6 +63,8 @@ class _Counters:
     seconds: float = 0.0
     finished: bool = False
     micro_batch: int = 0
+    # Under which training went on, one after the other.
+    numerics: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train_module(
@@ -120,7 +122,7 @@ class _Trainer:
             stage=job.stage,
             grid=job.grid,
         )
-        self.at = _Counters(micro_batch=job.micro_batch)
+        self.at = _Counters(micro_batch=job.micro_batch, numerics=[training_numerics(job.device)])
         self.best = module_tensors(self.module)
         self.logs = [MetricsLog(folder) for folder in job.logs]
 
@@ -153,7 +155,7 @@ class _Trainer:
                 train_loss=train_loss,
                 validation_loss=validation_loss,
                 seconds=self.at.seconds,
-                numerics=training_numerics(self.job.device),
+                numerics=_all_of(self.at.numerics),
                 micro_batch=self.job.micro_batch,
                 shuffle_quality=self.loader.shuffle_quality,
                 epoch_losses=[[own[number] for own in pair] for pair in self.at.epoch_losses],
@@ -338,6 +340,7 @@ class _Trainer:
                     "or of other settings, data or code"
                 )
             return
+        (now,) = self.at.numerics
         self.at = _Counters(**state["counters"])
         self.module.load_state_dict(state["module"])
         self.objective.load_state_dict(state["objective"])
@@ -350,3 +353,21 @@ class _Trainer:
             f"{self.job.label}: going on from epoch {self.at.epoch + 1}, "
             f"step {self.at.step_in_epoch} of {self.loader.steps}"
         )
+        before = self.at.numerics[-1]
+        if before == now:
+            return
+        self.at.numerics.append(now)
+        changes = (f"{key} {before[key]} → {now[key]}" for key in now if now[key] != before[key])
+        self.progress.note(
+            f"{self.job.label}: with other numerics than before ({'; '.join(changes)}), so weights "
+            "will differ in their last bits from those of a training that was not stopped"
+        )
+
+
+def _all_of(numerics: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Numerics of a training; what changed on the way as a list."""
+    found = {key: [own.get(key) for own in numerics] for key in numerics[-1]}
+    return {
+        key: values[0] if all(own == values[0] for own in values) else values
+        for key, values in found.items()
+    }
