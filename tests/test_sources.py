@@ -451,6 +451,37 @@ def test_a_zarr_group_in_place_of_an_array_is_refused(tmp_path: Path) -> None:
         open_source(arrays(tmp_path, "zarr"))
 
 
+def test_a_zarr_chunk_is_decoded_once_for_images_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = pixels(11, 4, 4)
+    save(tmp_path / "images.zarr", values, chunks=(4, 4, 2))
+    source: Any = open_source(arrays(tmp_path, "zarr"))
+    decoded: list[object] = []
+    real = zarr.Array.__getitem__
+
+    def counted(array: Any, key: Any) -> Any:
+        decoded.append(key)
+        return real(array, key)
+
+    monkeypatch.setattr(zarr.Array, "__getitem__", counted)
+    for item_id, expected in zip(source.ids, values, strict=True):
+        np.testing.assert_array_equal(source.read([Request(item_id)])[0][0], expected)
+    assert len(decoded) == 3
+    np.testing.assert_array_equal(source.read([Request(source.ids[-1])])[0][0], values[-1])
+    assert len(decoded) == 3
+    assert source.chunk_bytes == 4 * 4 * 4 * values.itemsize
+
+
+def test_a_zarr_chunk_of_too_many_images_is_refused(tmp_path: Path) -> None:
+    images = zarr.create_array(
+        str(tmp_path / "images.zarr"), shape=(400, 512, 512), chunks=(300, 512, 512), dtype="u1"
+    )
+    assert images.nbytes > 64_000_000
+    with pytest.raises(DataError, match=r"chunks of 300 samples, .* 244 at most"):
+        open_source(arrays(tmp_path, "zarr"))
+
+
 @pytest.mark.parametrize("torn", ["zarr.json", "c/0/0/0"])
 def test_a_torn_zarr_array_is_named(tmp_path: Path, torn: str) -> None:
     save(tmp_path / "images.zarr", pixels(2, 4, 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from warm import gim_stage
 
 from gim_stagewise.cache import TiledCache, find_damage
+from gim_stagewise.clean import removable
 from gim_stagewise.config import Mode, parse_pipeline
 from gim_stagewise.errors import ConfigError, OverBudgetError
 from gim_stagewise.memory import Budget
@@ -32,6 +34,7 @@ from gim_stagewise.stage.checkpoint import FrozenWeights
 from gim_stagewise.stage.encoder import load_encoder
 from gim_stagewise.stage.extraction_plan import Workers, plan_extraction
 from gim_stagewise.stage.fit import smallest_training
+from gim_stagewise.stage.left_out import leave_out
 from gim_stagewise.stage.needs import chain_needs
 from gim_stagewise.stage.tiling import chosen_tile
 from gim_stagewise.verify import mend
@@ -554,10 +557,32 @@ def test_a_tile_that_turns_out_corrupt_during_the_run(
     assert not pipeline.skipped
     result = pipeline.run(workers=Workers(0))
     assert list(result.skipped) == ["unlabeled/c.tif"]
+    # Later runs know it, though nothing they look at beforehand says so.
+    later = Pipeline.from_file(large, folder=tmp_path / "out", device="cpu")
+    assert list(later.skipped) == ["unlabeled/c.tif"]
+    assert removable(later) == []
+    again = later.run(workers=Workers(0))
+    assert not any(stage.trained or stage.extracted for stage in again.stages)
+    shutil.copy(tmp_path / "images" / "b.tif", tmp_path / "images" / "c.tif")
+    mended = Pipeline.from_file(large, folder=tmp_path / "out", device="cpu")
+    assert not mended.skipped
     (tmp_path / "images" / "c.tif").unlink()
     without = tmp_path / "without"
     Pipeline.from_file(large, folder=without, device="cpu").run(workers=Workers(0))
     assert_same_run(tmp_path / "out", without)
+
+
+def test_what_was_left_out_is_tried_again_with_module_1(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gim_stagewise.sources.large._SIDE", 16)
+    edit(large, 'kind = "large"', 'kind = "large"\non_error = "skip"\ndigest = "sampled"')
+    pipeline = Pipeline.from_file(large, folder=tmp_path / "out", device="cpu")
+    leave_out(tmp_path / "out", pipeline.source, "unlabeled/a.npy", "a disk was away")
+    pipeline = Pipeline.from_file(large, folder=tmp_path / "out", device="cpu")
+    assert pipeline.skipped == {"unlabeled/a.npy": "a disk was away"}
+    assert not pipeline.run(start=1, until=1, workers=Workers(0)).skipped
+    assert not Pipeline.from_file(large, folder=tmp_path / "out", device="cpu").skipped
 
 
 # Where windows lie

@@ -38,6 +38,7 @@ from gim_stagewise.stage.freeze import resolve_device
 from gim_stagewise.stage.identity import cache_recipe, recipe_differences
 from gim_stagewise.stage.joint import JointStage
 from gim_stagewise.stage.labels import chosen_labels
+from gim_stagewise.stage.left_out import leave_out, try_again
 from gim_stagewise.stage.lineage import foreign_content
 from gim_stagewise.stage.needs import chain_needs
 from gim_stagewise.stage.probe_fit import check_probe_of_patches, check_probe_of_recordings
@@ -68,8 +69,6 @@ class Pipeline:
     ) -> None:
         self.workspace = workspace
         self._source = source
-        # Items that turned out during the run to be none.
-        self._unusable: dict[str, str] = {}
         self.config: PipelineConfig = workspace.config
 
     @classmethod
@@ -172,7 +171,7 @@ class Pipeline:
         if self._source is not None:
             return self._source
         if self.config.windowed:
-            return open_windowed(self.workspace, unusable=self._unusable)
+            return open_windowed(self.workspace)
         return open_data(self.config)
 
     @property
@@ -358,13 +357,18 @@ class Pipeline:
         """
         return run_pipeline(self, start=start, until=until, workers=workers or Workers())
 
+    def try_all_again(self) -> None:
+        """Forget what earlier runs left out of the dataset."""
+        try_again(self.workspace.folder)
+        self.__dict__.pop("source", None)
+
     def leave_out(self, error: DataError | DataNotFoundError) -> bool:
         """Whether the dataset can do without what went wrong; it is another dataset then."""
         if not self.config.windowed or self.config.source.on_error != "skip":
             return False
         before = self.source
         if error.item is not None:
-            self._unusable[error.item] = str(error)
+            leave_out(self.workspace.folder, before, error.item, str(error))
         del self.source
         gone = set(before.ids) - set(self.source.ids)
         for item_id in gone:

@@ -102,6 +102,8 @@ def _run_stages(pipeline: Pipeline, start: int | None, last: int, workers: Worke
     """Stage by stage, through caches."""
     check_scheduler(workers)
     space = pipeline.workspace
+    if start == 1:
+        pipeline.try_all_again()
     shapes, caches = check_stages(pipeline, start=start, last=last, workers=workers)
     pipeline.note_data()
     with exclusive(space.folder):

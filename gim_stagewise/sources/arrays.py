@@ -17,8 +17,11 @@ from gim_stagewise.config import SourceConfig
 from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
 from gim_stagewise.sources.base import Split
 from gim_stagewise.sources.parts import PartsSource, array_digest
+from gim_stagewise.units import format_bytes
 
 _AXES = {"sample", "channel", "height", "width"}
+# Samples of one chunk are read together, whichever of them is asked for.
+_MOST_TOGETHER_BYTES = 64_000_000
 
 
 def open_arrays(config: SourceConfig) -> PartsSource:
@@ -232,7 +235,49 @@ def _open_zarr(path: Path) -> Any:
         ) from None
     if not isinstance(array, zarr.Array):
         raise DataError(f"{path} is a Zarr group, expected an array; name one inside it")
-    return array
+    return _ZarrRows(array, path)
+
+
+class _ZarrRows:
+    """A Zarr array by rows: of those that a chunk has together the last are kept.
+
+    Raises
+    ------
+    DataError
+        If these are more than `_MOST_TOGETHER_BYTES`.
+    """
+
+    def __init__(self, array: Any, path: Path) -> None:
+        self.shape: tuple[int, ...] = array.shape
+        self.dtype = np.dtype(array.dtype)
+        self.chunks: tuple[int, ...] = array.chunks
+        self._array = array
+        together = min(self.chunks[0], self.shape[0]) if self.shape else 1
+        each = math.prod(self.shape[1:]) * self.dtype.itemsize
+        self.chunk_bytes = together * each if together > 1 else 0
+        if self.chunk_bytes > _MOST_TOGETHER_BYTES:
+            raise DataError(
+                f"{path} is stored in chunks of {together} samples, which take "
+                f"{format_bytes(self.chunk_bytes)} to read one of them; store it with fewer in a "
+                f"chunk, {max(1, _MOST_TOGETHER_BYTES // each)} at most"
+            )
+        self._last: tuple[int, NDArray[Any]] | None = None
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getitem__(self, index: int | slice) -> NDArray[Any]:
+        if isinstance(index, slice) or not self.chunk_bytes:
+            return np.asarray(self._array[index])
+        number, place = divmod(range(len(self))[index], self.chunks[0])
+        last = self._last
+        if last is None or last[0] != number:
+            self._last = None
+            start = number * self.chunks[0]
+            last = (number, np.asarray(self._array[start : start + self.chunks[0]]))
+            self._last = last
+        row: NDArray[Any] = last[1][place]
+        return row
 
 
 class _StoredPart:
@@ -243,6 +288,7 @@ class _StoredPart:
     ) -> None:
         self._where = where
         self._images = images
+        self.chunk_bytes: int = getattr(images, "chunk_bytes", 0)
         self._axes = axes
         self._labels = labels
 

@@ -143,7 +143,13 @@ class PassedOn:
     def __init__(self, inner: Source) -> None:
         self.notices: tuple[str, ...] = tuple(getattr(inner, "notices", ()))
         self.rate = int(getattr(inner, "rate", 0))
+        self._inner = inner
         self._labelled = inner if isinstance(inner, StepLabelled) else None
+
+    def stamp(self, item_id: str) -> list[int]:
+        """What tells whether the file of an item was replaced; empty of those without one."""
+        stamp = getattr(self._inner, "stamp", None)
+        return [] if stamp is None else list(stamp(item_id))
 
     @property
     def step_label_name(self) -> str | None:

@@ -305,6 +305,14 @@ class LargeSource:
         self.chunk_bytes = max(self.chunk_bytes, file.chunk_bytes)
         return Item(item_id, file.extent, file.channels, file.dtype.name)
 
+    def stamp(self, item_id: str) -> list[int]:
+        """Size and time of change of an item's file; empty if it is gone."""
+        try:
+            found = self._paths[item_id].stat()
+        except OSError:
+            return []
+        return [found.st_size, found.st_mtime_ns]
+
     @property
     def item_bytes(self) -> int:
         return max(

@@ -126,6 +126,11 @@ class PartsSource:
                 )
 
     @property
+    def chunk_bytes(self) -> int:
+        """The most bytes that are read, and kept, for a single image; 0 if only its own."""
+        return max(getattr(part, "chunk_bytes", 0) for part in self._parts.values())
+
+    @property
     def item_bytes(self) -> int:
         return max(
             item.channels * math.prod(item.extent) * np.dtype(item.dtype).itemsize

@@ -123,6 +123,11 @@ class PatchSource:
         return 4 * self._extent[0] * self._extent[1] * self.channels * self._grid.size**2
 
     @property
+    def chunk_bytes(self) -> int:
+        """The most bytes that are read, and kept, for a single image; 0 if only its own."""
+        return int(getattr(self._images, "chunk_bytes", 0))
+
+    @property
     def image_values(self) -> int:
         """Values of an image before it is cut into patches."""
         return self.channels * self._size[0] * self._size[1]

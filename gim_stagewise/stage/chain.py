@@ -9,6 +9,7 @@ from gim_stagewise.config import PipelineConfig
 from gim_stagewise.errors import DataError
 from gim_stagewise.sources import RegionSource, Source, Subset, open_source
 from gim_stagewise.stage.freeze import FrozenModule
+from gim_stagewise.stage.left_out import left_out
 from gim_stagewise.stage.shape import Shape, check_shape, window_of, windowed_input
 from gim_stagewise.stage.workspace import Workspace, patch_grid
 
@@ -51,11 +52,12 @@ def item_extents(shapes: Sequence[Shape], extent: tuple[int, ...]) -> list[tuple
     return found
 
 
-def open_windowed(space: Workspace, *, unusable: Mapping[str, str] | None = None) -> RegionSource:
+def open_windowed(space: Workspace) -> RegionSource:
     """The dataset of a pipeline whose items are read in windows, without those that are unusable.
 
     Items that are too small for a module are refused, or left out where ``source.on_error`` is
-    "skip"; ``skipped`` of the source lists them, and those that could not be read.
+    "skip"; ``skipped`` of the source lists them, and those that could not be read, now or by
+    earlier runs in the folder.
 
     Raises
     ------
@@ -66,12 +68,13 @@ def open_windowed(space: Workspace, *, unusable: Mapping[str, str] | None = None
     """
     config = space.config
     images = open_source(config.source)
+    unusable = left_out(space.folder, images) if config.source.on_error == "skip" else {}
     grid = patch_grid(config)
     skipped: dict[str, str] = dict(getattr(images, "skipped", {}))
     extents = {
         item.id: item.extent if grid is None else grid.extent(item.extent[0], item.extent[1])
         for item in images.items()
-        if item.id not in (unusable or {})
+        if item.id not in unusable
     }
     problems = _too_small(space, images, extents)
     if problems and config.source.on_error == "stop":
@@ -82,7 +85,7 @@ def open_windowed(space: Workspace, *, unusable: Mapping[str, str] | None = None
             'source.on_error = "skip"'
         )
     kept = [item_id for item_id in extents if item_id not in problems]
-    problems |= {i: why for i, why in (unusable or {}).items() if i in set(images.ids)}
+    problems |= unusable
     if not kept:
         first = next(iter(problems.values()))
         raise DataError(f"not one sample can be used; the first: {first}")

@@ -280,7 +280,14 @@ class VirtualCache(Cache):
         StaleCacheError
             If this process would compute other bits than were sealed.
         """
-        return self.job.open(self.source)
+        try:
+            return self.job.open(self.source)
+        except StaleCacheError as error:
+            raise StaleCacheError(
+                f"{self.path} has no activations stored, and they cannot be computed again here: "
+                f"{error}. Build it anew with `gim-stage extract --module {self.manifest.module} "
+                "--force` and the same input or pipeline"
+            ) from None
 
     def read_stored(
         self, requests: Sequence[Request], *, empty: Callable[..., NDArray[Any]] = np.empty

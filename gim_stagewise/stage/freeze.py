@@ -14,11 +14,13 @@ import platform
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from gim_stagewise.cache import codec_implementation
 from gim_stagewise.config import CacheConfig, ExtractConfig
@@ -217,11 +219,32 @@ def numerics(device: torch.device, config: ExtractConfig, cache: CacheConfig) ->
         "torch": str(torch.__version__),
         "threads": config.threads,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "arithmetic": _arithmetic(device, config.threads),
         "piece": config.batch,
         "deterministic": torch.backends.cudnn.deterministic,
         "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
         "codec": codec_implementation(cache.codec),
     }
+
+
+@lru_cache
+def _arithmetic(device: torch.device, threads: int) -> str:
+    """Hash of a fixed convolution and matrix product, as this machine computes them.
+
+    Libraries below PyTorch choose their code by what they find of the processor, and do not say so.
+    """
+    draw = torch.Generator().manual_seed(0)
+    rows, kernel, matrix = (
+        torch.randn(*shape, generator=draw).to(device)
+        for shape in ((4, 128, 8, 8), (64, 128, 3, 3), (64, 256))
+    )
+    with torch.no_grad(), _one_forward_at_a_time, intra_op_threads(threads):
+        outputs = functional.conv2d(rows, kernel, padding=1)
+        products = outputs.mean((2, 3)) @ matrix
+    digest = hashlib.sha256()
+    for values in (outputs, products):
+        digest.update(values.cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def training_numerics(device: torch.device) -> dict[str, Any]:
@@ -231,6 +254,7 @@ def training_numerics(device: torch.device) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "arithmetic": _arithmetic(device, torch.get_num_threads()),
     }
 
 

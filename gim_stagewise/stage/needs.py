@@ -76,12 +76,13 @@ def stage_needs(workspace: Workspace, index: int, shape: Shape, source: Source) 
         views=source.views,
     )
     layout = cache_layout(workspace, index, shape, source)
+    reading = 2 * _chunk_bytes(source)  # the one that is kept, and the next
     return StageNeeds(
         spec=step_spec(workspace, index, shape),
-        loader=loader,
+        loader=loader + reading,
         chain=chain_bytes(source),
         item_bytes=source.item_bytes,
-        block=_block_bytes(shape, layout),
+        block=_block_bytes(shape, layout) + reading,
         layout=layout,
     )
 
@@ -115,6 +116,7 @@ def joint_needs(
         views=samples.views,
     )
     known = {} if labels is None else {"classes": labels.classes, "label_steps": labels.steps}
+    held += 2 * _chunk_bytes(samples)
     return TrainingNeeds(joint_spec(workspace, shapes, **known), held, 0)
 
 
@@ -184,7 +186,7 @@ def chain_needs(
         return _windowed_chain(workspace, source, shapes)
     needs: list[StageNeeds] = []
     item_bytes, chunk_items, views = source.item_bytes, 1, source.views
-    chain = 0
+    chain, reading = 0, 2 * _chunk_bytes(source)
     for index, shape in enumerate(shapes, start=1):
         held = loader_bytes(
             workspace.module_config(index).train,
@@ -195,8 +197,9 @@ def chain_needs(
         )
         spec = step_spec(workspace, index, shape)
         layout = cache_layout(workspace, index, shape, source)
-        block = _block_bytes(shape, layout)
-        needs.append(StageNeeds(spec, held, chain, item_bytes, block, layout))
+        block = _block_bytes(shape, layout) + reading
+        needs.append(StageNeeds(spec, held + reading, chain, item_bytes, block, layout))
+        reading = 0
         always = workspace.module_config(index).cache.materialize == "always"
         if (stored or {}).get(index, always):
             chain = 0
@@ -210,7 +213,7 @@ def _chunk_bytes(source: Source) -> int:
     """Bytes that are read at once for the smallest region of a source."""
     if isinstance(source, TiledCache):
         return source.layout.block_bytes
-    return source.chunk_bytes if isinstance(source, RegionSource) else 0
+    return source.chunk_bytes if isinstance(source, RegionSource | PatchSource) else 0
 
 
 def _windowed_chain(

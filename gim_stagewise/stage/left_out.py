@@ -1,0 +1,52 @@
+"""Items that turned out to be unusable while they were read, for the runs after that.
+
+With ``source.digest = "sampled"`` nobody looks at all values before a run. What is made without an
+item has the digest of a dataset without it, so every later run has to leave it out as well: until
+its file changes, or module 1 is made again with ``--from``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gim_stagewise.durable import json_checksum, read_checked_json, remove, write_json
+from gim_stagewise.errors import CorruptCacheError
+from gim_stagewise.sources import Source
+
+_NAME = "left_out.json"
+
+
+def left_out(folder: Path, source: Source) -> dict[str, str]:
+    """Why items of a source were left out by runs in a folder, by id."""
+    ids = set(source.ids)
+    return {
+        item_id: entry["why"]
+        for item_id, entry in _read(folder).items()
+        if item_id in ids and entry["stamp"] == _stamp(source, item_id)
+    }
+
+
+def leave_out(folder: Path, source: Source, item_id: str, why: str) -> None:
+    """Note that an item of a source cannot be used, and why."""
+    items = _read(folder) | {item_id: {"why": why, "stamp": _stamp(source, item_id)}}
+    content = {"items": items}
+    write_json(folder / _NAME, content | {"checksum": json_checksum(content)})
+
+
+def try_again(folder: Path) -> None:
+    """Forget what was left out."""
+    remove(folder / _NAME)
+
+
+def _stamp(source: Source, item_id: str) -> list[int]:
+    stamp = getattr(source, "stamp", None)
+    return [] if stamp is None else list(stamp(item_id))
+
+
+def _read(folder: Path) -> dict[str, dict[str, Any]]:
+    try:
+        found: dict[str, dict[str, Any]] = read_checked_json(folder / _NAME)["items"]
+    except (FileNotFoundError, NotADirectoryError, CorruptCacheError):
+        return {}  # they are met again
+    return found
