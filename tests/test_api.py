@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import edit
+from helpers import edit, shorten
 from torch.utils.data import DataLoader
 
 from gim_stagewise import Pipeline, load_encoder, open_cache
 from gim_stagewise.errors import CacheNotFoundError, ConfigError, StaleCacheError
 from gim_stagewise.models.build import forget_user_code
 from gim_stagewise.sources import Request
+from gim_stagewise.stage.export import export_encoder
 
 
 @pytest.fixture
@@ -74,28 +75,40 @@ def test_an_encoder_of_ones_own_code_needs_the_pipeline_file(tiny: Path, tmp_pat
     (tmp_path / "api_nets.py").write_text(
         "from torch import nn\ndef block(in_channels):\n    return nn.Conv2d(in_channels, 4, 3)\n"
     )
+    shorten(tiny, modules=1, batch=8, epochs=1, chunk=7)
     edit(
         tiny, 'build = "residual"\noptions = { stem = 4, channels = 6 }', 'build = "api_nets:block"'
     )
-    Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run(until=1)
-    with pytest.raises(ConfigError, match="--pipeline FILE"):
-        load_encoder(tmp_path / "out")
-    assert load_encoder(tmp_path / "out", pipeline=tiny)(torch.ones(2, 1, 4, 4)).shape[1] == 4
+    pipeline = Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu")
+    pipeline.run()
+    exported = tmp_path / "enc.safetensors"
+    export_encoder(pipeline.workspace, exported, pipeline=tiny)
+    for path in (tmp_path / "out", exported):
+        with pytest.raises(ConfigError, match="--pipeline FILE"):
+            load_encoder(path)
+        assert load_encoder(path, pipeline=tiny)(torch.ones(2, 1, 4, 4)).shape[1] == 4
     # Weights would fit these as well.
     code = (tmp_path / "api_nets.py").read_text()
     (tmp_path / "api_nets.py").write_text(code.replace("4, 3)", "4, 3, dilation=1, padding=1)"))
     forget_user_code()
-    with pytest.raises(StaleCacheError, match="computes something else now"):
-        load_encoder(tmp_path / "out", pipeline=tiny)
+    for path in (tmp_path / "out", exported):
+        with pytest.raises(StaleCacheError, match="computes something else now"):
+            load_encoder(path, pipeline=tiny)
 
 
 def test_an_encoder_of_another_file_is_refused(tiny: Path, tmp_path: Path) -> None:
-    Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run(until=1)
+    shorten(tiny, modules=1, batch=8, epochs=1, chunk=7)
+    pipeline = Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu")
+    pipeline.run()
+    exported = tmp_path / "enc.safetensors"
+    export_encoder(pipeline.workspace, exported, pipeline=tiny)
     edit(tiny, "lr = 3e-3", "lr = 1e-3")  # says nothing of what is computed
-    assert load_encoder(tmp_path / "out", pipeline=tiny)(torch.ones(2, 1, 4, 4)).shape[2] == 4
+    for path in (tmp_path / "out", exported):
+        assert load_encoder(path, pipeline=tiny)(torch.ones(2, 1, 4, 4)).shape[2] == 4
     edit(tiny, "{ stem = 4, channels = 6 }", "{ stem = 4, channels = 6, stride = 2 }")
-    with pytest.raises(StaleCacheError, match=r"module\.1\.options\.stride"):
-        load_encoder(tmp_path / "out", pipeline=tiny)
+    for path, name in ((tmp_path / "out", r"m1\.safetensors"), (exported, r"module 1 of .*enc\.")):
+        with pytest.raises(StaleCacheError, match=rf"{name}.* stale: module\.1\.options\.stride"):
+            load_encoder(path, pipeline=tiny)
 
 
 def test_a_cache_is_a_torch_dataset_and_a_dask_array(done: Path, tmp_path: Path) -> None:

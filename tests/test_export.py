@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import LOOKS_AT_VALUES, edit, one_error
+from safetensors.torch import save_file
 from test_audio import write_speech
 from test_windowed import write_large
 from warm import gim_stage
@@ -174,8 +175,12 @@ def test_modules_that_are_no_more_in_the_file_are_left_out(done: Path, tmp_path:
 
 @pytest.mark.parametrize("done", ["float32"], indirect=True)
 def test_files_that_are_no_encoder_are_refused(done: Path, tmp_path: Path) -> None:
+    out = done.parent / "out"
+    with pytest.raises(ConfigError, match=f"of module 2 alone; give the run's folder {out}, or"):
+        load_encoder(out / "m2.safetensors")
+    save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(CorruptCacheError, match="no encoder that `gim-stage export` wrote"):
-        load_encoder(done.parent / "out" / "m1.safetensors")
+        load_encoder(tmp_path / "other.safetensors")
     (tmp_path / "e.safetensors").write_bytes(b"nothing")
     with pytest.raises(CorruptCacheError, match="damaged"):
         load_encoder(tmp_path / "e.safetensors")
