@@ -121,6 +121,8 @@ def test_a_dense_encoder_takes_images_of_any_size(tmp_path: Path) -> None:
     for shape in ((1, 1, 57, 90), (3, 1, 40, 33)):
         x = torch.randn(shape)
         torch.testing.assert_close(program(x), encoder(x), rtol=0, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"'large', whose items are read in windows"):
+        encoder.features(np.zeros((1, 1, 40, 33), np.float32))
     extra = {"pipeline.toml": ""}  # how patches are made
     torch.export.load(tmp_path / "encoder.pt2", extra_files=extra)
     assert extra["pipeline.toml"] == file.read_text()

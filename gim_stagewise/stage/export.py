@@ -10,7 +10,8 @@ import torch
 from gim_stagewise.durable import write_atomic
 from gim_stagewise.errors import CacheNotFoundError, ConfigError, StaleCacheError
 from gim_stagewise.stage.code import code_staleness
-from gim_stagewise.stage.encoder import Encoder, frozen_chain, load_encoder, save_encoder
+from gim_stagewise.stage.encoder import Encoder, frozen_chain, load_encoder
+from gim_stagewise.stage.exported import save_encoder
 from gim_stagewise.stage.identity import recipe_differences, stage_recipe
 from gim_stagewise.stage.workspace import Workspace
 
