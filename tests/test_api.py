@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import edit
+from helpers import edit, shorten
 from torch.utils.data import DataLoader
 
 from gim_stagewise import Pipeline, load_encoder, open_cache
-from gim_stagewise.errors import CacheNotFoundError, ConfigError, StaleCacheError
+from gim_stagewise.errors import CacheNotFoundError, ConfigError, DataError, StaleCacheError
 from gim_stagewise.models.build import forget_user_code
 from gim_stagewise.sources import Request
+from gim_stagewise.stage.encoder import Encoder
+from gim_stagewise.stage.export import export_encoder
 
 
 @pytest.fixture
@@ -58,6 +60,74 @@ def test_the_encoder_is_the_stack_of_frozen_modules(tiny: Path, done: Path) -> N
         torch.testing.assert_close(encoder.embed(patches), pooled, rtol=1e-5, atol=1e-6)
 
 
+def test_features_of_the_datasets_images_are_those_in_its_caches(
+    done: Path, tmp_path: Path
+) -> None:
+    images = np.concatenate([np.load(tmp_path / f"{split}.npy") for split in ("train", "test")])
+    encoder = load_encoder(done).requires_grad_(True).train()
+    for index in (1, 2, 3):
+        cache = open_cache(done / f"m{index}.zarr")
+        found = encoder.features(images[:, None], module=index)
+        assert found.shape == (52, 5, 5, (6, 8, 5)[index - 1])
+        np.testing.assert_array_equal(found.numpy(), cache.read_pooled(cache.ids))
+    again = encoder.features(torch.from_numpy(images[:, None]).float() / 255)
+    torch.testing.assert_close(again, found)
+    # Images of another size have another grid.
+    assert encoder.features(images[:1, None, :, :8]).shape == (1, 5, 3, 5)
+    # Whoever trains on goes on doing so.
+    assert encoder.training
+    assert all(own.requires_grad for own in encoder.parameters())
+
+
+def test_features_are_of_images_as_evaluation_has_them(tiny: Path, tmp_path: Path) -> None:
+    """Also if the pipeline file that is given says something else now."""
+    shorten(tiny, modules=1, batch=8, epochs=1, chunk=7)
+    augment = (
+        "[augment]\npad = 1\ncrop = 10\nflip = 0.5\ngrayscale = true\nmean = [0.4]\nstd = [0.3]\n"
+    )
+    edit(tiny, "[patches]", f"{augment}\n[patches]")
+    gray = np.load(tmp_path / "train.npy")
+    images = np.stack([gray, gray // 2, 255 - gray], axis=1)
+    for split in ("train", "test"):
+        np.save(tmp_path / f"{split}.npy", images[: len(np.load(tmp_path / f"{split}.npy"))])
+    Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run()
+    edit(tiny, "crop = 10", "crop = 8")
+    cache = open_cache(tmp_path / "out" / "m1.zarr")
+    found = load_encoder(tmp_path / "out", pipeline=tiny).features(images)
+    np.testing.assert_array_equal(found.numpy(), cache.read_pooled(cache.split("train")))
+
+
+def test_an_encoder_refuses_what_it_was_not_trained_on(tiny: Path, tmp_path: Path) -> None:
+    shorten(tiny, modules=2, batch=8, epochs=1, chunk=7)
+    Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run()
+    encoder = load_encoder(tmp_path / "out")
+    for shape in ((1, 8, 8), (1, 2, 2), (3, 4, 4)):
+        own = "×".join(map(str, shape))
+        with pytest.raises(DataError, match=f"rows are {own}, this encoder takes .* 1×4×4"):
+            encoder(torch.zeros(2, *shape))
+    below = encoder[:1](torch.zeros(2, 1, 4, 4))
+    assert encoder[1:](below).shape == (2, 8, 2, 2)
+    images = np.zeros((2, 1, 12, 12), np.float32)
+    for wrong, message in (
+        (images[:, 0], r"images have shape \(2, 12, 12\), expected \[image, channel"),
+        (images[:0], r"images have shape \(0, 1, 12, 12\)"),
+        (np.repeat(images, 3, axis=1), "images have 3 channels, this encoder was trained on 1"),
+        (images[..., :3], "is 4, but the image is 12×3 pixels"),
+        (images.astype(np.int64), "image 0 has pixels of type int64"),
+    ):
+        with pytest.raises(DataError, match=message):
+            encoder.features(wrong)
+    images[1, 0, 3, 3] = np.nan
+    with pytest.raises(DataError, match=r"^image 1 has values that are NaN"):
+        encoder.features(images)
+    with pytest.raises(ConfigError, match="no module 3; this encoder has 1 to 2"):
+        encoder.features(images, module=3)
+    part = encoder[:1]
+    assert isinstance(part, Encoder)
+    with pytest.raises(ConfigError, match=r"features\(images, module=N\)"):
+        part.features(images)
+
+
 def test_modules_that_do_not_belong_together_are_not_stacked(
     tiny: Path, done: Path, tmp_path: Path
 ) -> None:
@@ -74,28 +144,40 @@ def test_an_encoder_of_ones_own_code_needs_the_pipeline_file(tiny: Path, tmp_pat
     (tmp_path / "api_nets.py").write_text(
         "from torch import nn\ndef block(in_channels):\n    return nn.Conv2d(in_channels, 4, 3)\n"
     )
+    shorten(tiny, modules=1, batch=8, epochs=1, chunk=7)
     edit(
         tiny, 'build = "residual"\noptions = { stem = 4, channels = 6 }', 'build = "api_nets:block"'
     )
-    Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run(until=1)
-    with pytest.raises(ConfigError, match="--pipeline FILE"):
-        load_encoder(tmp_path / "out")
-    assert load_encoder(tmp_path / "out", pipeline=tiny)(torch.ones(2, 1, 4, 4)).shape[1] == 4
+    pipeline = Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu")
+    pipeline.run()
+    exported = tmp_path / "enc.safetensors"
+    export_encoder(pipeline.workspace, exported, pipeline=tiny)
+    for path in (tmp_path / "out", exported):
+        with pytest.raises(ConfigError, match="--pipeline FILE"):
+            load_encoder(path)
+        assert load_encoder(path, pipeline=tiny)(torch.ones(2, 1, 4, 4)).shape[1] == 4
     # Weights would fit these as well.
     code = (tmp_path / "api_nets.py").read_text()
     (tmp_path / "api_nets.py").write_text(code.replace("4, 3)", "4, 3, dilation=1, padding=1)"))
     forget_user_code()
-    with pytest.raises(StaleCacheError, match="computes something else now"):
-        load_encoder(tmp_path / "out", pipeline=tiny)
+    for path in (tmp_path / "out", exported):
+        with pytest.raises(StaleCacheError, match="computes something else now"):
+            load_encoder(path, pipeline=tiny)
 
 
 def test_an_encoder_of_another_file_is_refused(tiny: Path, tmp_path: Path) -> None:
-    Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run(until=1)
+    shorten(tiny, modules=1, batch=8, epochs=1, chunk=7)
+    pipeline = Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu")
+    pipeline.run()
+    exported = tmp_path / "enc.safetensors"
+    export_encoder(pipeline.workspace, exported, pipeline=tiny)
     edit(tiny, "lr = 3e-3", "lr = 1e-3")  # says nothing of what is computed
-    assert load_encoder(tmp_path / "out", pipeline=tiny)(torch.ones(2, 1, 4, 4)).shape[2] == 4
+    for path in (tmp_path / "out", exported):
+        assert load_encoder(path, pipeline=tiny)(torch.ones(2, 1, 4, 4)).shape[2] == 4
     edit(tiny, "{ stem = 4, channels = 6 }", "{ stem = 4, channels = 6, stride = 2 }")
-    with pytest.raises(StaleCacheError, match=r"module\.1\.options\.stride"):
-        load_encoder(tmp_path / "out", pipeline=tiny)
+    for path, name in ((tmp_path / "out", r"m1\.safetensors"), (exported, r"module 1 of .*enc\.")):
+        with pytest.raises(StaleCacheError, match=rf"{name}.* stale: module\.1\.options\.stride"):
+            load_encoder(path, pipeline=tiny)
 
 
 def test_a_cache_is_a_torch_dataset_and_a_dask_array(done: Path, tmp_path: Path) -> None:

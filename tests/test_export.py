@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import LOOKS_AT_VALUES, edit, one_error
+from safetensors.torch import save_file
 from test_audio import write_speech
 from test_windowed import write_large
 from warm import gim_stage
@@ -120,6 +121,8 @@ def test_a_dense_encoder_takes_images_of_any_size(tmp_path: Path) -> None:
     for shape in ((1, 1, 57, 90), (3, 1, 40, 33)):
         x = torch.randn(shape)
         torch.testing.assert_close(program(x), encoder(x), rtol=0, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"'large', whose items are read in windows"):
+        encoder.features(np.zeros((1, 1, 40, 33), np.float32))
     extra = {"pipeline.toml": ""}  # how patches are made
     torch.export.load(tmp_path / "encoder.pt2", extra_files=extra)
     assert extra["pipeline.toml"] == file.read_text()
@@ -174,8 +177,12 @@ def test_modules_that_are_no_more_in_the_file_are_left_out(done: Path, tmp_path:
 
 @pytest.mark.parametrize("done", ["float32"], indirect=True)
 def test_files_that_are_no_encoder_are_refused(done: Path, tmp_path: Path) -> None:
+    out = done.parent / "out"
+    with pytest.raises(ConfigError, match=f"of module 2 alone; give the run's folder {out}, or"):
+        load_encoder(out / "m2.safetensors")
+    save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(CorruptCacheError, match="no encoder that `gim-stage export` wrote"):
-        load_encoder(done.parent / "out" / "m1.safetensors")
+        load_encoder(tmp_path / "other.safetensors")
     (tmp_path / "e.safetensors").write_bytes(b"nothing")
     with pytest.raises(CorruptCacheError, match="damaged"):
         load_encoder(tmp_path / "e.safetensors")

@@ -14,6 +14,7 @@ import pytest
 import zarr
 from helpers import StopError
 
+from gim_stagewise import load_encoder
 from gim_stagewise.cache import (
     BuildFolder,
     Cache,
@@ -32,6 +33,7 @@ from gim_stagewise.progress import Silent
 from gim_stagewise.report.record import save_record
 from gim_stagewise.sources import Request, open_source
 from gim_stagewise.stage.checkpoint import FrozenWeights, check_checkpoint, load_checkpoint
+from gim_stagewise.stage.export import export_encoder
 from gim_stagewise.stage.outputs import StageOutputs
 
 
@@ -145,6 +147,12 @@ def test_in_the_recorded_pipeline(file: Path, done: Path) -> None:
 def test_in_weights(done: Path) -> None:
     path = done / "m1.safetensors"
     each_is_noticed(path, 150, lambda: FrozenWeights.load(path))
+
+
+def test_in_an_exported_encoder(file: Path, done: Path, tmp_path: Path) -> None:
+    path = tmp_path / "enc.safetensors"
+    export_encoder(Pipeline.from_file(file, folder=done).workspace, path, pipeline=file)
+    each_is_noticed(path, 150, lambda: load_encoder(path))
 
 
 def test_in_the_record_of_a_run(done: Path) -> None:

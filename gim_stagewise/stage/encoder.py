@@ -2,36 +2,173 @@
 
 from __future__ import annotations
 
-import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gim_stagewise.config import load_pipeline, parse_pipeline
-from gim_stagewise.durable import write_atomic
-from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError, StaleCacheError
+from gim_stagewise.config import PipelineConfig, load_pipeline, parse_pipeline
+from gim_stagewise.errors import (
+    CacheNotFoundError,
+    ConfigError,
+    CorruptCacheError,
+    DataError,
+    StaleCacheError,
+)
 from gim_stagewise.models import pool
+from gim_stagewise.sources import PatchSource, Request, read_stacked
+from gim_stagewise.sources.parts import ArrayPart, PartsSource
 from gim_stagewise.stage.checkpoint import FrozenWeights
 from gim_stagewise.stage.code import code_staleness
+from gim_stagewise.stage.exported import exported_chain
+from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
 from gim_stagewise.stage.identity import stage_recipe
-from gim_stagewise.stage.workspace import Workspace
-
-# Where a file of all modules says what they are.
-ABOUT = "gim_stage_encoder"
+from gim_stagewise.stage.workspace import Workspace, patch_grid
 
 
 class Encoder(nn.Sequential):
-    """Frozen modules in order; its forward gives the top module's activations."""
+    """Frozen modules in order; its forward gives the top module's activations.
+
+    Attributes
+    ----------
+    config : PipelineConfig or None
+        The pipeline that the modules were trained with; None of an encoder that `load_encoder` did
+        not give, such as a part of one.
+    in_shape : tuple of int
+        A patch as module 1 was trained on it, (channel, height, width); of pipelines that are not
+        of patches, a window.
+    """
+
+    config: PipelineConfig | None = None
+    in_shape: tuple[int, ...] = ()
+
+    def forward(self, input: Float[Tensor, "row channel *space"]) -> Tensor:
+        """The top module's activations.
+
+        Raises
+        ------
+        DataError
+            If these are patches of another shape than modules were trained on.
+        """
+        own, wanted = tuple(input.shape[1:]), self.in_shape
+        if self.config is not None and not self.config.dense and own != wanted:
+            raise DataError(
+                f"rows are {_sizes(own)}, this encoder takes patches of {_sizes(wanted)} "
+                "(channels×height×width); features(images) cuts images as they were in training"
+            )
+        activations: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
+        return activations
 
     def embed(
         self, patches: Float[Tensor, "patch channel height width"]
     ) -> Float[Tensor, "patch embedding"]:
         """The top module's embeddings of patches: its ``pool``, or the mean over space."""
         return pool(self[-1], self(patches))
+
+    def features(
+        self, images: NDArray[Any] | Tensor, *, module: int | None = None
+    ) -> Float[Tensor, "image grid_row grid_col embedding"]:
+        """Embeddings of images, which are augmented and cut into patches as evaluation has them.
+
+        They are computed as those in a cache are, a few images at a time: of a dataset's own images
+        they are the same bits under the same numerics, where caches below are float32.
+
+        Parameters
+        ----------
+        images : array or Tensor
+            [image, channel, height, width], at least one, as the dataset has them: integers (uint8,
+            uint16), which are scaled to [0, 1], or floats, which are taken as they are. They may be
+            of another size than the dataset's; the grid has as many patches as fit.
+        module : int, optional
+            Whose embeddings, counted from 1; by default the top module's.
+
+        Returns
+        -------
+        Tensor
+            float32, on the CPU. Their mean over the grid is what the probe sees by default.
+
+        Raises
+        ------
+        DataError
+            If the images have other channels or axes, no patch fits, or values are not finite.
+        ConfigError
+            If the pipeline is not one of images that are read whole, there is no such module, or
+            this is a part of an encoder.
+        """
+        top = self._top(module)
+        assert self.config is not None
+        source = self._cut(images, self.config)
+        piece = self.config.extract
+        device = next(self.parameters()).device
+        # Of copies: whoever trains the encoder on goes on having gradients.
+        frozen = [FrozenModule(deepcopy(own), device) for own in list(self)[:top]]
+        ids, grid = list(source.ids), source.extent
+        at_once = max(1, piece.batch // math.prod(grid))
+        found = []
+        for start in range(0, len(ids), at_once):
+            with _calling_them_images():
+                patches = read_stacked(source, [Request(i) for i in ids[start : start + at_once]])
+            z = torch.from_numpy(patches).flatten(0, 2)
+            for own in frozen:
+                z, embeddings = frozen_forward(own, z, piece)
+            found.append(embeddings)
+        return torch.cat(found).reshape(len(ids), *grid, -1)
+
+    def _top(self, module: int | None) -> int:
+        """The module that is asked for, where features can be."""
+        if self.config is None:
+            raise ConfigError(
+                "only an encoder as load_encoder gives it has features, and not a part of one; ask "
+                "it for features(images, module=N)"
+            )
+        if self.config.windowed:
+            raise ConfigError(
+                f"is {self.config.source.kind!r}, whose items are read in windows, and features() "
+                "is for images that are read whole; call the encoder itself",
+                key="source.kind",
+            )
+        if module is not None and not 1 <= module <= len(self):
+            raise ConfigError(f"there is no module {module}; this encoder has 1 to {len(self)}")
+        return len(self) if module is None else module
+
+    def _cut(self, images: NDArray[Any] | Tensor, config: PipelineConfig) -> PatchSource:
+        """Images as a source of their patches."""
+        if isinstance(images, Tensor):
+            images = images.detach().cpu()
+            images = (images.float() if images.is_floating_point() else images).numpy()
+        shape = tuple(images.shape)
+        if len(shape) != 4 or 0 in shape:
+            raise DataError(f"images have shape {shape}, expected [image, channel, height, width]")
+        if not config.augment.grayscale and shape[1] != self.in_shape[0]:
+            raise DataError(
+                f"images have {shape[1]} channels, this encoder was trained on {self.in_shape[0]}; "
+                "expected [image, channel, height, width]"
+            )
+        grid = patch_grid(config)
+        assert grid is not None
+        with _calling_them_images():
+            data = PartsSource({"train": ArrayPart(images, None)})
+            return PatchSource(data, config.augment, grid, seed=config.seed)
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
+
+
+@contextmanager
+def _calling_them_images() -> Iterator[None]:
+    """Errors say "image 3", and not "sample train/3", which the dataset has as well."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        raise DataError(str(error).replace("sample train/", "image ")) from None
 
 
 def load_encoder(path: str | Path, *, pipeline: str | Path | None = None) -> Encoder:
@@ -44,7 +181,7 @@ def load_encoder(path: str | Path, *, pipeline: str | Path | None = None) -> Enc
         `export_encoder` wrote.
     pipeline : str or Path, optional
         The pipeline file; needed where modules are built by the user's own code, which is never
-        imported on the word of a weights file.
+        imported on the word of a weights file. Modules that it builds otherwise now are refused.
 
     Returns
     -------
@@ -53,7 +190,8 @@ def load_encoder(path: str | Path, *, pipeline: str | Path | None = None) -> Enc
         ``pipeline`` is given or ``gim-stage clean`` has removed it.
         On the CPU, in evaluation mode, without gradients. It takes float32 patches
         [patch, channel, height, width], as ``Pipeline.source`` gives them; in dense encoding images
-        [image, channel, height, width] or recordings [recording, channel, time].
+        [image, channel, height, width] or recordings [recording, channel, time]. Its `features`
+        take images as they are.
 
     Raises
     ------
@@ -63,15 +201,19 @@ def load_encoder(path: str | Path, *, pipeline: str | Path | None = None) -> Enc
         If they cannot be read, do not belong together, or cannot be built.
     """
     path = Path(path)
-    if path.is_file():
-        return _load_exported(path, pipeline)
-    found = frozen_chain(path)
+    found = exported_chain(path) if path.is_file() else frozen_chain(path)
     space = _workspace(path, found[-1].pipeline_text, pipeline)
     found = found[: len(space.config.module)]  # more may be left of an earlier file
     if pipeline is not None:
         for weights in found:
             _check_builds(space, weights)
-    return _frozen(Encoder(*(_build(space, weights, found) for weights in found)))
+    encoder = Encoder(*(_build(space, weights, found) for weights in found))
+    # As it was trained: another file may have other patches, or another augmentation.
+    encoder.config = _recorded(path, found[-1].pipeline_text)
+    encoder.in_shape = found[0].in_shape
+    encoder.eval()
+    encoder.requires_grad_(False)
+    return encoder
 
 
 def _check_builds(space: Workspace, weights: FrozenWeights) -> None:
@@ -82,7 +224,16 @@ def _check_builds(space: Workspace, weights: FrozenWeights) -> None:
     others = [key for key in {*weights.recipe.parts, *now.parts} if not key.startswith(own)]
     changes = weights.recipe.differences(now, ignore=others)
     if reason := "; ".join(changes) or code_staleness(space, weights):
-        raise StaleCacheError(f"{space.weights_path(number)} is stale: {reason}")
+        raise StaleCacheError(
+            f"{_place(space, number)} is stale: {reason}; give the pipeline file of its training"
+        )
+
+
+def _place(space: Workspace, number: int) -> str:
+    """What errors call a module: its file, or its part of an exported one."""
+    if space.folder.is_file():
+        return f"module {number} of {space.folder}"
+    return str(space.weights_path(number))
 
 
 def frozen_chain(folder: Path) -> list[FrozenWeights]:
@@ -104,66 +255,25 @@ def frozen_chain(folder: Path) -> list[FrozenWeights]:
 
 
 def _workspace(folder: Path, text: str, pipeline: str | Path | None) -> Workspace:
-    config, code_folder = parse_pipeline(text, file=f"the pipeline recorded in {folder}"), None
+    config, code_folder = _recorded(folder, text), None
     if pipeline is not None:
         config, text = load_pipeline(pipeline)
         code_folder = Path(pipeline).resolve().parent
     return Workspace(config, text, folder, code_folder, torch.device("cpu"))
 
 
-def _frozen(encoder: Encoder) -> Encoder:
-    encoder.eval()
-    encoder.requires_grad_(False)
-    return encoder
-
-
-def save_encoder(encoder: Encoder, path: Path, *, text: str, channels: list[int]) -> None:
-    """Write weights of all modules into one safetensors file, atomically.
-
-    Parameters
-    ----------
-    encoder : Encoder
-    path : Path
-    text : str
-        The pipeline file.
-    channels : list of int
-        Of each module's input.
-    """
-    tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-    about = {"pipeline_text": text, "channels": channels}
-    data = save(tensors, metadata={ABOUT: json.dumps(about)})
-    write_atomic(path, lambda temporary: temporary.write_bytes(data))
-
-
-def _load_exported(path: Path, pipeline: str | Path | None) -> Encoder:
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})[ABOUT])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        text, channels = str(about["pipeline_text"]), [int(count) for count in about["channels"]]
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CorruptCacheError(
-            f"{path} is damaged, or no encoder that `gim-stage export` wrote "
-            f"({type(error).__name__}: {error})"
-        ) from None
-    space = _workspace(path, text, pipeline)
-    encoder = Encoder(*(space.build(n, count) for n, count in enumerate(channels, start=1)))
-    try:
-        encoder.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise StaleCacheError(f"{path} does not fit the modules that are built: {reason}") from None
-    return _frozen(encoder)
+def _recorded(path: Path, text: str) -> PipelineConfig:
+    return parse_pipeline(text, file=f"the pipeline recorded in {path}")
 
 
 def _build(space: Workspace, weights: FrozenWeights, chain: list[FrozenWeights]) -> nn.Module:
-    path = space.weights_path(weights.module)
     position = chain.index(weights) + 1
+    place = _place(space, position)
     if weights.module != position:
-        raise CorruptCacheError(f"{path} says that it is module {weights.module}, not {position}")
+        raise CorruptCacheError(f"{place} says that it is module {weights.module}, not {position}")
     if position > 1 and weights.chain != chain[position - 2].digest:
         raise StaleCacheError(
-            f"{path} was trained on another module {position - 1} than the one beside it: "
+            f"{place} was trained on another module {position - 1} than the one beside it: "
             "`gim-stage run` makes them match, or, if the pipeline has no such module any more, "
             "`gim-stage clean` removes it"
         )
@@ -173,6 +283,6 @@ def _build(space: Workspace, weights: FrozenWeights, chain: list[FrozenWeights])
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise StaleCacheError(
-            f"{path} does not fit the module that is built now: {reason}"
+            f"{place} does not fit the module that is built now: {reason}"
         ) from None
     return module

@@ -10,7 +10,8 @@ import torch
 from gim_stagewise.durable import write_atomic
 from gim_stagewise.errors import CacheNotFoundError, ConfigError, StaleCacheError
 from gim_stagewise.stage.code import code_staleness
-from gim_stagewise.stage.encoder import Encoder, frozen_chain, load_encoder, save_encoder
+from gim_stagewise.stage.encoder import Encoder, frozen_chain, load_encoder
+from gim_stagewise.stage.exported import save_encoder
 from gim_stagewise.stage.identity import recipe_differences, stage_recipe
 from gim_stagewise.stage.workspace import Workspace
 
@@ -27,9 +28,10 @@ def export_encoder(space: Workspace, target: Path, *, pipeline: Path) -> Encoder
     space : Workspace
         Of the pipeline, with its frozen modules.
     target : Path
-        ``.safetensors``: weights, which `load_encoder` reads, with the pipeline's text. ``.pt2``: a
-        program of ``torch.export``, for any number of rows (in dense encoding of any size), which
-        PyTorch alone runs, with the pipeline's text among its ``extra_files``.
+        ``.safetensors``: weights, which `load_encoder` reads, with the pipeline's text and digests
+        of weights, options and code. ``.pt2``: a program of ``torch.export``, for any number of
+        rows (in dense encoding of any size), which PyTorch alone runs, with the pipeline's text
+        among its ``extra_files``.
     pipeline : Path
         The pipeline file.
 
@@ -74,8 +76,7 @@ def export_encoder(space: Workspace, target: Path, *, pipeline: Path) -> Encoder
     encoder = load_encoder(space.folder, pipeline=pipeline)
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".safetensors":
-        channels = [weights.in_shape[0] for weights in chain]
-        save_encoder(encoder, target, text=space.text, channels=channels)
+        save_encoder(chain, target, text=space.text)
     else:
         program = _exported(encoder, chain[0].in_shape, dense=space.config.dense)
         write_atomic(target, lambda temporary: _save_program(program, space.text, temporary))
