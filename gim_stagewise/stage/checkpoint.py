@@ -168,6 +168,10 @@ class TrainingRecord:
         return cls(**numbers, numerics=dict(content["numerics"]), epoch_losses=losses_of)
 
 
+# What a damaged or foreign safetensors file can end in.
+UNREADABLE = (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError)
+
+
 @dataclass(frozen=True)
 class FrozenWeights:
     """Weights of a frozen module with what they came from.
@@ -215,9 +219,9 @@ class FrozenWeights:
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def save(self, path: Path) -> None:
-        """Write a safetensors file; what is not a tensor goes into its metadata."""
-        about = {
+    def as_json(self) -> dict[str, Any]:
+        """All but tensors, for which their digest stands, and the pipeline file."""
+        return {
             "module": self.module,
             "recipe": self.recipe.as_json(),
             "input_content": self.input_content,
@@ -226,11 +230,38 @@ class FrozenWeights:
             "training": self.training,
             "in_shape": self.in_shape,
             "chain": self.chain,
-            "pipeline_text": self.pipeline_text,
             "record": asdict(self.record),
             "weights": self.digest,
         }
-        text = json.dumps(about)
+
+    @classmethod
+    def from_json(
+        cls, content: dict[str, Any], tensors: dict[str, Tensor], *, pipeline_text: str
+    ) -> FrozenWeights:
+        """The reverse of `as_json`, with what that leaves out; the digest is not compared.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError, AttributeError
+            If that is no module's.
+        """
+        return cls(
+            module=int(content["module"]),
+            recipe=Digest(dict(content["recipe"]["parts"])),
+            input_content=str(content["input_content"]),
+            builder_source=str(content["builder_source"]),
+            behaviour=str(content["behaviour"]),
+            training=str(content["training"]),
+            in_shape=tuple(int(size) for size in content["in_shape"]),
+            chain=None if content["chain"] is None else str(content["chain"]),
+            pipeline_text=pipeline_text,
+            record=TrainingRecord.from_json(content["record"]),
+            tensors=tensors,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file; what is not a tensor goes into its metadata."""
+        text = json.dumps({**self.as_json(), "pipeline_text": self.pipeline_text})
         metadata = {"gim_stage": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
         data = save(self.tensors, metadata=metadata)
         write_atomic(path, lambda temporary: temporary.write_bytes(data))
@@ -256,29 +287,10 @@ class FrozenWeights:
                 text = metadata["gim_stage"]
                 about = json.loads(text)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            weights = cls(
-                module=int(about["module"]),
-                recipe=Digest(dict(about["recipe"]["parts"])),
-                input_content=str(about["input_content"]),
-                builder_source=str(about["builder_source"]),
-                behaviour=str(about["behaviour"]),
-                training=str(about["training"]),
-                in_shape=tuple(int(size) for size in about["in_shape"]),
-                chain=None if about["chain"] is None else str(about["chain"]),
-                pipeline_text=str(about["pipeline_text"]),
-                record=TrainingRecord.from_json(about["record"]),
-                tensors=tensors,
-            )
+            weights = cls.from_json(about, tensors, pipeline_text=str(about["pipeline_text"]))
             described = hashlib.sha256(text.encode()).hexdigest() == metadata["sha256"]
             intact = described and weights.digest == about["weights"]
-        except (
-            SafetensorError,
-            KeyError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+        except UNREADABLE as error:
             raise CorruptCacheError(
                 f"{path} is damaged or not a frozen module of gim-stage "
                 f"({type(error).__name__}: {error}); train the module again"

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from gim_stagewise.cache import Digest
 from gim_stagewise.durable import write_atomic
 from gim_stagewise.errors import ConfigError, CorruptCacheError
-from gim_stagewise.stage.checkpoint import FrozenWeights, TrainingRecord
+from gim_stagewise.stage.checkpoint import UNREADABLE, FrozenWeights
 
 # Where a file of all modules says what they are.
 ABOUT = "gim_stage_encoder"
@@ -44,24 +41,10 @@ def save_encoder(chain: Sequence[FrozenWeights], path: Path, *, text: str) -> No
         for number, weights in enumerate(chain)
         for name, tensor in weights.tensors.items()
     }
-    about = json.dumps({"pipeline_text": text, "modules": [_described(own) for own in chain]})
+    about = json.dumps({"pipeline_text": text, "modules": [own.as_json() for own in chain]})
     metadata = {ABOUT: about, "sha256": hashlib.sha256(about.encode()).hexdigest()}
     data = save(tensors, metadata=metadata)
     write_atomic(path, lambda temporary: temporary.write_bytes(data))
-
-
-def _described(weights: FrozenWeights) -> dict[str, Any]:
-    return {
-        "recipe": weights.recipe.as_json(),
-        "input_content": weights.input_content,
-        "builder_source": weights.builder_source,
-        "behaviour": weights.behaviour,
-        "training": weights.training,
-        "in_shape": weights.in_shape,
-        "chain": weights.chain,
-        "record": asdict(weights.record),
-        "weights": weights.digest,
-    }
 
 
 def exported_chain(path: Path) -> list[FrozenWeights]:
@@ -81,20 +64,14 @@ def exported_chain(path: Path) -> list[FrozenWeights]:
             text = metadata[ABOUT]
             about = json.loads(text)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        pipeline_text = str(about["pipeline_text"])
         found = [
-            _module_of(number, own, tensors, str(about["pipeline_text"]))
-            for number, own in enumerate(about["modules"], start=1)
+            FrozenWeights.from_json(own, _part(tensors, number), pipeline_text=pipeline_text)
+            for number, own in enumerate(about["modules"])
         ]
         described = hashlib.sha256(text.encode()).hexdigest() == metadata["sha256"]
         digests = [own["weights"] for own in about["modules"]]
-    except (
-        SafetensorError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except UNREADABLE as error:
         raise CorruptCacheError(
             f"{path} is damaged, or no encoder that `gim-stage export` wrote "
             f"({type(error).__name__}: {error}); export it again"
@@ -110,28 +87,11 @@ def exported_chain(path: Path) -> list[FrozenWeights]:
     return found
 
 
-def _module_of(
-    number: int, about: dict[str, Any], tensors: dict[str, Tensor], text: str
-) -> FrozenWeights:
-    """One module of an exported file; the reverse of `_described`."""
-    prefix = f"{number - 1}."
-    return FrozenWeights(
-        module=number,
-        recipe=Digest(dict(about["recipe"]["parts"])),
-        input_content=str(about["input_content"]),
-        builder_source=str(about["builder_source"]),
-        behaviour=str(about["behaviour"]),
-        training=str(about["training"]),
-        in_shape=tuple(int(size) for size in about["in_shape"]),
-        chain=None if about["chain"] is None else str(about["chain"]),
-        pipeline_text=text,
-        record=TrainingRecord.from_json(about["record"]),
-        tensors={
-            name.removeprefix(prefix): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(prefix)
-        },
-    )
+def _part(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """The tensors of a module, counted from 0."""
+    prefix = f"{number}."
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor for name, tensor in own.items()}
 
 
 def _refuse_one_module(path: Path) -> None:
