@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from helpers import assert_same_run, edit, live_parameters, weights_of
+from helpers import Heard, assert_same_run, edit, live_parameters, weights_of
 
 from gim_stagewise.cache import Cache, read_manifest
 from gim_stagewise.errors import ConfigError, FolderInUseError, StaleCacheError
@@ -31,18 +31,8 @@ from gim_stagewise.stage.checkpoint import FrozenWeights
 from gim_stagewise.stage.probe import probe_cache
 
 
-class Notes(Silent):
-    """Keeps what a person would be told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 def run(file: Path, folder: Path) -> tuple[Pipeline, list[str]]:
-    notes = Notes()
+    notes = Heard()
     pipeline = Pipeline.from_file(file, folder=folder, device="cpu", progress=notes)
     save_record(pipeline, pipeline.run())
     return pipeline, notes.notes
@@ -66,6 +56,24 @@ def test_run_leaves_sealed_caches_weights_and_a_record(tiny: Path, tmp_path: Pat
     for module in (1, 2, 3):
         expected += [f"m{module}.safetensors", f"m{module}.zarr"]
     assert left == sorted(expected)
+
+
+def test_accuracies_are_of_modules_that_there_are(tiny: Path, tmp_path: Path) -> None:
+    result = Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run(workers=0)
+    assert result.accuracy(3) is not None
+    for module in (0, -1, 4):
+        with pytest.raises(ConfigError, match="modules 1 to 3"):
+            result.accuracy(module)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_labels_of_one_split_alone_give_no_accuracies_and_it_is_said(
+    tiny: Path, tmp_path: Path, split: str
+) -> None:
+    edit(tiny, f', labels = "{split}_labels.npy"', "")
+    pipeline, notes = run(tiny, tmp_path / "out")
+    assert any(f"(source.splits.{split})" in note for note in notes)
+    assert pipeline.run(until=1).probes == []
 
 
 def test_a_cache_is_read_by_plain_zarr_and_dask(tiny: Path, tmp_path: Path) -> None:

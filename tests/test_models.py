@@ -522,6 +522,8 @@ def test_embeddings_are_the_spatial_mean_or_the_modules_own() -> None:
         (nn.BatchNorm2d(3, track_running_stats=False), "depends on the other rows"),
         (Custom(lambda m, x: m.conv(x) + m.conv(x).mean(0)), "depends on the other rows"),
         (Custom(lambda m, x: m.conv(x).flip(0)), "depends on the other rows"),
+        (Custom(lambda m, x: m.conv(x) / 0), "gives NaN or infinity"),
+        (OwnPool(lambda z: z.mean((2, 3)).log()), "gives NaN or infinity"),
         (Custom(lambda m, x: m.conv(x).cumsum(0)), "depends on the other rows"),
         (Custom(lambda m, x: m.conv(x).flip(0).cumsum(0).flip(0)), "depends on the other rows"),
         (Custom(lambda m, x: m.conv(x) / m.conv(x).abs().max().detach()), "the other rows"),

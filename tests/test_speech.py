@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from helpers import Heard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -25,7 +26,6 @@ from gim_stagewise.config import AugmentConfig, SourceConfig
 from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
 from gim_stagewise.labels import NO_LABEL
 from gim_stagewise.pipeline import Pipeline
-from gim_stagewise.progress import Silent
 from gim_stagewise.report.record import run_record
 from gim_stagewise.sources import RegionSource, Request, StepLabelled, Subset, open_source
 from gim_stagewise.sources.audio import Recording
@@ -693,18 +693,10 @@ def pipeline_file(root: Path, kind: str, more: str = "") -> Path:
     return file
 
 
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 def test_a_pipeline_runs_on_it_and_says_what_was_resampled(root: Path, tmp_path: Path) -> None:
     write(root / "recordings" / place("84-121-0000"), 11025, rate=22050)
     more = 'options = { recordings = "recordings", phones = "labels/phones.txt" }'
-    notes = Notes()
+    notes = Heard()
     pipeline = Pipeline.from_file(
         pipeline_file(root, "speech", more), folder=tmp_path / "out", device="cpu", progress=notes
     )

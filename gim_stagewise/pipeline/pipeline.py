@@ -333,7 +333,11 @@ class Pipeline:
         return last + 1
 
     def run(
-        self, *, start: int | None = None, until: int | None = None, workers: Workers | None = None
+        self,
+        *,
+        start: int | None = None,
+        until: int | None = None,
+        workers: Workers | int | None = None,
     ) -> RunResult:
         """Train, freeze and extract every module in order, then probe them all.
 
@@ -347,15 +351,18 @@ class Pipeline:
             by default.
         until : int, optional
             The last module to make; the top one by default.
-        workers : Workers, optional
-            Who extracts; by default decided by cores, memory and the work there is.
+        workers : Workers or int, optional
+            Who extracts, or how many processes; by default decided by cores, memory and the work
+            there is.
 
         Raises
         ------
         GimStageError
             For whatever the user can mend.
         """
-        return run_pipeline(self, start=start, until=until, workers=workers or Workers())
+        if workers is None or isinstance(workers, int):
+            workers = Workers(workers)
+        return run_pipeline(self, start=start, until=until, workers=workers)
 
     def try_all_again(self) -> None:
         """Forget what earlier runs left out of the dataset."""

@@ -31,6 +31,7 @@ from gim_stagewise.stage.classifier import Accuracy, classify
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
 from gim_stagewise.stage.probe_splits import (
     ProbeSplit,
+    half_labelled,
     left_out_of_test,
     nothing_to_probe,
     of_known_labels,
@@ -158,6 +159,8 @@ def probe_chain(
     """
     splits = probe_splits(source)
     if splits is None:
+        if why := half_labelled(source):
+            workspace.progress.note(why)
         return Probes([], {})
     train, test = splits
     if why := nothing_to_probe(train, test, source.label_names[0], workspace.config):

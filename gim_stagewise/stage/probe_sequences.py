@@ -29,6 +29,7 @@ from gim_stagewise.stage.probe import (
 )
 from gim_stagewise.stage.probe_splits import (
     ProbeSplit,
+    half_labelled,
     left_out_of_test,
     nothing_to_probe,
     of_known_labels,
@@ -70,6 +71,8 @@ class RecordingProbe:
         """The probe of a dataset; None if it has no labelled recordings."""
         splits = probe_splits(source)
         if splits is None:
+            if why := half_labelled(source):
+                space.progress.note(why)
             return None
         room = max(0, space.budget.host_bytes() - resident_bytes())
         most_kept = min(MOST_KEPT, room // KEPT_PART)

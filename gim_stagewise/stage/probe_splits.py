@@ -31,6 +31,18 @@ def probe_splits(source: Source) -> tuple[ProbeSplit, ProbeSplit] | None:
     return (train, test) if len(train.ids) > 1 and test.ids else None
 
 
+def half_labelled(source: Source) -> str:
+    """Which split has no labels though the other one does; empty if both or neither do."""
+    counts = {name: len(labels_of(source, name)) for name in ("train", "test")}
+    (most, _), (least, count) = sorted(counts.items(), key=lambda pair: -pair[1])
+    if count or not counts[most]:
+        return ""
+    return (
+        f"no accuracies: of the splits train and test, {most} alone has labels; probes need both "
+        f"(source.splits.{least})"
+    )
+
+
 def nothing_to_probe(train: ProbeSplit, test: ProbeSplit, name: str, config: PipelineConfig) -> str:
     """Why labels of that name say nothing about features; empty if they do."""
     if len(np.unique(train.labels)) < 2:
