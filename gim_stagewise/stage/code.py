@@ -1,4 +1,4 @@
-"""Frozen weights, and whether they still belong to the code that builds their module."""
+"""Frozen weights, and whether they still belong to file, data and code."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from gim_stagewise.cache import Digest
 from gim_stagewise.stage.checkpoint import FrozenWeights, TrainingRecord, module_tensors
 from gim_stagewise.stage.freeze import FrozenModule, behaviour_digest, training_digest
+from gim_stagewise.stage.identity import recipe_differences
 from gim_stagewise.stage.workspace import Workspace
 
 
@@ -40,6 +41,18 @@ def frozen_weights(
         record=record,
         tensors=module_tensors(module),
     )
+
+
+def weights_staleness(
+    workspace: Workspace, weights: FrozenWeights, recipe: Digest, input_content: str
+) -> str:
+    """Why frozen weights do not belong to this recipe, data and code; empty if they do."""
+    if changes := recipe_differences(weights.recipe, recipe):
+        return "; ".join(changes)
+    if weights.input_content != input_content:
+        old, new = weights.input_content[:8], input_content[:8]
+        return f"the data of its input changed ({old}… → {new}…)"
+    return code_staleness(workspace, weights)
 
 
 def code_staleness(workspace: Workspace, weights: FrozenWeights) -> str:

@@ -28,7 +28,7 @@ from gim_stagewise.stage.checkpoint import (
     module_tensors,
     peek_checkpoint,
 )
-from gim_stagewise.stage.code import code_staleness, frozen_weights
+from gim_stagewise.stage.code import frozen_weights, weights_staleness
 from gim_stagewise.stage.fit import TrainingPlan, plan_training
 from gim_stagewise.stage.freeze import FrozenModule, training_numerics
 from gim_stagewise.stage.job import TrainJob
@@ -169,15 +169,10 @@ class JointStage:
 
     def staleness(self, weights: FrozenWeights, below: FrozenWeights | None) -> str:
         """Why frozen weights do not belong to this file, data or code; empty if they do."""
-        changes = identity.recipe_differences(weights.recipe, self.recipe)
-        if changes:
-            return "; ".join(changes)
-        if weights.input_content != self.input_content:
-            old, new = weights.input_content[:8], self.input_content[:8]
-            return f"the data changed ({old}… → {new}…)"
-        if weights.chain != (below.digest if below else None):
+        why = weights_staleness(self.workspace, weights, self.recipe, self.input_content)
+        if not why and weights.chain != (below.digest if below else None):
             return "was trained with another module below"
-        return code_staleness(self.workspace, weights)
+        return why
 
     def frozen(self, chain: Sequence[FrozenWeights]) -> list[FrozenModule]:
         """Modules with these weights, bottom first, on the workspace's device."""

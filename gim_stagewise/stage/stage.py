@@ -20,7 +20,7 @@ from gim_stagewise.sources import Source
 from gim_stagewise.stage import identity
 from gim_stagewise.stage.assemble import assemble
 from gim_stagewise.stage.checkpoint import FrozenWeights, peek_checkpoint
-from gim_stagewise.stage.code import code_staleness, frozen_weights
+from gim_stagewise.stage.code import frozen_weights, weights_staleness
 from gim_stagewise.stage.extract import VirtualCache
 from gim_stagewise.stage.extraction_plan import Workers
 from gim_stagewise.stage.fit import TrainingPlan, plan_training
@@ -179,13 +179,7 @@ class Stage:
 
     def _staleness(self, weights: FrozenWeights) -> str:
         """Why frozen weights do not belong to this file, data or code; empty if they do."""
-        changes = identity.recipe_differences(weights.recipe, self.recipe)
-        if changes:
-            return "; ".join(changes)
-        if weights.input_content != self.input_content:
-            old, new = weights.input_content[:8], self.input_content[:8]
-            return f"the data of its input changed ({old}… → {new}…)"
-        return code_staleness(self.workspace, weights)
+        return weights_staleness(self.workspace, weights, self.recipe, self.input_content)
 
     def _check_trainable(self) -> None:
         self.outputs.require_input()
