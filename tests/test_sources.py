@@ -580,6 +580,12 @@ def test_images_of_a_folder_may_differ_in_size_if_cropped(tmp_path: Path) -> Non
     ).shape == (2, 2, 2, 3, 3, 3)
 
 
+def test_images_without_a_folder_for_their_class_are_told_where_to_go(tmp_path: Path) -> None:
+    save_png(tmp_path / "a.png", pixels(4, 4, 3))
+    with pytest.raises(DataNotFoundError, match="put images without classes into one of them"):
+        open_source(image_folder(tmp_path))
+
+
 def test_other_splits_may_lie_in_other_folders(tmp_path: Path) -> None:
     save_png(tmp_path / "one" / "x" / "a.png", pixels(4, 4, 3))
     save_png(tmp_path / "two" / "x" / "a.png", pixels(4, 4, 3, seed=1))

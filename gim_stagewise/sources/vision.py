@@ -112,6 +112,8 @@ def _open_part(
         advice = "set source.root to the folder that holds it"
         if "download" in accepted:
             advice += ", or source.download = true to fetch it"
+        if "class folder" in str(error):
+            advice = "it takes a folder for each class; put images without classes into one of them"
         raise DataNotFoundError(
             f"torchvision.datasets.{constructor.__name__}, split {split}: looked in {root} and "
             f"found no usable data ({_one_line(error)}); {advice}"
