@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gim_stagewise.cache.features import Pooling, grid_features
 from gim_stagewise.cache.frames import announce
 from gim_stagewise.cache.layout import Block, CacheLayout
 from gim_stagewise.cache.sealed import SealedCache
+from gim_stagewise.config import parse_pipeline
 from gim_stagewise.errors import DataError
 from gim_stagewise.sources import PATCH_AXES, Item, Request, Split, UniformItems
 from gim_stagewise.windows import Span, even_ranges, full_region
@@ -81,6 +83,12 @@ class Cache(SealedCache):
     def read_pooled(self, ids: Sequence[str]) -> NDArray[np.float32]:
         """Embeddings of view 0: [sample, grid_row, grid_col, channel]."""
         return np.stack(self._read("pooled", [Request(item_id) for item_id in ids]))
+
+    def _features(self, ids: Sequence[str], pooling: Pooling) -> NDArray[np.float32]:
+        config = parse_pipeline(
+            self.manifest.pipeline_text, file=f"the pipeline recorded in {self.path}"
+        )
+        return grid_features(self, ids, crop=config.augment.grid_crop, pooling=pooling)
 
     @property
     def activations(self) -> DecodedArray:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gim_stagewise.cache.features import Pooling, mean_feature
 from gim_stagewise.cache.frames import announce
 from gim_stagewise.cache.layout import Block
 from gim_stagewise.cache.manifest import read_manifest
@@ -94,6 +95,11 @@ class TiledCache(SealedCache):
         layout = self.layout
         extent = layout.arrays[layout.array_name("pooled", self._place(item_id))].shape[:-1]
         return self._region("pooled", Request(item_id, region=full_region(extent)), np.empty)
+
+    def _features(self, ids: Sequence[str], pooling: Pooling) -> NDArray[np.float32]:
+        if pooling != "mean":
+            raise DataError(f"{self.path} holds items of any size, of which features are means")
+        return np.stack([mean_feature(self.read_pooled(item_id)) for item_id in ids])
 
     def announce(self, requests: Iterable[Request]) -> None:
         """Say what is going to be read soon, so that the disk is at work before it is."""
