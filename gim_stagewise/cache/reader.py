@@ -19,7 +19,8 @@ from gim_stagewise.sources import PATCH_AXES, Item, Request, Split, UniformItems
 from gim_stagewise.windows import Span, even_ranges, full_region
 
 if TYPE_CHECKING:
-    from gim_stagewise.cache.views import CacheDataset, DecodedArray
+    from gim_stagewise.cache.dataset import CacheDataset
+    from gim_stagewise.cache.views import DecodedArray
 
 
 class Cache(SealedCache):
@@ -74,7 +75,7 @@ class Cache(SealedCache):
     def announce(self, requests: Iterable[Request]) -> None:
         """Say what is going to be read soon, so that the disk is at work before it is."""
         layout = self.layout
-        for view, position in {self._place(request) for request in requests}:
+        for view, position in {self.place(request) for request in requests}:
             first = position // layout.chunk * layout.chunk
             samples = Span(first, min(first + layout.chunk, layout.samples))
             for file in layout.parts(Block(-1, view, samples))["activations"].files:
@@ -98,12 +99,16 @@ class Cache(SealedCache):
         self.require_activations()
         return DecodedArray(self, "activations")
 
-    def dataset(self, split: Split, *, view: int = 0) -> CacheDataset:
-        """Samples and labels of a split for a ``torch.utils.data.DataLoader``."""
-        from gim_stagewise.cache.views import CacheDataset
+    def dataset(self, split: Split, *, view: int = 0, window: int | str = "256MB") -> CacheDataset:
+        """Samples and labels of a split for a ``torch.utils.data.DataLoader``.
+
+        Parameters and errors are those of `gim_stagewise.cache.dataset.CacheDataset`. To shuffle,
+        give the loader ``sampler=data.shuffled(seed)`` and not ``shuffle=True``.
+        """
+        from gim_stagewise.cache.dataset import CacheDataset
 
         self.require_activations()
-        return CacheDataset(self, split, view)
+        return CacheDataset(self, split, view, window)
 
     def dask(self, name: str = "activations") -> Any:
         """Values called "activations" or "pooled" as a lazy ``dask.array.Array``, float32.
@@ -131,7 +136,7 @@ class Cache(SealedCache):
         grid = self.layout.grid
         wanted: dict[tuple[int, int], list[tuple[int, int, Span, Span]]] = {}
         for number, request in enumerate(requests):
-            view, position = self._place(request)
+            view, position = self.place(request)
             rows, columns = request.region or full_region(grid)
             chunk, place = divmod(position, self.chunk_items)
             wanted.setdefault((view, chunk), []).append((number, place, rows, columns))
@@ -170,7 +175,14 @@ class Cache(SealedCache):
         """Whether a view is stored for a sample; only unlabeled ones have several."""
         return self.layout.views == 1 or self.ids[position] in self._wanted[view]
 
-    def _place(self, request: Request) -> tuple[int, int]:
+    def place(self, request: Request) -> tuple[int, int]:
+        """The view of a request, and where its sample lies in storage order.
+
+        Raises
+        ------
+        DataError
+            If there is no such sample or view, or the view is not stored for it.
+        """
         position = self._position.get(request.id)
         if position is None:
             raise DataError(f"no sample {request.id!r} in {self.path}")
