@@ -61,6 +61,7 @@ class CacheDataset(Dataset[Sample]):
     ) -> None:
         ids = cache.split(split)
         self._cache = cache
+        self._split = split
         self._view = view
         self._positions = np.array([cache.place(Request(i, view))[1] for i in ids], np.int64)
         self._labels = np.full(len(cache.ids), MISSING_LABEL)
@@ -72,6 +73,10 @@ class CacheDataset(Dataset[Sample]):
             raise DataError(f"window is {window!r}: {error}") from None
         self._most_held = max(1, chunks)
         self._held: OrderedDict[int, NDArray[Any]] = OrderedDict()
+
+    def __repr__(self) -> str:
+        own = f"{self._split!r}, view={self._view}, {len(self)} samples"
+        return f"CacheDataset({own}, of {self._cache})"
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_held": OrderedDict()}

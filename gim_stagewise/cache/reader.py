@@ -50,6 +50,11 @@ class Cache(SealedCache):
     def item_bytes(self) -> int:
         return self.layout.sample_bytes
 
+    @property
+    def _shape(self) -> str:
+        array = self.layout.arrays["activations" if self.materialized else "pooled"]
+        return " ".join(f"{axis}={n}" for axis, n in zip(array.axes, array.shape, strict=True))
+
     @cached_property
     def _position(self) -> dict[str, int]:
         return {item_id: index for index, item_id in enumerate(self.ids)}

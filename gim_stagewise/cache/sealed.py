@@ -61,6 +61,18 @@ class SealedCache:
         if problem := metadata_problem(self.path, self.manifest):
             raise CorruptCacheError(self._damage(*problem.split(" ", 1)))
 
+    def __repr__(self) -> str:
+        stored = self.manifest.precision.name if self.materialized else "embeddings alone"
+        return (
+            f"{type(self).__name__}({str(self.path)!r}, module {self.manifest.module}, "
+            f"{self._shape}, {stored}, sealed)"
+        )
+
+    @property
+    def _shape(self) -> str:
+        """Axes and their lengths, in a few words."""
+        raise NotImplementedError
+
     def _check_files(self) -> None:
         """Compare all files but the chunks, which are small, with what was sealed."""
         for name, digest in self.manifest.files.items():

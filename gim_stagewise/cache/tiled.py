@@ -44,6 +44,12 @@ class TiledCache(SealedCache):
     def axes(self) -> tuple[str, ...]:
         return self.layout.axes
 
+    @property
+    def _shape(self) -> str:
+        channels = f"channel={self.layout.cell[0]}"
+        axes = (channels if axis == "channel" else axis for axis in self.axes)
+        return f"{self.layout.samples} items of {' '.join(axes)}"
+
     def require_activations(self) -> None:
         """Refuse a cache whose activations were removed: nothing else can give them.
 

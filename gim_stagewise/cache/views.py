@@ -38,6 +38,12 @@ class DecodedArray:
         self.chunks = layout.arrays[name].chunks
         self.ndim = len(self.shape)
 
+    def __repr__(self) -> str:
+        return (
+            f"DecodedArray({self._name!r}, shape={self.shape}, dtype={self.dtype}, "
+            f"of {self._cache})"
+        )
+
     @property
     def size(self) -> int:
         """Number of values."""
