@@ -34,6 +34,16 @@ def test_importing_the_package_is_cheap() -> None:
     assert done.stdout.split() == ["False", "False"]
 
 
+def test_completion_finds_what_is_imported_when_used() -> None:
+    code = (
+        "import gim_stagewise as g, sys\n"
+        "print(set(g.__all__) <= set(dir(g)), 'torch' in sys.modules)\n"
+        "print(all(getattr(g, name) for name in g.__all__))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False", "True"]
+
+
 def test_help_needs_none_of_the_heavy_libraries() -> None:
     code = (
         "import sys\n"

@@ -109,6 +109,18 @@ def part_of(layout: TiledLayout, values: NDArray[Any], region: Region) -> NDArra
     return values[(*lead, *(span.slice for span in region))]
 
 
+def test_it_says_what_it_is_in_a_line(tmp_path: Path) -> None:
+    said = {
+        "dense": "channel=3 height width",
+        "patches": "grid_row grid_col channel=2 height width",
+        "sequences": "channel=3 time",
+    }
+    for kind, axes in said.items():
+        path = tmp_path / kind
+        expected = f"TiledCache({str(path)!r}, module 1, 2 items of {axes}, float32, sealed)"
+        assert repr(build(path, LAYOUTS[kind])) == expected
+
+
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_any_region_is_what_was_written(kind: str, tmp_path: Path) -> None:
     layout = LAYOUTS[kind]

@@ -136,6 +136,19 @@ def test_dask_gives_the_same(cache: Cache, whole: NDArray[np.float32]) -> None:
         cache.dask("ids")
 
 
+def test_they_say_what_they_are_in_a_line(cache: Cache) -> None:
+    said = (
+        f"Cache({str(cache.path)!r}, module 1, view=3 sample=52 grid_row=5 grid_col=5 channel=6 "
+        "height=4 width=4, uint8, sealed)"
+    )
+    assert repr(cache) == said
+    shape = "(3, 52, 5, 5, 6, 4, 4)"
+    array = f"DecodedArray('activations', shape={shape}, dtype=float32, of {said})"
+    assert repr(cache.activations) == array
+    dataset = f"CacheDataset('unlabeled', view=2, 40 samples, of {said})"
+    assert repr(cache.dataset("unlabeled", view=2)) == dataset
+
+
 @pytest.mark.parametrize("name", ["activations", "pooled"])
 def test_no_part_of_a_damaged_chunk_is_given(cache: Cache, name: str) -> None:
     file = sorted((cache.path / name).glob("c.0.1.*"))[0]

@@ -6,6 +6,7 @@ from gim_stagewise.cache.codecs import codec_implementation, encode
 from gim_stagewise.cache.columns import metadata_problem, write_checksums, write_samples
 from gim_stagewise.cache.create import create_arrays, padding
 from gim_stagewise.cache.digests import Digest, files_digest, flatten
+from gim_stagewise.cache.features import Pooling, grid_features, mean_feature, pool_grid
 from gim_stagewise.cache.frames import read_chunk_file
 from gim_stagewise.cache.journal import BuildFolder
 from gim_stagewise.cache.layout import Block, CacheLayout, auto_chunk
@@ -47,6 +48,7 @@ __all__ = [
     "Digest",
     "Layout",
     "Manifest",
+    "Pooling",
     "Precision",
     "PrecisionError",
     "SealedCache",
@@ -63,13 +65,16 @@ __all__ = [
     "files_digest",
     "find_damage",
     "flatten",
+    "grid_features",
     "is_cache",
     "is_precision",
+    "mean_feature",
     "metadata_problem",
     "open_cache",
     "open_sealed",
     "open_tiled_cache",
     "padding",
+    "pool_grid",
     "read_chunk_file",
     "read_manifest",
     "require_cache",

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gim_stagewise.cache.features import Pooling, grid_features
 from gim_stagewise.cache.frames import announce
 from gim_stagewise.cache.layout import Block, CacheLayout
 from gim_stagewise.cache.sealed import SealedCache
+from gim_stagewise.config import parse_pipeline
 from gim_stagewise.errors import DataError
 from gim_stagewise.sources import PATCH_AXES, Item, Request, Split, UniformItems
 from gim_stagewise.windows import Span, even_ranges, full_region
 
 if TYPE_CHECKING:
-    from gim_stagewise.cache.views import CacheDataset, DecodedArray
+    from gim_stagewise.cache.dataset import CacheDataset
+    from gim_stagewise.cache.views import DecodedArray
 
 
 class Cache(SealedCache):
@@ -47,6 +50,11 @@ class Cache(SealedCache):
     def item_bytes(self) -> int:
         return self.layout.sample_bytes
 
+    @property
+    def _shape(self) -> str:
+        array = self.layout.arrays["activations" if self.materialized else "pooled"]
+        return " ".join(f"{axis}={n}" for axis, n in zip(array.axes, array.shape, strict=True))
+
     @cached_property
     def _position(self) -> dict[str, int]:
         return {item_id: index for index, item_id in enumerate(self.ids)}
@@ -72,7 +80,7 @@ class Cache(SealedCache):
     def announce(self, requests: Iterable[Request]) -> None:
         """Say what is going to be read soon, so that the disk is at work before it is."""
         layout = self.layout
-        for view, position in {self._place(request) for request in requests}:
+        for view, position in {self.place(request) for request in requests}:
             first = position // layout.chunk * layout.chunk
             samples = Span(first, min(first + layout.chunk, layout.samples))
             for file in layout.parts(Block(-1, view, samples))["activations"].files:
@@ -82,6 +90,12 @@ class Cache(SealedCache):
         """Embeddings of view 0: [sample, grid_row, grid_col, channel]."""
         return np.stack(self._read("pooled", [Request(item_id) for item_id in ids]))
 
+    def _features(self, ids: Sequence[str], pooling: Pooling) -> NDArray[np.float32]:
+        config = parse_pipeline(
+            self.manifest.pipeline_text, file=f"the pipeline recorded in {self.path}"
+        )
+        return grid_features(self, ids, crop=config.augment.grid_crop, pooling=pooling)
+
     @property
     def activations(self) -> DecodedArray:
         """The activations as a lazy array; slicing it reads and decodes."""
@@ -90,12 +104,16 @@ class Cache(SealedCache):
         self.require_activations()
         return DecodedArray(self, "activations")
 
-    def dataset(self, split: Split, *, view: int = 0) -> CacheDataset:
-        """Samples and labels of a split for a ``torch.utils.data.DataLoader``."""
-        from gim_stagewise.cache.views import CacheDataset
+    def dataset(self, split: Split, *, view: int = 0, window: int | str = "256MB") -> CacheDataset:
+        """Samples and labels of a split for a ``torch.utils.data.DataLoader``.
+
+        Parameters and errors are those of `gim_stagewise.cache.dataset.CacheDataset`. To shuffle,
+        give the loader ``sampler=data.shuffled(seed)`` and not ``shuffle=True``.
+        """
+        from gim_stagewise.cache.dataset import CacheDataset
 
         self.require_activations()
-        return CacheDataset(self, split, view)
+        return CacheDataset(self, split, view, window)
 
     def dask(self, name: str = "activations") -> Any:
         """Values called "activations" or "pooled" as a lazy ``dask.array.Array``, float32.
@@ -123,7 +141,7 @@ class Cache(SealedCache):
         grid = self.layout.grid
         wanted: dict[tuple[int, int], list[tuple[int, int, Span, Span]]] = {}
         for number, request in enumerate(requests):
-            view, position = self._place(request)
+            view, position = self.place(request)
             rows, columns = request.region or full_region(grid)
             chunk, place = divmod(position, self.chunk_items)
             wanted.setdefault((view, chunk), []).append((number, place, rows, columns))
@@ -162,7 +180,14 @@ class Cache(SealedCache):
         """Whether a view is stored for a sample; only unlabeled ones have several."""
         return self.layout.views == 1 or self.ids[position] in self._wanted[view]
 
-    def _place(self, request: Request) -> tuple[int, int]:
+    def place(self, request: Request) -> tuple[int, int]:
+        """The view of a request, and where its sample lies in storage order.
+
+        Raises
+        ------
+        DataError
+            If there is no such sample or view, or the view is not stored for it.
+        """
         position = self._position.get(request.id)
         if position is None:
             raise DataError(f"no sample {request.id!r} in {self.path}")

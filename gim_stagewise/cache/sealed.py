@@ -20,11 +20,12 @@ from gim_stagewise.cache.columns import (
     read_strings,
 )
 from gim_stagewise.cache.digests import Digest, files_digest
+from gim_stagewise.cache.features import Pooling
 from gim_stagewise.cache.frames import FrameError, read_chunk_file
 from gim_stagewise.cache.manifest import Manifest, read_manifest
 from gim_stagewise.cache.precision import Precision
 from gim_stagewise.errors import CorruptCacheError, DataError, PartialCacheError
-from gim_stagewise.sources import SPLITS, Split
+from gim_stagewise.sources import MISSING_LABEL, SPLITS, Split
 
 
 class SealedCache:
@@ -60,6 +61,18 @@ class SealedCache:
         if problem := metadata_problem(self.path, self.manifest):
             raise CorruptCacheError(self._damage(*problem.split(" ", 1)))
 
+    def __repr__(self) -> str:
+        stored = self.manifest.precision.name if self.materialized else "embeddings alone"
+        return (
+            f"{type(self).__name__}({str(self.path)!r}, module {self.manifest.module}, "
+            f"{self._shape}, {stored}, sealed)"
+        )
+
+    @property
+    def _shape(self) -> str:
+        """Axes and their lengths, in a few words."""
+        raise NotImplementedError
+
     def _check_files(self) -> None:
         """Compare all files but the chunks, which are small, with what was sealed."""
         for name, digest in self.manifest.files.items():
@@ -77,6 +90,20 @@ class SealedCache:
             return read_strings(self.path / "ids", self.manifest.layout.samples)
 
     def split(self, name: Split) -> Sequence[str]:
+        """Ids of the samples of a split, in storage order; none if the dataset has no such split.
+
+        Parameters
+        ----------
+        name : str
+            "unlabeled", "train" or "test"; splits may share samples.
+
+        Raises
+        ------
+        DataError
+            If there is no split of that name.
+        CorruptCacheError
+            If splits or ids are damaged.
+        """
         if name not in SPLITS:
             raise DataError(f"no split {name!r}; there are: {', '.join(SPLITS)}")
         mask = self._small_array("splits", "uint8")
@@ -84,14 +111,76 @@ class SealedCache:
 
     @property
     def label_names(self) -> tuple[str, ...]:
+        """Names of the kinds of labels, such as "class"; empty if samples have none."""
         return label_names(self.manifest)
 
     def labels(self, name: str) -> NDArray[np.int64]:
+        """Labels of all samples in the order of `ids`: int64 [sample], -1 where there is none.
+
+        Parameters
+        ----------
+        name : str
+            One of `label_names`.
+
+        Raises
+        ------
+        DataError
+            If there are no labels of that name.
+        CorruptCacheError
+            If they are damaged.
+        """
         if name not in self.label_names:
             raise DataError(
                 f"no labels called {name!r} in {self.path}; there are: {self.label_names}"
             )
         return self._small_array(f"labels/{name}", "int64")
+
+    def features(
+        self, split: Split, *, labels: str | None = None, pooling: Pooling = "mean"
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Features and labels of a split, as scikit-learn takes them: those of the linear probe.
+
+        Embeddings of view 0, of the patches in the middle if modules were trained on those alone
+        (``augment.grid_crop``). Samples without a label are left out.
+
+        Parameters
+        ----------
+        split : str
+            "unlabeled", "train" or "test".
+        labels : str, optional
+            The kind of labels; by default the first of `label_names`.
+        pooling : "mean" or "all"
+            Means over a sample, or all embeddings of its grid side by side (``probe.pooling``).
+
+        Returns
+        -------
+        (array, array)
+            Features, float32 [sample, channel], or [sample, grid_row · grid_col · channel] of
+            "all"; labels, int64 [sample]. In storage order.
+
+        Raises
+        ------
+        DataError
+            If there are no such labels, none in that split, or items have no grid of one size.
+        CorruptCacheError
+            If something is missing or damaged.
+        """
+        if pooling not in ("mean", "all"):
+            raise DataError(f'no pooling {pooling!r}; there are "mean" and "all"')
+        if not self.label_names:
+            raise DataError(f"{self.path} has no labels; read_pooled gives embeddings alone")
+        name = self.label_names[0] if labels is None else labels
+        known = dict(zip(self.ids, self.labels(name).tolist(), strict=True))
+        chosen = {i: known[i] for i in self.split(split) if known[i] != MISSING_LABEL}
+        if not chosen:
+            raise DataError(
+                f"no sample of split {split!r} in {self.path} has a {name!r}; read_pooled gives "
+                "embeddings alone"
+            )
+        return self._features(list(chosen), pooling), np.array(list(chosen.values()), np.int64)
+
+    def _features(self, ids: Sequence[str], pooling: Pooling) -> NDArray[np.float32]:
+        raise NotImplementedError
 
     @property
     def materialized(self) -> bool:

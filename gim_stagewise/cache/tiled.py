@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gim_stagewise.cache.features import Pooling, mean_feature
 from gim_stagewise.cache.frames import announce
 from gim_stagewise.cache.layout import Block
 from gim_stagewise.cache.manifest import read_manifest
@@ -42,6 +43,12 @@ class TiledCache(SealedCache):
     @property
     def axes(self) -> tuple[str, ...]:
         return self.layout.axes
+
+    @property
+    def _shape(self) -> str:
+        channels = f"channel={self.layout.cell[0]}"
+        axes = (channels if axis == "channel" else axis for axis in self.axes)
+        return f"{self.layout.samples} items of {' '.join(axes)}"
 
     def require_activations(self) -> None:
         """Refuse a cache whose activations were removed: nothing else can give them.
@@ -94,6 +101,11 @@ class TiledCache(SealedCache):
         layout = self.layout
         extent = layout.arrays[layout.array_name("pooled", self._place(item_id))].shape[:-1]
         return self._region("pooled", Request(item_id, region=full_region(extent)), np.empty)
+
+    def _features(self, ids: Sequence[str], pooling: Pooling) -> NDArray[np.float32]:
+        if pooling != "mean":
+            raise DataError(f"{self.path} holds items of any size, of which features are means")
+        return np.stack([mean_feature(self.read_pooled(item_id)) for item_id in ids])
 
     def announce(self, requests: Iterable[Request]) -> None:
         """Say what is going to be read soon, so that the disk is at work before it is."""

@@ -10,14 +10,21 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from numpy.typing import NDArray
 
-from gim_stagewise.cache import Cache, TiledCache, open_sealed
+from gim_stagewise.cache import (
+    Cache,
+    Pooling,
+    TiledCache,
+    grid_features,
+    mean_feature,
+    open_sealed,
+    pool_grid,
+)
 from gim_stagewise.config import PipelineConfig, ProbeConfig, parse_pipeline
 from gim_stagewise.errors import DataError
 from gim_stagewise.sources import (
@@ -41,8 +48,6 @@ from gim_stagewise.stage.shape import trained_part
 from gim_stagewise.stage.workspace import Workspace, patch_grid
 from gim_stagewise.windows import centre
 
-Pooling = Literal["mean", "all"]
-
 # With more raw pixels than this, a classifier on them takes longer than training modules does.
 MOST_RAW = 1024
 PIXEL_STATISTICS, RAW_PIXELS = "pixel statistics", "raw pixels"
@@ -56,21 +61,7 @@ def pool_features(embeddings: NDArray[np.float32], config: PipelineConfig) -> ND
 
     Of the patches that modules are trained on (``augment.grid_crop``).
     """
-    grid = (embeddings.shape[1], embeddings.shape[2])
-    rows, columns = centre(grid, trained_part(config.augment, grid))
-    embeddings = embeddings[:, rows.slice, columns.slice]
-    if config.probe.pooling == "mean":
-        return reduce(embeddings, "s r c ch -> s ch", "mean")
-    return rearrange(embeddings, "s r c ch -> s (r c ch)")
-
-
-def mean_feature(
-    embeddings: NDArray[np.float32], *, deviation: bool = False
-) -> NDArray[np.float32]:
-    """[*cell, channel] of an item of any size to [channel], or with deviations [2 · channel]."""
-    cells = embeddings.reshape(-1, embeddings.shape[-1]).astype(np.float64)
-    parts = [cells.mean(0), cells.std(0)] if deviation else [cells.mean(0)]
-    return np.concatenate(parts).astype(np.float32)
+    return pool_grid(embeddings, crop=config.augment.grid_crop, pooling=config.probe.pooling)
 
 
 def probe_accuracy(
@@ -313,12 +304,9 @@ def chain_features(
 
 def cached_features(path: Path, ids: Sequence[str], config: PipelineConfig) -> NDArray[np.float32]:
     """Features of samples in a module's cache, [sample, feature]."""
-    cache = Cache(path)
-    parts = [
-        pool_features(cache.read_pooled(ids[start : start + 256]), config)
-        for start in range(0, len(ids), 256)
-    ]
-    return np.concatenate(parts)
+    return grid_features(
+        Cache(path), ids, crop=config.augment.grid_crop, pooling=config.probe.pooling
+    )
 
 
 def samples_at_once(source: Source, config: PipelineConfig) -> int:

@@ -13,6 +13,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from gim_stagewise.cache import mean_feature
 from gim_stagewise.config import PipelineConfig
 from gim_stagewise.memory import resident_bytes
 from gim_stagewise.sources import RegionSource, Source, StepLabelled, step_labelled
@@ -24,7 +25,6 @@ from gim_stagewise.stage.probe import (
     TRAINED,
     Probes,
     Rows,
-    mean_feature,
     probe_accuracy,
 )
 from gim_stagewise.stage.probe_splits import (
