@@ -1,4 +1,4 @@
-"""What sources and objectives have to agree on about labels."""
+"""What sources, caches and objectives have to agree on about labels."""
 
-# Of a step that has no label, which no classifier looks at.
+# Of a sample, or a step of one, that has none; no classifier looks at it.
 NO_LABEL = -1

@@ -23,8 +23,8 @@ from warm import gim_stage
 
 from gim_stagewise.config import AugmentConfig, SourceConfig
 from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError, GimStageError
+from gim_stagewise.labels import NO_LABEL
 from gim_stagewise.sources import (
-    MISSING_LABEL,
     PATCH_AXES,
     PatchSource,
     Request,
@@ -136,7 +136,7 @@ def test_items_are_in_order_of_splits_and_unlabeled_ones_have_no_label() -> None
         ids[4:],
     ]
     assert source.label_names == ("class",)
-    assert source.labels("class").tolist() == [MISSING_LABEL] * 3 + [5, 7, 8]
+    assert source.labels("class").tolist() == [NO_LABEL] * 3 + [5, 7, 8]
     with pytest.raises(IndexError):
         items[6]
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from gim_stagewise.errors import DataError
+from gim_stagewise.labels import NO_LABEL
 from gim_stagewise.seeds import derive_seed
-from gim_stagewise.sources import MISSING_LABEL, Request, Split
+from gim_stagewise.sources import Request, Split
 from gim_stagewise.units import parse_bytes
 from gim_stagewise.windows import Span
 
@@ -64,7 +65,7 @@ class CacheDataset(Dataset[Sample]):
         self._split = split
         self._view = view
         self._positions = np.array([cache.place(Request(i, view))[1] for i in ids], np.int64)
-        self._labels = np.full(len(cache.ids), MISSING_LABEL)
+        self._labels = np.full(len(cache.ids), NO_LABEL)
         if cache.label_names:
             self._labels = cache.labels(cache.label_names[0])
         try:

@@ -25,7 +25,8 @@ from gim_stagewise.cache.frames import FrameError, read_chunk_file
 from gim_stagewise.cache.manifest import Manifest, read_manifest
 from gim_stagewise.cache.precision import Precision
 from gim_stagewise.errors import CorruptCacheError, DataError, PartialCacheError
-from gim_stagewise.sources import MISSING_LABEL, SPLITS, Split
+from gim_stagewise.labels import NO_LABEL
+from gim_stagewise.sources import SPLITS, Split
 
 
 class SealedCache:
@@ -171,7 +172,7 @@ class SealedCache:
             raise DataError(f"{self.path} has no labels; read_pooled gives embeddings alone")
         name = self.label_names[0] if labels is None else labels
         known = dict(zip(self.ids, self.labels(name).tolist(), strict=True))
-        chosen = {i: known[i] for i in self.split(split) if known[i] != MISSING_LABEL}
+        chosen = {i: known[i] for i in self.split(split) if known[i] != NO_LABEL}
         if not chosen:
             raise DataError(
                 f"no sample of split {split!r} in {self.path} has a {name!r}; read_pooled gives "

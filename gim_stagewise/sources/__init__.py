@@ -5,7 +5,6 @@ from __future__ import annotations
 from gim_stagewise.config import SourceConfig
 from gim_stagewise.errors import ConfigError
 from gim_stagewise.sources.base import (
-    MISSING_LABEL,
     PATCH_AXES,
     SPLITS,
     Item,
@@ -23,7 +22,6 @@ from gim_stagewise.sources.regions import RegionSource
 from gim_stagewise.sources.subset import Subset
 
 __all__ = [
-    "MISSING_LABEL",
     "PATCH_AXES",
     "SPLITS",
     "Item",

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gim_stagewise.errors import DataError
+from gim_stagewise.labels import NO_LABEL
 from gim_stagewise.windows import Region
 
 Split = Literal["unlabeled", "train", "test"]
@@ -24,8 +25,6 @@ SPLITS: tuple[Split, ...] = ("unlabeled", "train", "test")
 IMAGE_AXES = ("channel", "height", "width")
 PATCH_AXES = ("grid_row", "grid_col", "channel", "height", "width")
 SEQUENCE_AXES = ("channel", "time")
-
-MISSING_LABEL = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +96,7 @@ class Source(Protocol):
         """Names under which `labels` has something."""
 
     def labels(self, name: str) -> NDArray[np.int64]:
-        """Labels in the order of `items`; `MISSING_LABEL` where a sample has none."""
+        """Labels in the order of `items`; `NO_LABEL` where a sample has none."""
 
     def read(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
         """The samples asked for, in that order, each with this source's axes."""
@@ -200,7 +199,7 @@ def labels_of(source: Source, name: Split) -> dict[str, int]:
         return {}
     every = source.labels(source.label_names[0]).tolist()
     known = dict(zip(source.ids, every, strict=True))
-    return {i: known[i] for i in source.split(name) if known[i] != MISSING_LABEL}
+    return {i: known[i] for i in source.split(name) if known[i] != NO_LABEL}
 
 
 def read_stacked(source: Source, requests: Sequence[Request]) -> NDArray[Any]:

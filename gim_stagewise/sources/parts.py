@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gim_stagewise.errors import DataError
+from gim_stagewise.labels import NO_LABEL
 from gim_stagewise.sources.base import (
     IMAGE_AXES,
-    MISSING_LABEL,
     SPLITS,
     Item,
     Request,
@@ -141,12 +141,12 @@ class PartsSource:
     def notices(self) -> tuple[str, ...]:
         """What is to be said of labels."""
         missing = {
-            name: int((labels == MISSING_LABEL).sum())
+            name: int((labels == NO_LABEL).sum())
             for name, part in self._parts.items()
             if name != "unlabeled" and (labels := part.labels()) is not None
         }
         return tuple(
-            f"{count} images of split {name} have the label {MISSING_LABEL}, which stands for none"
+            f"{count} images of split {name} have the label {NO_LABEL}, which stands for none"
             for name, count in missing.items()
             if count
         )
@@ -173,7 +173,7 @@ class PartsSource:
         columns = []
         for part in self._parts.values():
             labels = part.labels()
-            missing = np.full(len(part), MISSING_LABEL, dtype=np.int64)
+            missing = np.full(len(part), NO_LABEL, dtype=np.int64)
             columns.append(missing if labels is None else labels)
         return np.concatenate(columns)
 
