@@ -32,16 +32,16 @@ from repeated import arguments, device_name, interval, known, make, paired, show
 
 from gim_stagewise.config import load_pipeline
 from gim_stagewise.pipeline import Pipeline, RunResult
+from gim_stagewise.probe.classifier import Accuracy
+from gim_stagewise.probe.sequences import MFCC, MFCC_STATISTICS, RecordingProbe
+from gim_stagewise.probe.step_classifier import Walk
+from gim_stagewise.probe.walks import cached_walk, chain_walk
 from gim_stagewise.processes import in_fresh_process
 from gim_stagewise.reproduce.audio import accuracies_without_bptt
 from gim_stagewise.reproduce.runs import spread
 from gim_stagewise.stage.chain import fresh_chain, windowed_shapes
-from gim_stagewise.stage.classifier import Accuracy
-from gim_stagewise.stage.probe_sequences import MFCC, MFCC_STATISTICS, RecordingProbe
 from gim_stagewise.stage.project import count_step, measure_step
 from gim_stagewise.stage.spec import step_spec
-from gim_stagewise.stage.step_classifier import Walk
-from gim_stagewise.stage.walks import cached_walk, chain_walk
 from gim_stagewise.stage.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -34,8 +34,8 @@ from repeated import one_thread
 from sklearn.datasets import load_digits
 
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.probe.probe import RAW_PIXELS
 from gim_stagewise.sources.digits import TEST_IMAGES
-from gim_stagewise.stage.probe import RAW_PIXELS
 
 ROOT = Path(__file__).resolve().parent.parent
 # Points of test accuracy by which each module shall beat the random encoder of the same depth.

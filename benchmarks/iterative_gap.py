@@ -31,10 +31,10 @@ from numpy.typing import NDArray
 from repeated import arguments, interval, known, make, paired, show
 
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.probe.probe import cached_features, chain_features, probe_accuracy
+from gim_stagewise.probe.splits import probe_splits
 from gim_stagewise.stage.checkpoint import TrainingRecord
 from gim_stagewise.stage.extraction_plan import Workers
-from gim_stagewise.stage.probe import cached_features, chain_features, probe_accuracy
-from gim_stagewise.stage.probe_splits import probe_splits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -25,9 +25,9 @@ from typing import Any
 from repeated import arguments, interval, known, make, paired, show
 
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.probe.probe import PIXEL_STATISTICS, RAW_PIXELS
 from gim_stagewise.reproduce.runs import spread
 from gim_stagewise.sources.photographs import PHOTOGRAPHS
-from gim_stagewise.stage.probe import PIXEL_STATISTICS, RAW_PIXELS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -28,19 +28,19 @@ from gim_stagewise.models import CellMean, Stack, embed
 from gim_stagewise.models.sequence import conv1d_module, gru_module
 from gim_stagewise.objectives import CrossEntropy
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.probe.fit import check_probe_of_recordings
+from gim_stagewise.probe.probe import probe_cache
+from gim_stagewise.probe.sequences import RecordingProbe
+from gim_stagewise.probe.step_classifier import step_accuracies
+from gim_stagewise.probe.walks import cached_walk, chain_walk, mfcc_bytes, mfcc_walk
 from gim_stagewise.reproduce.audio import figure_4, table_3, table_4
 from gim_stagewise.reproduce.figures import save_figure
 from gim_stagewise.reproduce.runs import Reproduction
 from gim_stagewise.sources import RegionSource, Request, open_source
 from gim_stagewise.stage.chain import fresh_chain, windowed_shapes
 from gim_stagewise.stage.labels import training_labels
-from gim_stagewise.stage.probe import probe_cache
-from gim_stagewise.stage.probe_fit import check_probe_of_recordings
-from gim_stagewise.stage.probe_sequences import RecordingProbe
 from gim_stagewise.stage.project import count_step, measure_step
 from gim_stagewise.stage.spec import step_spec
-from gim_stagewise.stage.step_classifier import step_accuracies
-from gim_stagewise.stage.walks import cached_walk, chain_walk, mfcc_bytes, mfcc_walk
 from gim_stagewise.stage.windowed import WindowSource, training_windows
 from gim_stagewise.stage.workspace import Workspace
 
@@ -438,7 +438,7 @@ def test_features_that_are_not_kept_give_the_same_scores(
     result = work.run("iterative")
     pipeline = work.pipeline("iterative")
     walk = cached_walk([stage.cache for stage in result.stages if stage.cache is not None])
-    monkeypatch.setattr("gim_stagewise.stage.probe_sequences.MOST_KEPT", 1)
+    monkeypatch.setattr("gim_stagewise.probe.sequences.MOST_KEPT", 1)
     probe = RecordingProbe.of(pipeline.workspace, pipeline.source)
     assert probe is not None
     assert probe(walk, [0, 1, 2]) == [scores.trained for scores in result.probes]

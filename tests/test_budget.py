@@ -18,12 +18,12 @@ from gim_stagewise.errors import OverBudgetError, StorageError
 from gim_stagewise.memory import Budget, PeakMeter, resident_bytes
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.plan import plan_pipeline
+from gim_stagewise.probe.fit import check_probe_of_patches
+from gim_stagewise.probe.probe import chain_features
 from gim_stagewise.prove import prove
 from gim_stagewise.stage.chain import fresh_chain
 from gim_stagewise.stage.fit import plan_training
 from gim_stagewise.stage.needs import chain_needs
-from gim_stagewise.stage.probe import chain_features
-from gim_stagewise.stage.probe_fit import check_probe_of_patches
 from gim_stagewise.stage.project import count_step
 
 

@@ -21,8 +21,8 @@ from warm import gim_stage
 from gim_stagewise.cli import main
 from gim_stagewise.config import ProbeConfig
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.probe.classifier import parts_of
 from gim_stagewise.report.tables import ResultsTable, percent
-from gim_stagewise.stage.classifier import parts_of
 from gim_stagewise.units import format_bytes
 
 

@@ -15,8 +15,8 @@ from gim_stagewise.cache import Cache, CacheWriter, Pooling, TiledCache
 from gim_stagewise.config import parse_pipeline
 from gim_stagewise.errors import DataError
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.probe.probe import cached_features, probe_cache
 from gim_stagewise.sources import SPLITS, Split
-from gim_stagewise.stage.probe import cached_features, probe_cache
 
 
 def of_module_1(file: Path, folder: Path) -> Cache:

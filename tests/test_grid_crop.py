@@ -13,10 +13,10 @@ from warm import gim_stage
 
 from gim_stagewise.cache import Cache
 from gim_stagewise.config import parse_pipeline
+from gim_stagewise.probe.probe import pool_features
 from gim_stagewise.seeds import derive_seed
 from gim_stagewise.sources import Request, Source
 from gim_stagewise.stage.loader import Loader, validation_batches
-from gim_stagewise.stage.probe import pool_features
 from gim_stagewise.stage.workspace import open_data
 from gim_stagewise.windows import Span
 

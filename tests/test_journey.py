@@ -24,11 +24,11 @@ from gim_stagewise.errors import ConfigError, FolderInUseError, StaleCacheError
 from gim_stagewise.models import pool
 from gim_stagewise.models.build import forget_user_code
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.probe.probe import probe_cache
 from gim_stagewise.progress import Silent, Task
 from gim_stagewise.report.record import save_record
 from gim_stagewise.sources import Request
 from gim_stagewise.stage.checkpoint import FrozenWeights
-from gim_stagewise.stage.probe import probe_cache
 
 
 def run(file: Path, folder: Path) -> tuple[Pipeline, list[str]]:

@@ -21,13 +21,13 @@ from warm import gim_stage
 from gim_stagewise.errors import ConfigError, DataError, OverBudgetError
 from gim_stagewise.memory import Budget
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.probe.probe import ProbeScores
 from gim_stagewise.reproduce.exciting import Neuron, most_exciting
 from gim_stagewise.reproduce.figures import figure_2, figure_3
 from gim_stagewise.reproduce.paper import TABLE_1
 from gim_stagewise.reproduce.runs import Reproduction, spread
 from gim_stagewise.reproduce.tables import table_1, table_2
 from gim_stagewise.stage.metrics import read_metrics
-from gim_stagewise.stage.probe import ProbeScores
 
 
 @pytest.fixture(scope="module")

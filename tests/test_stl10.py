@@ -15,10 +15,10 @@ from warm import gim_stage
 from gim_stagewise.config import SourceConfig, load_pipeline
 from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError, StorageError
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.probe.probe import RAW_PIXELS
 from gim_stagewise.sources import Request, Source, open_source
 from gim_stagewise.sources.base import Split
 from gim_stagewise.sources.stl10 import COUNTS
-from gim_stagewise.stage.probe import RAW_PIXELS
 
 SMALL: dict[Split, int] = {"unlabeled": 24, "train": 12, "test": 7}
 FILE = Path(__file__).parent.parent / "pipelines" / "stl10.toml"

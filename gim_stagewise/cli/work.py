@@ -342,9 +342,9 @@ def probe(
       gim-stage probe --input cache/digits/m3.zarr
       gim-stage probe --dir cache/digits --module 3 --pooling all
     """
+    from gim_stagewise.probe.probe import probe_cache
     from gim_stagewise.report.tables import percent
     from gim_stagewise.stage.freeze import resolve_device
-    from gim_stagewise.stage.probe import probe_cache
 
     if (input_path is None) == (index is None):
         raise click.UsageError("say which cache: --input CACHE, or --module N with --dir FOLDER")

@@ -26,6 +26,8 @@ from gim_stagewise.errors import (
 from gim_stagewise.memory import Budget
 from gim_stagewise.pipeline.results import RunResult
 from gim_stagewise.pipeline.running import run_pipeline
+from gim_stagewise.probe.fit import check_probe_of_patches, check_probe_of_recordings
+from gim_stagewise.probe.walks import check_mfcc
 from gim_stagewise.progress import Progress, Silent
 from gim_stagewise.sources import PatchSource, RegionSource
 from gim_stagewise.stage.chain import open_windowed
@@ -41,7 +43,6 @@ from gim_stagewise.stage.labels import chosen_labels
 from gim_stagewise.stage.left_out import leave_out, try_again
 from gim_stagewise.stage.lineage import foreign_content
 from gim_stagewise.stage.needs import chain_needs
-from gim_stagewise.stage.probe_fit import check_probe_of_patches, check_probe_of_recordings
 from gim_stagewise.stage.shape import Shape, windowed_input
 from gim_stagewise.stage.stage import Stage
 from gim_stagewise.stage.workspace import Workspace, open_data
@@ -260,6 +261,7 @@ class Pipeline:
             For whatever does not fit.
         """
         chosen_labels(self.config, self.source)
+        check_mfcc(self.source)
         return check_chain(self.workspace, self.source)
 
     def check_budget(

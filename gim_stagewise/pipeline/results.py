@@ -7,8 +7,8 @@ from pathlib import Path
 
 from gim_stagewise.config import Mode
 from gim_stagewise.errors import ConfigError
+from gim_stagewise.probe.probe import ProbeScores
 from gim_stagewise.stage.checkpoint import TrainingRecord
-from gim_stagewise.stage.probe import ProbeScores
 
 
 @dataclass(frozen=True)

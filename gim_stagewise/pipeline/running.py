@@ -14,11 +14,8 @@ from numpy.typing import NDArray
 from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
 from gim_stagewise.lock import exclusive
 from gim_stagewise.pipeline.results import RunResult, StageResult
-from gim_stagewise.sources import PatchSource
-from gim_stagewise.stage.disk import CacheSize, folder_bytes
-from gim_stagewise.stage.extraction_plan import Workers
-from gim_stagewise.stage.parallel import check_scheduler
-from gim_stagewise.stage.probe import (
+from gim_stagewise.probe.fit import check_probe_of_patches, check_probe_of_recordings
+from gim_stagewise.probe.probe import (
     RANDOM,
     TRAINED,
     Probes,
@@ -27,13 +24,16 @@ from gim_stagewise.stage.probe import (
     chain_features,
     probe_chain,
 )
-from gim_stagewise.stage.probe_fit import check_probe_of_patches, check_probe_of_recordings
-from gim_stagewise.stage.probe_memory import remembered_scores
-from gim_stagewise.stage.probe_sequences import probe_recordings
+from gim_stagewise.probe.remembered import remembered_scores
+from gim_stagewise.probe.sequences import probe_recordings
+from gim_stagewise.probe.step_classifier import Walk
+from gim_stagewise.probe.walks import cached_walk, chain_walk
+from gim_stagewise.sources import PatchSource
+from gim_stagewise.stage.disk import CacheSize, folder_bytes
+from gim_stagewise.stage.extraction_plan import Workers
+from gim_stagewise.stage.parallel import check_scheduler
 from gim_stagewise.stage.removing import drop_outputs, forget
 from gim_stagewise.stage.shape import Shape
-from gim_stagewise.stage.step_classifier import Walk
-from gim_stagewise.stage.walks import cached_walk, chain_walk
 
 if TYPE_CHECKING:
     from gim_stagewise.pipeline.pipeline import Pipeline

@@ -13,7 +13,7 @@ from gim_stagewise import __version__
 from gim_stagewise.durable import json_checksum, write_json
 from gim_stagewise.lock import exclusive
 from gim_stagewise.pipeline import Pipeline, RunResult
-from gim_stagewise.stage.probe import ProbeScores
+from gim_stagewise.probe.probe import ProbeScores
 
 
 def run_record(result: RunResult) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from gim_stagewise.config import Mode
 from gim_stagewise.pipeline import Pipeline, RunResult
-from gim_stagewise.stage.probe import ProbeScores
+from gim_stagewise.probe.probe import ProbeScores
 from gim_stagewise.status import StageStatus
 from gim_stagewise.units import format_bytes
 

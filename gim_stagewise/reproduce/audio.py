@@ -12,6 +12,21 @@ from pathlib import Path
 from gim_stagewise.config import Mode
 from gim_stagewise.errors import ConfigError, DataError
 from gim_stagewise.pipeline import Pipeline, RunResult
+from gim_stagewise.probe.probe import TRAINED, Probes, Rows
+from gim_stagewise.probe.remembered import remembered_scores
+from gim_stagewise.probe.sequences import (
+    MFCC,
+    MFCC_STATISTICS,
+    RecordingProbe,
+    modules_with_steps,
+)
+from gim_stagewise.probe.splits import (
+    ProbeSplit,
+    nothing_to_probe,
+    of_known_labels,
+    probe_splits,
+)
+from gim_stagewise.probe.walks import cached_walk
 from gim_stagewise.report.curves import matplotlib_figure
 from gim_stagewise.reproduce.figures import save_figure
 from gim_stagewise.reproduce.paper import TABLE_3, TABLE_4
@@ -24,21 +39,6 @@ from gim_stagewise.reproduce.runs import (
 )
 from gim_stagewise.sources import Source, step_labelled
 from gim_stagewise.stage.extraction_plan import Workers
-from gim_stagewise.stage.probe import TRAINED, Probes, Rows
-from gim_stagewise.stage.probe_memory import remembered_scores
-from gim_stagewise.stage.probe_sequences import (
-    MFCC,
-    MFCC_STATISTICS,
-    RecordingProbe,
-    modules_with_steps,
-)
-from gim_stagewise.stage.probe_splits import (
-    ProbeSplit,
-    nothing_to_probe,
-    of_known_labels,
-    probe_splits,
-)
-from gim_stagewise.stage.walks import cached_walk
 
 # Lines of figure 4.
 _SHOWN: tuple[tuple[str, Mode, str], ...] = (

@@ -13,6 +13,7 @@ import torch
 
 from gim_stagewise.errors import ConfigError, DataError
 from gim_stagewise.memory import resident_bytes
+from gim_stagewise.probe.probe import PIXEL_STATISTICS
 from gim_stagewise.reproduce.paper import TABLE_1, TABLE_2
 from gim_stagewise.reproduce.runs import (
     DOES_NOT_FIT,
@@ -23,7 +24,6 @@ from gim_stagewise.reproduce.runs import (
     spread,
 )
 from gim_stagewise.stage.needs import chain_needs
-from gim_stagewise.stage.probe import PIXEL_STATISTICS
 from gim_stagewise.stage.project import count_step, measure_step, measured_bytes
 from gim_stagewise.stage.spec import StepSpec
 from gim_stagewise.units import format_bytes

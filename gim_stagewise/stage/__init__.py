@@ -1,1 +1,1 @@
-"""One stage: load, train, freeze, extract, probe."""
+"""One stage: load, train, freeze, extract."""

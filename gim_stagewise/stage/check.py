@@ -12,7 +12,6 @@ from gim_stagewise.stage.loader import check_loading
 from gim_stagewise.stage.needs import chain_needs
 from gim_stagewise.stage.order import held_out_count
 from gim_stagewise.stage.shape import Cell, Shape, check_shape, window_of, windowed_input
-from gim_stagewise.stage.walks import check_mfcc
 from gim_stagewise.stage.windowed import extents_of, training_zones, window_count
 from gim_stagewise.stage.workspace import Workspace
 
@@ -103,7 +102,6 @@ def _check_windowed(space: Workspace, source: RegionSource) -> list[Shape]:
         _check_blocks(space.config, index)
     if space.config.iterative:
         chain_needs(space, source, shapes)  # windows.tile fits all of them
-    check_mfcc(source)
     extents = extents_of(source)
     if not extents:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """How good frozen features are: a linear classifier on top of them.
 
 Every row of a table gets the same pooling, standardisation, choices and splits (see
-`gim_stagewise.stage.classifier`).
+`gim_stagewise.probe.classifier`).
 """
 
 from __future__ import annotations
@@ -27,16 +27,8 @@ from gim_stagewise.cache import (
 )
 from gim_stagewise.config import PipelineConfig, ProbeConfig, parse_pipeline
 from gim_stagewise.errors import DataError
-from gim_stagewise.sources import (
-    PatchSource,
-    Request,
-    Source,
-    read_stacked,
-)
-from gim_stagewise.stage.chain import fresh_chain
-from gim_stagewise.stage.classifier import Accuracy, classify
-from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
-from gim_stagewise.stage.probe_splits import (
+from gim_stagewise.probe.classifier import Accuracy, classify
+from gim_stagewise.probe.splits import (
     ProbeSplit,
     half_labelled,
     left_out_of_test,
@@ -44,6 +36,14 @@ from gim_stagewise.stage.probe_splits import (
     of_known_labels,
     probe_splits,
 )
+from gim_stagewise.sources import (
+    PatchSource,
+    Request,
+    Source,
+    read_stacked,
+)
+from gim_stagewise.stage.chain import fresh_chain
+from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
 from gim_stagewise.stage.shape import trained_part
 from gim_stagewise.stage.workspace import Workspace, patch_grid
 from gim_stagewise.windows import centre
@@ -72,7 +72,7 @@ def probe_accuracy(
     *,
     seed: int,
 ) -> Accuracy:
-    """Accuracy of a linear classifier (see `gim_stagewise.stage.classifier`).
+    """Accuracy of a linear classifier (see `gim_stagewise.probe.classifier`).
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ class ProbeScores:
     baselines : dict
         On what was made without learning, by name: `PIXEL_STATISTICS` of patches, pooled like
         features; `RAW_PIXELS`, where there are no more than `MOST_RAW`; of recordings see
-        `gim_stagewise.stage.probe_sequences`.
+        `gim_stagewise.probe.sequences`.
     """
 
     labels: str

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from gim_stagewise.config import ProbeConfig
 from gim_stagewise.errors import DataError
 from gim_stagewise.labels import NO_LABEL
+from gim_stagewise.probe.classifier import Accuracy
 from gim_stagewise.seeds import derive_seed, seeded
-from gim_stagewise.stage.classifier import Accuracy
 from gim_stagewise.stage.order import held_out_count
 
 # Features of recordings one after another; of each module [step, channel].

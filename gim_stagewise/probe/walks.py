@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from gim_stagewise.cache import TiledCache
 from gim_stagewise.errors import ConfigError
+from gim_stagewise.probe.splits import probe_splits
+from gim_stagewise.probe.step_classifier import Walk
 from gim_stagewise.sources import Item, Request, Source
 from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
-from gim_stagewise.stage.probe_splits import probe_splits
-from gim_stagewise.stage.step_classifier import Walk
 from gim_stagewise.stage.workspace import Workspace
 
 # As mel-frequency cepstral coefficients are usually taken.

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gim_stagewise.config import PipelineConfig
+from gim_stagewise.probe.classifier import parts_of
 from gim_stagewise.sources import Source, labels_of
-from gim_stagewise.stage.classifier import parts_of
 
 
 @dataclass(frozen=True)

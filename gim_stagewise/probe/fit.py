@@ -10,15 +10,15 @@ from itertools import compress
 
 from gim_stagewise.errors import OverBudgetError
 from gim_stagewise.memory import resident_bytes
+from gim_stagewise.probe.probe import samples_at_once
+from gim_stagewise.probe.sequences import KEPT_PART, stored_spacings
+from gim_stagewise.probe.splits import probe_splits
+from gim_stagewise.probe.walks import mfcc_bytes, sample_rate
 from gim_stagewise.sources import Item, PatchSource, Source, step_labelled
 from gim_stagewise.stage.forward import project_forward
-from gim_stagewise.stage.probe import samples_at_once
-from gim_stagewise.stage.probe_sequences import KEPT_PART, stored_spacings
-from gim_stagewise.stage.probe_splits import probe_splits
 from gim_stagewise.stage.project import round_up
 from gim_stagewise.stage.shape import Shape
 from gim_stagewise.stage.spec import step_spec
-from gim_stagewise.stage.walks import mfcc_bytes, sample_rate
 from gim_stagewise.stage.workspace import Workspace
 from gim_stagewise.units import format_bytes
 

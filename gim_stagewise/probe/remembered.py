@@ -10,8 +10,8 @@ from typing import Any
 from gim_stagewise.cache import Digest
 from gim_stagewise.durable import json_checksum, read_checked_json, write_json
 from gim_stagewise.errors import CorruptCacheError
-from gim_stagewise.stage.classifier import Accuracy
-from gim_stagewise.stage.probe import (
+from gim_stagewise.probe.classifier import Accuracy
+from gim_stagewise.probe.probe import (
     BASELINES,
     PARTS,
     RANDOM,

@@ -16,10 +16,8 @@ from numpy.typing import NDArray
 from gim_stagewise.cache import mean_feature
 from gim_stagewise.config import PipelineConfig
 from gim_stagewise.memory import resident_bytes
-from gim_stagewise.sources import RegionSource, Source, StepLabelled, step_labelled
-from gim_stagewise.stage.chain import fresh_chain
-from gim_stagewise.stage.classifier import Accuracy
-from gim_stagewise.stage.probe import (
+from gim_stagewise.probe.classifier import Accuracy
+from gim_stagewise.probe.probe import (
     BASELINES,
     RANDOM,
     TRAINED,
@@ -27,7 +25,7 @@ from gim_stagewise.stage.probe import (
     Rows,
     probe_accuracy,
 )
-from gim_stagewise.stage.probe_splits import (
+from gim_stagewise.probe.splits import (
     ProbeSplit,
     half_labelled,
     left_out_of_test,
@@ -35,9 +33,11 @@ from gim_stagewise.stage.probe_splits import (
     of_known_labels,
     probe_splits,
 )
+from gim_stagewise.probe.step_classifier import Walk, step_accuracies
+from gim_stagewise.probe.walks import chain_walk, mfcc_walk, sample_rate
+from gim_stagewise.sources import RegionSource, Source, StepLabelled, step_labelled
+from gim_stagewise.stage.chain import fresh_chain
 from gim_stagewise.stage.shape import Shape
-from gim_stagewise.stage.step_classifier import Walk, step_accuracies
-from gim_stagewise.stage.walks import chain_walk, mfcc_walk, sample_rate
 from gim_stagewise.stage.workspace import Workspace
 
 # Bytes of features that are kept in memory rather than read or computed for each epoch, at most;
