@@ -21,6 +21,7 @@ from PIL import Image
 from torchvision import datasets
 from warm import gim_stage
 
+from gim_stagewise import Pipeline, open_cache
 from gim_stagewise.config import AugmentConfig, SourceConfig
 from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError, GimStageError
 from gim_stagewise.labels import NO_LABEL
@@ -578,6 +579,31 @@ def test_images_of_a_folder_may_differ_in_size_if_cropped(tmp_path: Path) -> Non
     assert read_stacked(
         patches_of(source, crop=5), [Request("train/x/a.png"), Request("train/x/b.png")]
     ).shape == (2, 2, 2, 3, 3, 3)
+
+
+def test_classes_keep_their_names_on_the_way_through_caches(tiny: Path, tmp_path: Path) -> None:
+    """Also where folders of one split lack a class, so that its numbers are others."""
+    for split, names in {"train": ("cat", "dog"), "test": ("ant", "dog", "a cat")}.items():
+        for number in range(8):
+            name = names[number % len(names)]
+            image = pixels(12, 12, 3, seed=number)
+            save_png(tmp_path / split / name / f"{number}.png", image)
+    text = tiny.read_text()
+    start, end = text.index("[source]"), text.index("[patches]")
+    tables = "".join(f'splits.{s} = {{ root = "{tmp_path / s}" }}\n' for s in ("train", "test"))
+    source = f'[source]\nkind = "torchvision:ImageFolder"\n{tables}\n'
+    text = text[:start] + source + text[end:]
+    tiny.write_text(text.replace("batch = 8", "batch = 4").partition("[module.3]")[0])
+    Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run()
+    for module in (1, 2):
+        cache = open_cache(tmp_path / "out" / f"m{module}.zarr")
+        values = cache.label_values("class")
+        assert values == ("a cat", "ant", "cat", "dog")
+        for item_id, label in zip(cache.ids, cache.labels("class").tolist(), strict=True):
+            assert item_id.split("/")[1] == values[label]
+        plain: Any = zarr.open(str(cache.path))
+        assert plain["labels/class"].attrs["values"] == list(values)
+        assert cache.label_values("speaker") == ()
 
 
 def test_images_without_a_folder_for_their_class_are_told_where_to_go(tmp_path: Path) -> None:

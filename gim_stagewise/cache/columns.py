@@ -27,7 +27,7 @@ from gim_stagewise.cache.frames import CHECKSUM_BYTES, RESIDUE
 from gim_stagewise.cache.layout import Block, Labelled, StoredArray
 from gim_stagewise.cache.manifest import Manifest
 from gim_stagewise.cache.tiles import Layout
-from gim_stagewise.sources import SPLITS
+from gim_stagewise.sources import SPLITS, label_values
 
 # What decodes values; nothing that Zarr or its extensions know besides is ever called.
 _CODECS = {"bytes", "vlen-utf8", "blosc", "zstd", "crc32c"}
@@ -41,6 +41,21 @@ def label_names(manifest: Manifest) -> tuple[str, ...]:
     """Names of the labels that a cache was sealed with, whatever lies there now."""
     files = (name.split("/") for name in manifest.files)
     return tuple(sorted({p[1] for p in files if len(p) == 3 and p[0] == "labels"}))
+
+
+def read_label_values(path: Path, name: str) -> tuple[str, ...]:
+    """What labels of that name mean, from 0 on; empty where the cache does not say.
+
+    Raises
+    ------
+    ValueError
+        If that cannot be read.
+    """
+    content = json.loads((path / "labels" / name / "zarr.json").read_text(encoding="utf-8"))
+    values = content.get("attributes", {}).get("values", [])
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError("values of labels that are no texts")
+    return tuple(values)
 
 
 def metadata_problem(path: Path, manifest: Manifest) -> str:
@@ -102,7 +117,9 @@ def write_samples(path: Path, source: Labelled) -> None:
     if source.label_names:
         labels = group.create_group("labels")
         for name in source.label_names:
-            _put(labels, name, source.labels(name), ("sample",))
+            column = _put(labels, name, source.labels(name), ("sample",))
+            if values := label_values(source, name):
+                column.attrs["values"] = list(values)
 
 
 def _put(group: zarr.Group, name: str, values: NDArray[Any], axes: tuple[str, ...]) -> Any:

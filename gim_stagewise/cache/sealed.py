@@ -16,6 +16,7 @@ from gim_stagewise.cache.columns import (
     label_names,
     metadata_problem,
     read_checksums,
+    read_label_values,
     read_numbers,
     read_strings,
 )
@@ -135,6 +136,21 @@ class SealedCache:
                 f"no labels called {name!r} in {self.path}; there are: {self.label_names}"
             )
         return self._small_array(f"labels/{name}", "int64")
+
+    def label_values(self, name: str) -> tuple[str, ...]:
+        """What labels of that name mean, such as names of classes or speakers, from 0 on.
+
+        Empty where the dataset does not say.
+
+        Raises
+        ------
+        CorruptCacheError
+            If they are damaged.
+        """
+        if name not in self.label_names:
+            return ()
+        with self._naming(f"labels/{name}"):
+            return read_label_values(self.path, name)
 
     def features(
         self, split: Split, *, labels: str | None = None, pooling: Pooling = "mean"

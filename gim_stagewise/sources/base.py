@@ -150,6 +150,10 @@ class PassedOn:
         stamp = getattr(self._inner, "stamp", None)
         return [] if stamp is None else list(stamp(item_id))
 
+    def label_values(self, name: str) -> tuple[str, ...]:
+        """What labels of that name mean, from 0 on; empty where that is not known."""
+        return label_values(self._inner, name)
+
     @property
     def step_label_name(self) -> str | None:
         return self._labelled.step_label_name if self._labelled else None
@@ -205,6 +209,12 @@ def labels_of(source: Source, name: Split) -> dict[str, int]:
 def read_stacked(source: Source, requests: Sequence[Request]) -> NDArray[Any]:
     """Read samples of one size into one array with a leading sample axis."""
     return np.stack(source.read(requests))
+
+
+def label_values(source: Any, name: str) -> tuple[str, ...]:
+    """What labels of that name mean, from 0 on; empty where a source does not know."""
+    known = getattr(source, "label_values", None)
+    return () if known is None else tuple(known(name))
 
 
 def step_labelled(source: Source) -> StepLabelled | None:

@@ -167,6 +167,11 @@ class PartsSource:
         labelled = any(part.labels() is not None for part in self._parts.values())
         return ("class",) if labelled else ()
 
+    def label_values(self, name: str) -> tuple[str, ...]:
+        """What labels of that name mean, from 0 on; empty where that is not known."""
+        known = (getattr(part, "class_names", ()) for part in self._parts.values())
+        return next((tuple(own) for own in known if own), ()) if name == "class" else ()
+
     def labels(self, name: str) -> NDArray[np.int64]:
         if name not in self.label_names:
             raise DataError(f"no labels called {name!r}; there are: {self.label_names or 'none'}")

@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 from gim_stagewise.config import AugmentConfig
 from gim_stagewise.errors import ConfigError, DataError
 from gim_stagewise.seeds import derive_seed
-from gim_stagewise.sources.base import PATCH_AXES, Item, Request, Source, Split, UniformItems
+from gim_stagewise.sources.base import (
+    PATCH_AXES,
+    Item,
+    Request,
+    Source,
+    Split,
+    UniformItems,
+    label_values,
+)
 from gim_stagewise.sources.pixels import PixelForm, cut_patches
 from gim_stagewise.windows import PatchGrid
 
@@ -148,6 +156,10 @@ class PatchSource:
 
     def labels(self, name: str) -> NDArray[np.int64]:
         return self._images.labels(name)
+
+    def label_values(self, name: str) -> tuple[str, ...]:
+        """What labels of that name mean, from 0 on; empty where that is not known."""
+        return label_values(self._images, name)
 
     def read(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
         whole = [Request(request.id) for request in requests]

@@ -262,6 +262,10 @@ class SpeechSource(LargeSource):
         count = "1 recording was" if len(found) == 1 else f"{len(found)} recordings were"
         return [f"{count} resampled to {self._form.rate} Hz, the first: {path}, {rate} Hz"]
 
+    def label_values(self, name: str) -> tuple[str, ...]:
+        """Names of speakers, from 0 on."""
+        return tuple(self.speakers) if name == "speaker" else ()
+
     def labels(self, name: str) -> NDArray[np.int64]:
         if name != "speaker":
             raise DataError(f"no labels called {name!r}; there are: speaker")

@@ -158,12 +158,21 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def _class_names(dataset: Any) -> list[str]:
+    """What a dataset calls its classes, in their order; some are called by several words."""
+    names = getattr(dataset, "classes", None)
+    if not isinstance(names, list | tuple):
+        return []
+    return [", ".join(name) if isinstance(name, tuple) else str(name) for name in names]
+
+
 class _DatasetPart:
     """A map-style torchvision dataset of (image, label) pairs or of images."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
         self._numbers: NDArray[np.int64] | None = None
+        self.class_names: Sequence[str] = _class_names(dataset)
 
     @property
     def classes(self) -> list[str] | None:
@@ -174,6 +183,7 @@ class _DatasetPart:
         """Labels are places in these names from now on."""
         if self.classes is not None:
             self._numbers = np.array([names.index(name) for name in self.classes], dtype=np.int64)
+            self.class_names = names
 
     def __len__(self) -> int:
         return len(self._dataset)
