@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import assert_same_run, edit, results_of
+from helpers import assert_same_run, edit, results_of, shorten
 
 from gim_stagewise.cache import BuildFolder, Cache, read_manifest
 from gim_stagewise.errors import NonFiniteError, PartialCacheError
+from gim_stagewise.models.build import forget_user_code
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.report.record import save_record
 from gim_stagewise.stage.extraction_plan import Workers
@@ -132,13 +135,52 @@ def test_dropout_resumes_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_a_checkpoint_of_other_settings_is_not_taken_up(tiny: Path, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    run_and_die(tiny, tmp_path / "out", "module 1: train", 7, log)
-    assert (tmp_path / "out" / "checkpoints" / "m1.pt").exists()
-    edit(tiny, "lr = 3e-3", "lr = 1e-3")
-    Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run()
-    Pipeline.from_file(tiny, folder=tmp_path / "fresh", device="cpu").run()
+BLOCK = """
+from torch import nn
+def block(in_channels):
+    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.ReLU())
+"""
+
+
+@pytest.mark.parametrize("mode", ["iterative", "simultaneous"])
+@pytest.mark.parametrize("what", ["settings", "data", "code"])
+def test_a_checkpoint_of_other_settings_data_or_code_is_not_taken_up(
+    tiny: Path, tmp_path: Path, mode: str, what: str
+) -> None:
+    (tmp_path / "blocks.py").write_text(BLOCK)
+    built_in = 'build = "residual"\noptions = { stem = 4, channels = 6 }'
+    edit(tiny, built_in, 'build = "blocks:block"')
+    shorten(tiny, modules=2, batch=8, epochs=3, chunk=7, probe=False)
+
+    class StopError(Exception):
+        pass
+
+    def train(folder: Path, stop_at: int | None = None) -> list[int]:
+        steps = []
+
+        def on_step(module: int, step: int) -> None:
+            steps.append(step)
+            if step == stop_at:
+                raise StopError
+
+        forget_user_code()
+        pipeline = Pipeline.from_file(tiny, folder=folder, device="cpu", mode=mode, on_step=on_step)
+        (pipeline.stage(1) if mode == "iterative" else pipeline.joint_stage()).train()
+        return steps
+
+    with pytest.raises(StopError):
+        train(tmp_path / "out", stop_at=7)
+    shutil.copytree(tmp_path / "out", tmp_path / "same")
+    assert train(tmp_path / "same") == list(range(7, 13))
+    if what == "settings":
+        edit(tiny, "lr = 3e-3", "lr = 1e-3")
+    elif what == "data":
+        images = np.load(tmp_path / "train.npy")
+        np.save(tmp_path / "train.npy", images[:, ::-1])
+    else:
+        edit(tmp_path / "blocks.py", "ReLU", "Sigmoid")
+    assert train(tmp_path / "out") == list(range(1, 13))
+    train(tmp_path / "fresh")
     assert_same_run(tmp_path / "out", tmp_path / "fresh")
 
 
