@@ -14,7 +14,7 @@ import pytest
 import torch
 import zarr
 from numcodecs import blosc
-from torch import nn
+from torch import Tensor, nn
 
 from gim_stagewise.cache import (
     Block,
@@ -44,7 +44,7 @@ from gim_stagewise.errors import (
 from gim_stagewise.progress import Silent
 from gim_stagewise.sources import PatchSource, Request, read_stacked
 from gim_stagewise.sources.parts import ArrayPart, PartsSource
-from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
+from gim_stagewise.stage.freeze import FrozenModule, frozen_forward, frozen_step
 from gim_stagewise.stage.storing import Storing, compute_block
 from gim_stagewise.windows import PatchGrid
 
@@ -387,6 +387,37 @@ def test_the_one_forward_gives_a_row_the_same_bits_in_any_company() -> None:
     for count in (1, 5, 6, 7, 12):
         part, _ = frozen_forward(frozen, rows[:count], CONFIG)
         assert torch.equal(part, whole[:count])
+
+
+class Threads(nn.Module):
+    """Gives the number of threads that its operations have; with a state, or without."""
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> Any:
+        noted = torch.full_like(x, torch.get_num_threads())
+        return noted if state is None else (noted, state)
+
+
+class FailsError(Exception):
+    pass
+
+
+class Fails(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise FailsError
+
+
+def test_the_one_forward_has_its_own_number_of_threads_and_leaves_that_of_others() -> None:
+    own, cpu = ExtractConfig(batch=2, threads=2), torch.device("cpu")
+    assert torch.get_num_threads() == 1
+    z, _ = frozen_forward(FrozenModule(Threads(), cpu), torch.zeros(3, 1, 2, 2), own)
+    assert {*z.flatten().tolist()} == {2}
+    assert torch.get_num_threads() == 1
+    z, _ = frozen_step(FrozenModule(Threads(), cpu), torch.zeros(2, 1, 3), torch.zeros(2, 1), own)
+    assert {*z.flatten().tolist()} == {2}
+    assert torch.get_num_threads() == 1
+    with pytest.raises(FailsError):
+        frozen_forward(FrozenModule(Fails(), cpu), torch.zeros(3, 1, 2, 2), own)
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.parametrize("codec", ["lz4", "zstd", "none"])
