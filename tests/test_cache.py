@@ -34,6 +34,7 @@ from gim_stagewise.cache import (
 )
 from gim_stagewise.cache.codecs import zarr_codecs
 from gim_stagewise.cache.frames import write_frame
+from gim_stagewise.cache.manifest import write_manifest
 from gim_stagewise.config import AugmentConfig, ExtractConfig
 from gim_stagewise.errors import (
     CacheNotFoundError,
@@ -279,6 +280,21 @@ def test_a_build_of_other_content_is_begun_again(tmp_path: Path) -> None:
     other = CacheWriter(path, make_manifest(content="b"), make_source())
     assert len(other.pending) == 3
     assert read_manifest(path).content.parts["weights"] == "b"
+
+
+@pytest.mark.parametrize("what", ["numerics", "layout"])
+def test_a_build_whose_manifest_says_something_else_is_begun_again(
+    tmp_path: Path, what: str
+) -> None:
+    path, manifest = tmp_path / "m1.zarr", make_manifest()
+    stage_and_commit(CacheWriter(path, manifest, make_source()), 2)
+    assert len(CacheWriter(path, manifest, make_source()).pending) == 1
+    content = Digest({**manifest.content.parts, "numerics.torch": "1.0"})
+    layout = replace(manifest.sample_layout, codec="zstd")
+    others = {"numerics": {"content": content}, "layout": {"layout": layout}}
+    write_manifest(path, replace(manifest, **others[what]))  # type: ignore[arg-type]
+    assert len(CacheWriter(path, manifest, make_source()).pending) == 3
+    assert read_manifest(path) == manifest
 
 
 def test_a_worker_left_over_from_an_earlier_run_changes_nothing(tmp_path: Path) -> None:

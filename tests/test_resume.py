@@ -6,17 +6,20 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_run, edit, results_of, shorten
+from helpers import assert_same_files, assert_same_run, edit, results_of, shorten
 
 from gim_stagewise.cache import BuildFolder, Cache, read_manifest
 from gim_stagewise.errors import NonFiniteError, PartialCacheError
 from gim_stagewise.models.build import forget_user_code
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.progress import Silent, Task
 from gim_stagewise.report.record import save_record
 from gim_stagewise.stage.extraction_plan import Workers
 
@@ -193,6 +196,59 @@ def test_a_partial_cache_of_other_content_is_begun_again(tiny: Path, tmp_path: P
     Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run()
     Pipeline.from_file(tiny, folder=tmp_path / "fresh", device="cpu").run()
     assert_same_run(tmp_path / "out", tmp_path / "fresh")
+
+
+def test_a_partial_cache_of_other_numerics_is_begun_again_and_a_sealed_one_kept(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(tiny, modules=1, batch=8, epochs=1, chunk=7, probe=False)
+
+    class StopError(Exception):
+        pass
+
+    class Blocks(Silent):
+        """Counts blocks, and stops after some."""
+
+        def __init__(self, stop_after: int | None = None) -> None:
+            self.count, self.notes = 0, list[str]()
+            self.stop_after = stop_after
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+        @contextmanager
+        def task(self, name: str, *, total: int, done: int = 0, unit: str) -> Iterator[Task]:
+            blocks = self
+
+            class Counter(Task):
+                def advance(self, count: int = 1, **figures: float) -> None:
+                    blocks.count += name == "module 1: extract"
+                    if blocks.count == blocks.stop_after:
+                        raise StopError
+
+            yield Counter()
+
+    def run(blocks: Blocks, folder: Path = tmp_path / "out") -> Blocks:
+        Pipeline.from_file(tiny, folder=folder, device="cpu", progress=blocks).run()
+        return blocks
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "1.0")
+        with pytest.raises(StopError):
+            run(Blocks(stop_after=3))
+    manifest = read_manifest(tmp_path / "out" / "m1.zarr")
+    assert manifest.numerics["torch"] == "1.0"
+    assert BuildFolder(tmp_path / "out" / "m1.zarr").done_blocks(manifest.content)[0] >= 2
+    again = run(Blocks())
+    assert again.count == 8
+    begun = "cache built again: what was begun would not be of one piece: numerics.torch"
+    assert any(begun in note for note in again.notes)
+    assert Cache(tmp_path / "out" / "m1.zarr").manifest.numerics["torch"] == torch.__version__
+    run(Blocks(), tmp_path / "fresh")
+    assert_same_files(tmp_path / "out", tmp_path / "fresh")
+
+    monkeypatch.setattr(torch, "__version__", "1.0")
+    assert run(Blocks()).count == 0
 
 
 EXPLODES = """
