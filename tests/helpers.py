@@ -6,16 +6,18 @@ import gc
 import json
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import torch
 import zarr
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 
+from gim_stagewise.config.tables import Table
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.progress import Silent, Task
 from gim_stagewise.report.record import save_record
@@ -158,3 +160,16 @@ def one_error(done: subprocess.CompletedProcess[str], code: int) -> str:
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, done.stderr
     return lines[0]
+
+
+def other_value(table: Table, name: str) -> Any:
+    """A value that a setting can have, and has not; of one that can have no other, any."""
+    field = type(table).model_fields[name]
+    possible: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
+    now, choices = getattr(table, name), get_args(field.annotation)
+    others = [7, 0.3, "other", "float16", (0.5,), {"other": 1}, {"test": {}}]
+    for value in [*choices, not now, *others]:
+        with suppress(ValidationError):
+            if value != now and possible.validate_python(value, strict=True) == value:
+                return value
+    return "another"

@@ -14,7 +14,7 @@ import pytest
 import torch
 import zarr
 from numcodecs import blosc
-from torch import nn
+from torch import Tensor, nn
 
 from gim_stagewise.cache import (
     Block,
@@ -34,6 +34,7 @@ from gim_stagewise.cache import (
 )
 from gim_stagewise.cache.codecs import zarr_codecs
 from gim_stagewise.cache.frames import write_frame
+from gim_stagewise.cache.manifest import write_manifest
 from gim_stagewise.config import AugmentConfig, ExtractConfig
 from gim_stagewise.errors import (
     CacheNotFoundError,
@@ -44,7 +45,7 @@ from gim_stagewise.errors import (
 from gim_stagewise.progress import Silent
 from gim_stagewise.sources import PatchSource, Request, read_stacked
 from gim_stagewise.sources.parts import ArrayPart, PartsSource
-from gim_stagewise.stage.freeze import FrozenModule, frozen_forward
+from gim_stagewise.stage.freeze import FrozenModule, frozen_forward, frozen_step
 from gim_stagewise.stage.storing import Storing, compute_block
 from gim_stagewise.windows import PatchGrid
 
@@ -281,6 +282,21 @@ def test_a_build_of_other_content_is_begun_again(tmp_path: Path) -> None:
     assert read_manifest(path).content.parts["weights"] == "b"
 
 
+@pytest.mark.parametrize("what", ["numerics", "layout"])
+def test_a_build_whose_manifest_says_something_else_is_begun_again(
+    tmp_path: Path, what: str
+) -> None:
+    path, manifest = tmp_path / "m1.zarr", make_manifest()
+    stage_and_commit(CacheWriter(path, manifest, make_source()), 2)
+    assert len(CacheWriter(path, manifest, make_source()).pending) == 1
+    content = Digest({**manifest.content.parts, "numerics.torch": "1.0"})
+    layout = replace(manifest.sample_layout, codec="zstd")
+    others = {"numerics": {"content": content}, "layout": {"layout": layout}}
+    write_manifest(path, replace(manifest, **others[what]))  # type: ignore[arg-type]
+    assert len(CacheWriter(path, manifest, make_source()).pending) == 3
+    assert read_manifest(path) == manifest
+
+
 def test_a_worker_left_over_from_an_earlier_run_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "m1.zarr"
     old = CacheWriter(path, make_manifest(), make_source())
@@ -387,6 +403,37 @@ def test_the_one_forward_gives_a_row_the_same_bits_in_any_company() -> None:
     for count in (1, 5, 6, 7, 12):
         part, _ = frozen_forward(frozen, rows[:count], CONFIG)
         assert torch.equal(part, whole[:count])
+
+
+class Threads(nn.Module):
+    """Gives the number of threads that its operations have; with a state, or without."""
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> Any:
+        noted = torch.full_like(x, torch.get_num_threads())
+        return noted if state is None else (noted, state)
+
+
+class FailsError(Exception):
+    pass
+
+
+class Fails(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise FailsError
+
+
+def test_the_one_forward_has_its_own_number_of_threads_and_leaves_that_of_others() -> None:
+    own, cpu = ExtractConfig(batch=2, threads=2), torch.device("cpu")
+    assert torch.get_num_threads() == 1
+    z, _ = frozen_forward(FrozenModule(Threads(), cpu), torch.zeros(3, 1, 2, 2), own)
+    assert {*z.flatten().tolist()} == {2}
+    assert torch.get_num_threads() == 1
+    z, _ = frozen_step(FrozenModule(Threads(), cpu), torch.zeros(2, 1, 3), torch.zeros(2, 1), own)
+    assert {*z.flatten().tolist()} == {2}
+    assert torch.get_num_threads() == 1
+    with pytest.raises(FailsError):
+        frozen_forward(FrozenModule(Fails(), cpu), torch.zeros(3, 1, 2, 2), own)
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.parametrize("codec", ["lz4", "zstd", "none"])

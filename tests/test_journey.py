@@ -17,7 +17,15 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from helpers import Heard, assert_same_run, edit, live_parameters, weights_of
+from helpers import (
+    Heard,
+    assert_same_run,
+    caches_of,
+    edit,
+    live_parameters,
+    shorten,
+    weights_of,
+)
 
 from gim_stagewise.cache import Cache, read_manifest
 from gim_stagewise.errors import ConfigError, FolderInUseError, StaleCacheError
@@ -276,6 +284,29 @@ def test_a_module_of_ones_own_is_trained(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "own_nets.py").write_text(OWN.replace("torch.tanh", "torch.sigmoid"))
     _, notes = run_reloaded(tiny, tmp_path / "out")
     assert any("computes something else now" in note for note in notes)
+
+
+def test_a_cache_is_computed_with_the_threads_that_are_asked_for(
+    tiny: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "noting.py").write_text(
+        "import torch\n"
+        "class Block(torch.nn.Conv2d):\n"
+        "    def forward(self, x):\n"
+        "        return 0 * super().forward(x) + torch.get_num_threads()\n"
+        "def block(in_channels):\n"
+        "    return Block(in_channels, 4, 3)\n"
+    )
+    built_in = 'build = "residual"\noptions = { stem = 4, channels = 6 }'
+    edit(tiny, built_in, 'build = "noting:block"')
+    edit(tiny, "[cache]\n", '[cache]\nprecision = "float32"\n')
+    edit(tiny, "[extract]\n", "[extract]\nthreads = 2\n")
+    shorten(tiny, modules=1, batch=8, epochs=1, chunk=7, probe=False)
+    before = torch.get_num_threads()
+    assert before != 2
+    run(tiny, tmp_path / "out")
+    assert {*caches_of(tmp_path / "out")["m1/activations"].flat} == {2}
+    assert torch.get_num_threads() == before
 
 
 def test_code_that_is_imported_late_is_code_of_the_module(tiny: Path, tmp_path: Path) -> None:

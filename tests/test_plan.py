@@ -308,6 +308,29 @@ def test_over_budget_names_a_micro_batch_that_fits() -> None:
     assert automatic.step.total <= allowed
 
 
+def test_samples_to_be_mixed_count_on_the_host() -> None:
+    held = 4 * 2**30
+    asked = replace(needs(spec(8), asked=8), loader=held)
+    plan = plan_training(asked, recorded=None, budget=Budget(host=2**40))
+    parameters = sum(own.nbytes for part in spec(8).parts() for own in part.parameters())
+    # Weights: the best ones, and those that are about to replace them.
+    assert plan.host - plan.base == plan.step.total + held + 2 * parameters
+    assert plan.projected == plan.host - plan.base
+    fits = plan_training(asked, recorded=None, budget=Budget(host=plan.host + 2**28))
+    assert fits.loader == held
+    with pytest.raises(OverBudgetError, match=r"lower module\.1\.train\.shuffle_window") as caught:
+        plan_training(asked, recorded=None, budget=Budget(host=plan.host - held // 2))
+    assert caught.value.needed > held
+
+
+def test_a_plan_counts_the_samples_that_its_loader_holds(tiny: Path, tmp_path: Path) -> None:
+    edit(tiny, "checkpoint_every = 2", 'checkpoint_every = 2\nshuffle_window = "1 MB"')
+    stage = Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").stage(1)
+    held = len(stage.source.split("unlabeled")) * stage.source.item_bytes
+    assert held < 1e6
+    assert held <= stage.plan_training().loader < 1.5 * held
+
+
 def test_what_auto_came_to_is_kept_and_a_smaller_budget_refuses() -> None:
     whole = spec(128)
     budget = Budget(device=needed(spec(8)))

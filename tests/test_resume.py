@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import Heard, StopError, assert_same_run, edit, results_of
+from helpers import (
+    Heard,
+    StopError,
+    assert_same_files,
+    assert_same_run,
+    edit,
+    results_of,
+    shorten,
+)
 
 from gim_stagewise.cache import BuildFolder, Cache, read_manifest
 from gim_stagewise.errors import NonFiniteError, PartialCacheError
+from gim_stagewise.models.build import forget_user_code
 from gim_stagewise.pipeline import Pipeline
+from gim_stagewise.progress import Silent, Task
 from gim_stagewise.report.record import save_record
 from gim_stagewise.stage.extraction_plan import Workers
 
@@ -126,13 +140,49 @@ def test_dropout_resumes_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_a_checkpoint_of_other_settings_is_not_taken_up(tiny: Path, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    run_and_die(tiny, tmp_path / "out", "module 1: train", 7, log)
-    assert (tmp_path / "out" / "checkpoints" / "m1.pt").exists()
-    edit(tiny, "lr = 3e-3", "lr = 1e-3")
-    Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run()
-    Pipeline.from_file(tiny, folder=tmp_path / "fresh", device="cpu").run()
+BLOCK = """
+from torch import nn
+def block(in_channels):
+    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.ReLU())
+"""
+
+
+@pytest.mark.parametrize("mode", ["iterative", "simultaneous"])
+@pytest.mark.parametrize("what", ["settings", "data", "code"])
+def test_a_checkpoint_of_other_settings_data_or_code_is_not_taken_up(
+    tiny: Path, tmp_path: Path, mode: str, what: str
+) -> None:
+    (tmp_path / "blocks.py").write_text(BLOCK)
+    built_in = 'build = "residual"\noptions = { stem = 4, channels = 6 }'
+    edit(tiny, built_in, 'build = "blocks:block"')
+    shorten(tiny, modules=2, batch=8, epochs=3, chunk=7, probe=False)
+
+    def train(folder: Path, stop_at: int | None = None) -> list[int]:
+        steps = []
+
+        def on_step(module: int, step: int) -> None:
+            steps.append(step)
+            if step == stop_at:
+                raise StopError
+
+        forget_user_code()
+        pipeline = Pipeline.from_file(tiny, folder=folder, device="cpu", mode=mode, on_step=on_step)
+        (pipeline.stage(1) if mode == "iterative" else pipeline.joint_stage()).train()
+        return steps
+
+    with pytest.raises(StopError):
+        train(tmp_path / "out", stop_at=7)
+    shutil.copytree(tmp_path / "out", tmp_path / "same")
+    assert train(tmp_path / "same") == list(range(7, 13))
+    if what == "settings":
+        edit(tiny, "lr = 3e-3", "lr = 1e-3")
+    elif what == "data":
+        images = np.load(tmp_path / "train.npy")
+        np.save(tmp_path / "train.npy", images[:, ::-1])
+    else:
+        edit(tmp_path / "blocks.py", "ReLU", "Sigmoid")
+    assert train(tmp_path / "out") == list(range(1, 13))
+    train(tmp_path / "fresh")
     assert_same_run(tmp_path / "out", tmp_path / "fresh")
 
 
@@ -145,6 +195,56 @@ def test_a_partial_cache_of_other_content_is_begun_again(tiny: Path, tmp_path: P
     Pipeline.from_file(tiny, folder=tmp_path / "out", device="cpu").run()
     Pipeline.from_file(tiny, folder=tmp_path / "fresh", device="cpu").run()
     assert_same_run(tmp_path / "out", tmp_path / "fresh")
+
+
+def test_a_partial_cache_of_other_numerics_is_begun_again_and_a_sealed_one_kept(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(tiny, modules=1, batch=8, epochs=1, chunk=7, probe=False)
+
+    class Blocks(Silent):
+        """Counts blocks, and stops after some."""
+
+        def __init__(self, stop_after: int | None = None) -> None:
+            self.count, self.notes = 0, list[str]()
+            self.stop_after = stop_after
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+        @contextmanager
+        def task(self, name: str, *, total: int, done: int = 0, unit: str) -> Iterator[Task]:
+            blocks = self
+
+            class Counter(Task):
+                def advance(self, count: int = 1, **figures: float) -> None:
+                    blocks.count += name == "module 1: extract"
+                    if blocks.count == blocks.stop_after:
+                        raise StopError
+
+            yield Counter()
+
+    def run(blocks: Blocks, folder: Path = tmp_path / "out") -> Blocks:
+        Pipeline.from_file(tiny, folder=folder, device="cpu", progress=blocks).run()
+        return blocks
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "1.0")
+        with pytest.raises(StopError):
+            run(Blocks(stop_after=3))
+    manifest = read_manifest(tmp_path / "out" / "m1.zarr")
+    assert manifest.numerics["torch"] == "1.0"
+    assert BuildFolder(tmp_path / "out" / "m1.zarr").done_blocks(manifest.content)[0] >= 2
+    again = run(Blocks())
+    assert again.count == 8
+    begun = "cache built again: what was begun would not be of one piece: numerics.torch"
+    assert any(begun in note for note in again.notes)
+    assert Cache(tmp_path / "out" / "m1.zarr").manifest.numerics["torch"] == torch.__version__
+    run(Blocks(), tmp_path / "fresh")
+    assert_same_files(tmp_path / "out", tmp_path / "fresh")
+
+    monkeypatch.setattr(torch, "__version__", "1.0")
+    assert run(Blocks()).count == 0
 
 
 EXPLODES = """

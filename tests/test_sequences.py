@@ -179,15 +179,24 @@ def test_repair_starts_from_the_state_before(done: Path, tmp_path: Path, kind: s
     assert_same_files(folder, done.parent / "out")
 
 
-def test_lanes_are_part_of_what_a_cache_is(done: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("index", "old", "new", "said"),
+    [
+        (3, "lanes = 3", "lanes = 2", "geometry.lanes 3 → 2"),
+        (2, "cache.pool = 2", "cache.pool = 4", "geometry.pool 2 → 4"),
+    ],
+)
+def test_lanes_and_means_are_part_of_what_a_cache_is(
+    done: Path, tmp_path: Path, index: int, old: str, new: str, said: str
+) -> None:
     file = tmp_path / "other.toml"
-    file.write_text(done.read_text().replace("lanes = 3", "lanes = 2"))
-    pipeline = Pipeline.from_file(file, folder=done.parent / "out")
-    outputs = pipeline.stage(3).outputs
-    weights, why = pipeline.stage(3).current_weights()
+    file.write_text(done.read_text())
+    edit(file, old, new)
+    stage = Pipeline.from_file(file, folder=done.parent / "out").stage(index)
+    weights, why = stage.current_weights()
     assert not why
     assert weights is not None
-    assert "geometry.lanes 3 → 2" in outputs.current(outputs.manifest(weights)).reason
+    assert said in stage.outputs.current(stage.outputs.manifest(weights)).reason
 
 
 def test_workers_leave_the_state_to_this_process(done: Path, tmp_path: Path) -> None:

@@ -40,8 +40,9 @@ def step_accuracies(
     walk : callable
         Gives features of recordings.
     train, test : mapping
-        Labels [step] of recordings by id; steps with `NO_LABEL` are left out. Of what features and
-        labels differ in length, the shorter one counts.
+        Labels [step] of recordings by id; steps with `NO_LABEL` are left out, and test steps with
+        labels that no training step has. Of what features and labels differ in length, the shorter
+        one counts.
     config : ProbeConfig
     seed : int
 
@@ -58,8 +59,11 @@ def step_accuracies(
         draw = np.random.default_rng(derive_seed(seed, "step probe"))
         order = [ids[number] for number in draw.permutation(len(ids))]
     held = min(held_out_count(len(ids), config.validation), len(ids) - 1)
-    classes = 1 + max(int(own.max(initial=0)) for own in [*train.values(), *test.values()])
-    labels = {**train, **test}
+    # What training has none of cannot be known by anybody; nor may test labels size a classifier.
+    known = np.unique(np.concatenate([np.unique(own) for own in train.values()]))
+    classes = 1 + int(known.max(initial=0))
+    tested = {i: np.where(np.isin(own, known), own, NO_LABEL) for i, own in test.items()}
+    labels = {**train, **tested}
     fit = _Fit(walk, labels, order[held:], classes, config, seed)
     found = list(fit.epochs(order[:held], config.step_epochs))
     best = [int(np.argmax(own)) for own in zip(*found, strict=True)]
