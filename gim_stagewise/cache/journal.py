@@ -82,7 +82,8 @@ class BuildFolder:
 
     def remove(self) -> None:
         if self.path.exists():
-            discard(self.path)
+            with storage_errors(f"removing {self.path}"):
+                discard(self.path)
 
     def _new_staging(self) -> Path:
         staging = self.path / f"staging-{uuid.uuid4().hex[:12]}"
