@@ -430,7 +430,8 @@ def main() -> None:
             "a corpus of its own, with other sentences, levels, noise and microphones, so that "
             "spreads are of training, of the probe and of the data. All rows may take as many "
             "epochs of as many windows; learning rate and batch are those chosen for iterative "
-            "training.",
+            "training (2e-3). At that rate one seed of CPC is left with the loss of guessing; what "
+            "it has at half of it is a row of its own.",
             "",
             *tables(runs),
             *memory_table(rows),
