@@ -42,6 +42,8 @@ class StageStatus:
     record : TrainingRecord or None
         How training went, where weights are frozen.
     cache_bytes : int
+    made_again : "weights", "cache" or None
+        What `run` makes again of what is stale, where that is known.
     """
 
     module: int
@@ -50,13 +52,7 @@ class StageStatus:
     done: float | None = None
     record: TrainingRecord | None = None
     cache_bytes: int = 0
-
-    @property
-    def made_again(self) -> Literal["weights", "cache"] | None:
-        """What `run` will make again of what is stale: where weights are, the cache above them."""
-        if self.state != "stale":
-            return None
-        return "weights" if self.record is None else "cache"
+    made_again: Literal["weights", "cache"] | None = None
 
 
 def pipeline_status(pipeline: Pipeline) -> list[StageStatus]:
@@ -97,7 +93,8 @@ def _joint_status(pipeline: Pipeline) -> list[StageStatus]:
         if state == "missing" and space.joint_checkpoint_path.exists():
             state, why = "stale", _CHECKPOINT_OF_OTHERS
         record = weights.record if weights is not None and state == "frozen" else None
-        found.append(StageStatus(index, state, why, record=record))
+        again: Literal["weights"] | None = "weights" if state == "stale" else None
+        found.append(StageStatus(index, state, why, record=record, made_again=again))
     return found
 
 
@@ -154,8 +151,20 @@ def _above_unfinished(pipeline: Pipeline, index: int, below: StageStatus, size: 
     except CorruptCacheError as error:
         return StageStatus(index, "corrupt", str(error), cache_bytes=size)
     if changes:
-        return StageStatus(index, "stale", "; ".join(changes), record=record, cache_bytes=size)
+        return _stale(index, "; ".join(changes), size, record)
     return StageStatus(index, "waiting", waits, record=record, cache_bytes=size)
+
+
+def _stale(index: int, why: str, size: int, record: TrainingRecord | None = None) -> StageStatus:
+    """Of a stage whose cache is made again, and without a record of current weights, these too."""
+    return StageStatus(
+        index,
+        "stale",
+        why,
+        record=record,
+        cache_bytes=size,
+        made_again="weights" if record is None else "cache",
+    )
 
 
 def _without_weights(pipeline: Pipeline, stage: Stage, why: str, size: int) -> StageStatus:
@@ -173,13 +182,13 @@ def _without_weights(pipeline: Pipeline, stage: Stage, why: str, size: int) -> S
         )
     if not why:
         if checkpoint.exists():
-            return StageStatus(stage.index, "stale", _CHECKPOINT_OF_OTHERS, cache_bytes=size)
+            return _stale(stage.index, _CHECKPOINT_OF_OTHERS, size)
         return StageStatus(stage.index, "missing", cache_bytes=size)
     try:
         FrozenWeights.load(pipeline.workspace.weights_path(stage.index))
     except CorruptCacheError:
         return StageStatus(stage.index, "corrupt", why, cache_bytes=size)
-    return StageStatus(stage.index, "stale", why, cache_bytes=size)
+    return _stale(stage.index, why, size)
 
 
 def _with_weights(stage: Stage, weights: FrozenWeights, size: int) -> StageStatus:
@@ -191,8 +200,11 @@ def _with_weights(stage: Stage, weights: FrozenWeights, size: int) -> StageStatu
     if found.manifest is None:
         if not found.reason:
             return StageStatus(stage.index, "frozen", "its cache is not there yet", record=record)
-        state: State = "corrupt" if found.unreadable else "stale"
-        return StageStatus(stage.index, state, found.reason, record=record, cache_bytes=size)
+        if found.unreadable:
+            return StageStatus(
+                stage.index, "corrupt", found.reason, record=record, cache_bytes=size
+            )
+        return _stale(stage.index, found.reason, size, record)
     cache = found.manifest
     if cache.sealed:
         return StageStatus(stage.index, "sealed", record=record, cache_bytes=size)

@@ -19,7 +19,7 @@ from warm import gim_stage
 
 from gim_stagewise import load_encoder
 from gim_stagewise.cache import Cache
-from gim_stagewise.errors import ConfigError, CorruptCacheError
+from gim_stagewise.errors import ConfigError, CorruptCacheError, StaleCacheError
 from gim_stagewise.models import INPUT_OPERATIONS
 from gim_stagewise.pipeline import Pipeline
 from gim_stagewise.sources import Request, read_stacked
@@ -176,6 +176,16 @@ def test_modules_that_are_no_more_in_the_file_are_left_out(done: Path, tmp_path:
 
 
 @pytest.mark.parametrize("done", ["float32"], indirect=True)
+def test_an_exported_file_is_not_cut_to_a_shorter_pipeline(done: Path, tmp_path: Path) -> None:
+    target = tmp_path / "encoder.safetensors"
+    assert gim_stage("export", done, "--to", target, "--dir", done.parent / "out").returncode == 0
+    shorter = tmp_path / "shorter.toml"
+    shorter.write_text(done.read_text().partition("[module.3]")[0])
+    with pytest.raises(StaleCacheError, match="has 3 modules, and the pipeline file 2"):
+        load_encoder(target, pipeline=shorter)
+    assert len(load_encoder(done.parent / "out", pipeline=shorter)) == 2
+
+
 def test_files_that_are_no_encoder_are_refused(done: Path, tmp_path: Path) -> None:
     out = done.parent / "out"
     with pytest.raises(ConfigError, match=f"of module 2 alone; give the run's folder {out}, or"):

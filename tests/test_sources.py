@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import struct
+import tracemalloc
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -472,6 +473,24 @@ def test_a_zarr_chunk_is_decoded_once_for_images_in_order(
     np.testing.assert_array_equal(source.read([Request(source.ids[-1])])[0][0], values[-1])
     assert len(decoded) == 3
     assert source.chunk_bytes == 4 * 4 * 4 * values.itemsize
+
+
+def test_images_of_many_zarr_chunks_do_not_keep_these_in_memory(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        save(tmp_path / f"{split}.zarr", pixels(320, 64, 64), chunks=(32, 64, 64))
+    tables = {split: {"images": f"{split}.zarr"} for split in ("train", "test")}
+    source = patches_of(open_source(arrays(tmp_path, "zarr", **tables)), size=64, stride=64)
+    scattered = [Request(item_id) for item_id in source.ids[::32]]
+    source.read(scattered[:1])
+    tracemalloc.start()
+    try:
+        grids = source.read(scattered)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    images = len(scattered) * 64 * 64
+    assert source.chunk_bytes == 32 * 64 * 64
+    assert peak < sum(grid.nbytes for grid in grids) + 6 * images + 4 * source.chunk_bytes
 
 
 def test_a_zarr_chunk_of_too_many_images_is_refused(tmp_path: Path) -> None:

@@ -563,6 +563,12 @@ def test_a_tile_that_turns_out_corrupt_during_the_run(
     assert removable(later) == []
     again = later.run(workers=Workers(0))
     assert not any(stage.trained or stage.extracted for stage in again.stages)
+    elsewhere = Pipeline.from_file(large, folder=tmp_path / "elsewhere", device="cpu")
+    elsewhere.stage(2, tmp_path / "out" / "m1.zarr")
+    all_again = Pipeline.from_file(large, folder=tmp_path / "out", device="cpu")
+    anew = all_again.run(start=1, workers=Workers(0))
+    assert list(anew.skipped) == ["unlabeled/c.tif"]
+    assert all(stage.trained and stage.extracted for stage in anew.stages)
     shutil.copy(tmp_path / "images" / "b.tif", tmp_path / "images" / "c.tif")
     mended = Pipeline.from_file(large, folder=tmp_path / "out", device="cpu")
     assert not mended.skipped
@@ -579,6 +585,12 @@ def test_what_was_left_out_is_tried_again_with_module_1(
     edit(large, 'kind = "large"', 'kind = "large"\non_error = "skip"\ndigest = "sampled"')
     pipeline = Pipeline.from_file(large, folder=tmp_path / "out", device="cpu")
     leave_out(tmp_path / "out", pipeline.source, "unlabeled/a.npy", "a disk was away")
+    pipeline = Pipeline.from_file(large, folder=tmp_path / "out", device="cpu")
+    assert pipeline.skipped == {"unlabeled/a.npy": "a disk was away"}
+    small = Budget(host=1_000_000)
+    refused = Pipeline.from_file(large, folder=tmp_path / "out", device="cpu", budget=small)
+    with pytest.raises(OverBudgetError):
+        refused.run(start=1, until=1, workers=Workers(0))
     pipeline = Pipeline.from_file(large, folder=tmp_path / "out", device="cpu")
     assert pipeline.skipped == {"unlabeled/a.npy": "a disk was away"}
     assert not pipeline.run(start=1, until=1, workers=Workers(0)).skipped

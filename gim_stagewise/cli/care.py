@@ -34,7 +34,7 @@ def status(pipeline_file: Path, mode: str | None, folder: Path | None, as_json: 
             {
                 "pipeline": pipeline.config.name,
                 "folder": str(pipeline.workspace.folder),
-                "modules": [asdict(s) | {"made_again": s.made_again} for s in stages],
+                "modules": [asdict(stage) for stage in stages],
             }
         )
     else:

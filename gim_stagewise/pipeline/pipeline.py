@@ -23,6 +23,7 @@ from gim_stagewise.errors import (
     OverBudgetError,
     StaleCacheError,
 )
+from gim_stagewise.lock import exclusive
 from gim_stagewise.memory import Budget
 from gim_stagewise.pipeline.results import RunResult
 from gim_stagewise.pipeline.running import run_pipeline
@@ -40,7 +41,7 @@ from gim_stagewise.stage.freeze import resolve_device
 from gim_stagewise.stage.identity import cache_recipe, recipe_differences
 from gim_stagewise.stage.joint import JointStage
 from gim_stagewise.stage.labels import chosen_labels
-from gim_stagewise.stage.left_out import leave_out, try_again
+from gim_stagewise.stage.left_out import leave_out, take_back
 from gim_stagewise.stage.lineage import foreign_content
 from gim_stagewise.stage.needs import chain_needs
 from gim_stagewise.stage.shape import Shape, windowed_input
@@ -70,6 +71,8 @@ class Pipeline:
     ) -> None:
         self.workspace = workspace
         self._source = source
+        # Items that earlier runs left out, and this one tries again.
+        self._again: set[str] = set()
         self.config: PipelineConfig = workspace.config
 
     @classmethod
@@ -172,7 +175,7 @@ class Pipeline:
         if self._source is not None:
             return self._source
         if self.config.windowed:
-            return open_windowed(self.workspace)
+            return open_windowed(self.workspace, again=self._again)
         return open_data(self.config)
 
     @property
@@ -231,7 +234,9 @@ class Pipeline:
                 key="--input",
             )
         changes = recipe_differences(cache.manifest.recipe, cache_recipe(self.config, index - 1))
-        reason = "; ".join(changes) or foreign_content(self.workspace, lambda: self.source, cache)
+        reason = "; ".join(changes) or foreign_content(
+            self.workspace, lambda: self._data_of(cache), cache
+        )
         if reason:
             raise StaleCacheError(
                 f"{cache.path} is stale: {reason}; build it again with `gim-stage run`"
@@ -247,10 +252,20 @@ class Pipeline:
         """The stage of all modules together, where the mode is not "iterative"."""
         return JointStage(self.workspace, self.source, self.check() if shapes is None else shapes)
 
+    def _beside(self, cache: SealedCache) -> Pipeline:
+        """The pipeline in a cache's own folder."""
+        folder = cache.path.absolute().parent
+        if folder == self.workspace.folder.absolute():
+            return self
+        return Pipeline(replace(self.workspace, folder=folder), self._source)
+
+    def _data_of(self, cache: SealedCache) -> PatchSource | RegionSource:
+        """The dataset, without what runs in a cache's folder left out."""
+        return self._beside(cache).source if self.config.windowed else self.source
+
     def _below(self, cache: SealedCache) -> Stage:
         """The stage that made a cache, in the cache's own folder."""
-        space = replace(self.workspace, folder=cache.path.absolute().parent)
-        return Pipeline(space, self._source).stage(cache.manifest.module)
+        return self._beside(cache).stage(cache.manifest.module)
 
     def check(self) -> list[Shape]:
         """Check data, geometry and modules before anything runs, one module in memory at a time.
@@ -367,9 +382,13 @@ class Pipeline:
         return run_pipeline(self, start=start, until=until, workers=workers)
 
     def try_all_again(self) -> None:
-        """Forget what earlier runs left out of the dataset."""
-        try_again(self.workspace.folder)
-        self.__dict__.pop("source", None)
+        """Read also what earlier runs left out of the dataset."""
+        self._again = set(self.skipped)
+        del self.source
+
+    def take_all_back(self) -> None:
+        """Forget that earlier runs left out what is tried again; for who holds the folder."""
+        take_back(self.workspace.folder, self._again)
 
     def leave_out(self, error: DataError | DataNotFoundError) -> bool:
         """Whether the dataset can do without what went wrong; it is another dataset then."""
@@ -377,7 +396,9 @@ class Pipeline:
             return False
         before = self.source
         if error.item is not None:
-            leave_out(self.workspace.folder, before, error.item, str(error))
+            with exclusive(self.workspace.folder):
+                leave_out(self.workspace.folder, before, error.item, str(error))
+            self._again.discard(error.item)
         del self.source
         gone = set(before.ids) - set(self.source.ids)
         for item_id in gone:

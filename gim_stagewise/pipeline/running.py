@@ -46,16 +46,22 @@ def run_pipeline(
     started = time.monotonic()
     last = _last(pipeline, start, until)
     _check_options(pipeline, workers)
+    if start == 1:
+        pipeline.try_all_again()
+
+    def forgotten() -> None:
+        nonlocal start
+        start = None
+
     while True:
         try:
             if pipeline.config.iterative:
-                result = _run_stages(pipeline, start, last, workers)
+                result = _run_stages(pipeline, start, last, workers, forgotten)
             else:
                 result = _run_joint(pipeline)
         except (DataError, DataNotFoundError) as error:
             if not pipeline.leave_out(error):
                 raise
-            start = None  # what was to be forgotten is
         else:
             return replace(result, seconds=time.monotonic() - started)
 
@@ -98,12 +104,16 @@ def _check_options(pipeline: Pipeline, workers: Workers) -> None:
             )
 
 
-def _run_stages(pipeline: Pipeline, start: int | None, last: int, workers: Workers) -> RunResult:
-    """Stage by stage, through caches."""
+def _run_stages(
+    pipeline: Pipeline,
+    start: int | None,
+    last: int,
+    workers: Workers,
+    forgotten: Callable[[], None],
+) -> RunResult:
+    """Stage by stage, through caches; calls ``forgotten`` once ``start`` and those above are."""
     check_scheduler(workers)
     space = pipeline.workspace
-    if start == 1:
-        pipeline.try_all_again()
     shapes, caches = check_stages(pipeline, start=start, last=last, workers=workers)
     pipeline.note_data()
     with exclusive(space.folder):
@@ -111,6 +121,9 @@ def _run_stages(pipeline: Pipeline, start: int | None, last: int, workers: Worke
             pipeline.stage(start).outputs.require_input()  # what the first forgotten module needs
             for index in range(start, len(pipeline.config.module) + 1):
                 forget(space, index)
+            if start == 1:
+                pipeline.take_all_back()
+            forgotten()
         features, fresh, stages = [], [], []
         for index in range(1, last + 1):
             stage, content, training = _run_stage(pipeline, index, workers, above=caches[index:])

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from gim_stagewise.cache import mean_feature
 from gim_stagewise.config import PipelineConfig
+from gim_stagewise.labels import NO_LABEL
 from gim_stagewise.memory import resident_bytes
 from gim_stagewise.probe.classifier import Accuracy
 from gim_stagewise.probe.probe import (
@@ -120,6 +121,10 @@ class RecordingProbe:
             {item_id: source.step_labels(item_id).astype(np.int16) for item_id in split.ids}
             for split in self.splits
         )
+        learned = np.unique(np.concatenate([np.unique(own) for own in train.values()]))
+        learned = learned[learned != NO_LABEL]
+        if not any(np.isin(own, learned).any() for own in test.values()):
+            return {}
         found = step_accuracies(
             lambda ids: ([own[number] for number in modules] for own in walk(ids)),
             train,

@@ -33,7 +33,7 @@ StepLabels = Mapping[str, NDArray[np.integer]]
 def step_accuracies(
     walk: Walk, train: StepLabels, test: StepLabels, config: ProbeConfig, *, seed: int
 ) -> list[Accuracy]:
-    """Accuracies of classifiers of steps, one for each module.
+    """Accuracies of classifiers of steps, one for each module; 0 if there is no step to test.
 
     Parameters
     ----------

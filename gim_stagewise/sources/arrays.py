@@ -52,13 +52,16 @@ def open_arrays(config: SourceConfig) -> PartsSource:
     unknown = set(config.options) - {"axes"}
     if unknown:
         raise ConfigError("unknown key; known: axes", key=f"source.options.{sorted(unknown)[0]}")
+    last = _LastChunk()
     return PartsSource(
-        {split: _open_part(config, split, table) for split, table in config.splits.items()},
+        {split: _open_part(config, split, table, last) for split, table in config.splits.items()},
         config.digest,
     )
 
 
-def _open_part(config: SourceConfig, split: Split, table: dict[str, Any]) -> _StoredPart:
+def _open_part(
+    config: SourceConfig, split: Split, table: dict[str, Any], last: _LastChunk
+) -> _StoredPart:
     key = f"source.splits.{split}"
     unknown = set(table) - {"images", "labels"}
     if unknown:
@@ -75,6 +78,8 @@ def _open_part(config: SourceConfig, split: Split, table: dict[str, Any]) -> _St
     if labels is not None and not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"{root / table['labels']} holds {labels.dtype}, expected integer labels")
     axes = _axes(config, images, root / table["images"])
+    if config.kind == "zarr":
+        images = _ZarrRows(images, root / table["images"], last)
     return _StoredPart(
         images, root / table["images"], axes, None if labels is None else labels.astype(np.int64)
     )
@@ -235,11 +240,25 @@ def _open_zarr(path: Path) -> Any:
         ) from None
     if not isinstance(array, zarr.Array):
         raise DataError(f"{path} is a Zarr group, expected an array; name one inside it")
-    return _ZarrRows(array, path)
+    return array
+
+
+class _LastChunk:
+    """Rows of the chunk that was decoded last, of whichever array."""
+
+    def __init__(self) -> None:
+        self._held: tuple[_ZarrRows, int, NDArray[Any]] | None = None
+
+    def of(self, array: _ZarrRows, number: int) -> NDArray[Any]:
+        held = self._held
+        if held is None or held[0] is not array or held[1] != number:
+            self._held = None  # before there is another: no two are in memory
+            self._held = held = (array, number, array.chunk(number))
+        return held[2]
 
 
 class _ZarrRows:
-    """A Zarr array by rows: of those that a chunk has together the last are kept.
+    """A Zarr array by rows; those that a chunk has together are read together.
 
     Raises
     ------
@@ -247,7 +266,7 @@ class _ZarrRows:
         If these are more than `_MOST_TOGETHER_BYTES`.
     """
 
-    def __init__(self, array: Any, path: Path) -> None:
+    def __init__(self, array: Any, path: Path, last: _LastChunk) -> None:
         self.shape: tuple[int, ...] = array.shape
         self.dtype = np.dtype(array.dtype)
         self.chunks: tuple[int, ...] = array.chunks
@@ -261,7 +280,7 @@ class _ZarrRows:
                 f"{format_bytes(self.chunk_bytes)} to read one of them; store it with fewer in a "
                 f"chunk, {max(1, _MOST_TOGETHER_BYTES // each)} at most"
             )
-        self._last: tuple[int, NDArray[Any]] | None = None
+        self._last = last
 
     def __len__(self) -> int:
         return int(self.shape[0])
@@ -270,14 +289,14 @@ class _ZarrRows:
         if isinstance(index, slice) or not self.chunk_bytes:
             return np.asarray(self._array[index])
         number, place = divmod(range(len(self))[index], self.chunks[0])
-        last = self._last
-        if last is None or last[0] != number:
-            self._last = None
-            start = number * self.chunks[0]
-            last = (number, np.asarray(self._array[start : start + self.chunks[0]]))
-            self._last = last
-        row: NDArray[Any] = last[1][place]
+        # A copy: whoever keeps a row shall not keep its chunk.
+        row: NDArray[Any] = self._last.of(self, number)[place].copy()
         return row
+
+    def chunk(self, number: int) -> NDArray[Any]:
+        """All rows that a chunk has."""
+        start = number * self.chunks[0]
+        return np.asarray(self._array[start : start + self.chunks[0]])
 
 
 class _StoredPart:

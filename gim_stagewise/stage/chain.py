@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 
 from gim_stagewise.config import PipelineConfig
@@ -52,12 +52,12 @@ def item_extents(shapes: Sequence[Shape], extent: tuple[int, ...]) -> list[tuple
     return found
 
 
-def open_windowed(space: Workspace) -> RegionSource:
+def open_windowed(space: Workspace, *, again: Collection[str] = ()) -> RegionSource:
     """The dataset of a pipeline whose items are read in windows, without those that are unusable.
 
     Items that are too small for a module are refused, or left out where ``source.on_error`` is
     "skip"; ``skipped`` of the source lists them, and those that could not be read, now or by
-    earlier runs in the folder.
+    earlier runs in the folder, except those that are to be tried ``again``.
 
     Raises
     ------
@@ -68,7 +68,10 @@ def open_windowed(space: Workspace) -> RegionSource:
     """
     config = space.config
     images = open_source(config.source)
-    unusable = left_out(space.folder, images) if config.source.on_error == "skip" else {}
+    unusable: dict[str, str] = {}
+    if config.source.on_error == "skip":
+        known = left_out(space.folder, images)
+        unusable = {item_id: why for item_id, why in known.items() if item_id not in again}
     grid = patch_grid(config)
     skipped: dict[str, str] = dict(getattr(images, "skipped", {}))
     extents = {

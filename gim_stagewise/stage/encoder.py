@@ -92,7 +92,8 @@ class Encoder(nn.Sequential):
         Returns
         -------
         Tensor
-            float32, on the CPU. Their mean over the grid is what the probe sees by default.
+            float32, on the CPU. Their mean over the grid is what the probe sees by default; with
+            ``augment.grid_crop``, over its middle.
 
         Raises
         ------
@@ -203,7 +204,14 @@ def load_encoder(path: str | Path, *, pipeline: str | Path | None = None) -> Enc
     path = Path(path)
     found = exported_chain(path) if path.is_file() else frozen_chain(path)
     space = _workspace(path, found[-1].pipeline_text, pipeline)
-    found = found[: len(space.config.module)]  # more may be left of an earlier file
+    count = len(space.config.module)
+    if path.is_dir():
+        found = found[:count]  # more may be left of an earlier file
+    elif len(found) > count:
+        raise StaleCacheError(
+            f"{path} has {len(found)} modules, and the pipeline file {count}; give the pipeline "
+            "file of its training"
+        )
     if pipeline is not None:
         for weights in found:
             _check_builds(space, weights)

@@ -232,13 +232,15 @@ def _arithmetic(device: torch.device, threads: int) -> str:
     """Hash of a fixed convolution and matrix product, as this machine computes them.
 
     Libraries below PyTorch choose their code by what they find of the processor, and do not say so.
+    It is that of the first call in a process.
     """
     draw = torch.Generator().manual_seed(0)
     rows, kernel, matrix = (
-        torch.randn(*shape, generator=draw).to(device)
+        torch.randn(*shape, generator=draw, dtype=torch.float32, device="cpu").to(device)
         for shape in ((4, 128, 8, 8), (64, 128, 3, 3), (64, 256))
     )
-    with torch.no_grad(), _one_forward_at_a_time, intra_op_threads(threads):
+    plain = torch.autocast(device.type, enabled=False)
+    with torch.no_grad(), plain, _one_forward_at_a_time, intra_op_threads(threads):
         outputs = functional.conv2d(rows, kernel, padding=1)
         products = outputs.mean((2, 3)) @ matrix
     digest = hashlib.sha256()

@@ -2,11 +2,12 @@
 
 With ``source.digest = "sampled"`` nobody looks at all values before a run. What is made without an
 item has the digest of a dataset without it, so every later run has to leave it out as well: until
-its file changes, or module 1 is made again with ``--from``.
+its file changes, module 1 is made again with ``--from``, or ``left_out.json`` is removed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,21 @@ def left_out(folder: Path, source: Source) -> dict[str, str]:
 
 def leave_out(folder: Path, source: Source, item_id: str, why: str) -> None:
     """Note that an item of a source cannot be used, and why."""
-    items = _read(folder) | {item_id: {"why": why, "stamp": _stamp(source, item_id)}}
+    _write(folder, _read(folder) | {item_id: {"why": why, "stamp": _stamp(source, item_id)}})
+
+
+def take_back(folder: Path, ids: Collection[str]) -> None:
+    """Forget that these items were left out."""
+    items = _read(folder)
+    _write(folder, {item_id: own for item_id, own in items.items() if item_id not in ids})
+
+
+def _write(folder: Path, items: dict[str, dict[str, Any]]) -> None:
+    if not items:
+        remove(folder / _NAME)
+        return
     content = {"items": items}
     write_json(folder / _NAME, content | {"checksum": json_checksum(content)})
-
-
-def try_again(folder: Path) -> None:
-    """Forget what was left out."""
-    remove(folder / _NAME)
 
 
 def _stamp(source: Source, item_id: str) -> list[int]:
