@@ -36,7 +36,7 @@ from gim_stagewise.sources import (
     parts,
     read_stacked,
 )
-from gim_stagewise.sources.arrays import NpyFile
+from gim_stagewise.sources.npy import NpyFile
 from gim_stagewise.sources.parts import ArrayPart, PartsSource
 from gim_stagewise.windows import PatchGrid, Span
 

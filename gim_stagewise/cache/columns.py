@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from gim_stagewise.cache.frames import CHECKSUM_BYTES, RESIDUE
-from gim_stagewise.cache.layout import Block, Labelled, StoredArray
+from gim_stagewise.cache.layout import Block, StoredArray
 from gim_stagewise.cache.manifest import Manifest
 from gim_stagewise.cache.tiles import Layout
-from gim_stagewise.sources import SPLITS, label_values
+from gim_stagewise.sources import SPLITS, Labelled, label_values
 
 # What decodes values; nothing that Zarr or its extensions know besides is ever called.
 _CODECS = {"bytes", "vlen-utf8", "blosc", "zstd", "crc32c"}

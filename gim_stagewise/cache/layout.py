@@ -24,15 +24,12 @@ chunks, so that blocks can be written in any order by anyone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gim_stagewise.sources import Split
+from gim_stagewise.sources import Listed
 from gim_stagewise.windows import Span, even_ranges
 
 FORMAT_VERSION = 1
@@ -90,24 +87,6 @@ class BlockPart:
     files: tuple[str, ...]
     inside: tuple[tuple[int | slice, ...], ...]
     values: tuple[tuple[slice, ...], ...]
-
-
-class Listed(Protocol):
-    """Samples by name, such as a `Source`."""
-
-    @property
-    def ids(self) -> Sequence[str]: ...
-
-    def split(self, name: Split) -> Sequence[str]: ...
-
-
-class Labelled(Listed, Protocol):
-    """Samples by name, with labels where there are any."""
-
-    @property
-    def label_names(self) -> tuple[str, ...]: ...
-
-    def labels(self, name: str) -> NDArray[np.int64]: ...
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,7 @@ from gim_stagewise.cache.frames import FrameError, read_chunk_file
 from gim_stagewise.cache.manifest import Manifest, read_manifest
 from gim_stagewise.cache.precision import Precision
 from gim_stagewise.errors import CorruptCacheError, DataError, PartialCacheError
-from gim_stagewise.labels import NO_LABEL
-from gim_stagewise.sources import SPLITS, Split
+from gim_stagewise.sources import SPLITS, Split, labels_of
 
 
 class SealedCache:
@@ -186,13 +185,11 @@ class SealedCache:
             raise DataError(f'no pooling {pooling!r}; there are "mean" and "all"')
         if not self.label_names:
             raise DataError(f"{self.path} has no labels; read_pooled gives embeddings alone")
-        name = self.label_names[0] if labels is None else labels
-        known = dict(zip(self.ids, self.labels(name).tolist(), strict=True))
-        chosen = {i: known[i] for i in self.split(split) if known[i] != NO_LABEL}
+        chosen = labels_of(self, split, labels)
         if not chosen:
             raise DataError(
-                f"no sample of split {split!r} in {self.path} has a {name!r}; read_pooled gives "
-                "embeddings alone"
+                f"no sample of split {split!r} in {self.path} has a "
+                f"{labels or self.label_names[0]!r}; read_pooled gives embeddings alone"
             )
         return self._features(list(chosen), pooling), np.array(list(chosen.values()), np.int64)
 

@@ -24,7 +24,8 @@ from urllib.parse import quote
 
 import numpy as np
 
-from gim_stagewise.cache.layout import Block, BlockPart, CacheLayout, Listed, StoredArray
+from gim_stagewise.cache.layout import Block, BlockPart, CacheLayout, StoredArray
+from gim_stagewise.sources import Listed
 from gim_stagewise.sources.base import IMAGE_AXES, PATCH_AXES, SEQUENCE_AXES
 from gim_stagewise.windows import Region, Span
 

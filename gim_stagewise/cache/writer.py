@@ -8,7 +8,6 @@ in the journal is whole, and a cache that is sealed has all its blocks.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -42,6 +41,7 @@ from gim_stagewise.durable import (
     remove,
     rename,
     storage_errors,
+    token,
 )
 from gim_stagewise.errors import CacheNotFoundError, CorruptCacheError
 from gim_stagewise.sources import Source
@@ -91,7 +91,7 @@ def stage_block(
         If the disk is full or failing; the block's staging folder is removed.
     """
     # Of its own for each attempt: a block whose worker was lost is computed again by another.
-    folder = staging / f"block-{block.index}-{uuid.uuid4().hex[:8]}"
+    folder = staging / f"block-{block.index}-{token()}"
     parts = manifest.layout.parts(block)
     files = manifest.layout.chunk_files(block)
     with storage_errors(f"writing block {block.index} of {cache}"):

@@ -41,7 +41,7 @@ from gim_stagewise.stage.freeze import resolve_device
 from gim_stagewise.stage.identity import cache_recipe, recipe_differences
 from gim_stagewise.stage.joint import JointStage
 from gim_stagewise.stage.labels import chosen_labels
-from gim_stagewise.stage.left_out import leave_out, take_back
+from gim_stagewise.stage.left_out import leave_out, noted, take_back
 from gim_stagewise.stage.lineage import foreign_content
 from gim_stagewise.stage.needs import chain_needs
 from gim_stagewise.stage.shape import Shape, windowed_input
@@ -383,8 +383,9 @@ class Pipeline:
 
     def try_all_again(self) -> None:
         """Read also what earlier runs left out of the dataset."""
-        self._again = set(self.skipped)
-        del self.source
+        self._again = noted(self.workspace.folder)
+        if self._again:
+            self.__dict__.pop("source", None)
 
     def take_all_back(self) -> None:
         """Forget that earlier runs left out what is tried again; for who holds the folder."""

@@ -34,7 +34,7 @@ from gim_stagewise.probe.splits import (
     of_known_labels,
     probe_splits,
 )
-from gim_stagewise.probe.step_classifier import Walk, step_accuracies
+from gim_stagewise.probe.step_classifier import Walk, of_known_step_labels, step_accuracies
 from gim_stagewise.probe.walks import chain_walk, mfcc_walk, sample_rate
 from gim_stagewise.sources import RegionSource, Source, StepLabelled, step_labelled
 from gim_stagewise.stage.chain import fresh_chain
@@ -121,14 +121,13 @@ class RecordingProbe:
             {item_id: source.step_labels(item_id).astype(np.int16) for item_id in split.ids}
             for split in self.splits
         )
-        learned = np.unique(np.concatenate([np.unique(own) for own in train.values()]))
-        learned = learned[learned != NO_LABEL]
-        if not any(np.isin(own, learned).any() for own in test.values()):
+        tested = of_known_step_labels(train, test)
+        if not any((own != NO_LABEL).any() for own in tested.values()):
             return {}
         found = step_accuracies(
             lambda ids: ([own[number] for number in modules] for own in walk(ids)),
             train,
-            test,
+            tested,
             self.config.probe,
             seed=self.config.seed,
         )

@@ -30,6 +30,12 @@ Walk = Callable[[Sequence[str]], Iterable[Sequence[NDArray[np.float32]]]]
 StepLabels = Mapping[str, NDArray[np.integer]]
 
 
+def of_known_step_labels(train: StepLabels, test: StepLabels) -> StepLabels:
+    """Labels of test steps without those that no training step has: nobody could know them."""
+    learned = np.unique(np.concatenate([np.unique(own) for own in train.values()]))
+    return {i: np.where(np.isin(own, learned), own, NO_LABEL) for i, own in test.items()}
+
+
 def step_accuracies(
     walk: Walk, train: StepLabels, test: StepLabels, config: ProbeConfig, *, seed: int
 ) -> list[Accuracy]:
@@ -40,9 +46,8 @@ def step_accuracies(
     walk : callable
         Gives features of recordings.
     train, test : mapping
-        Labels [step] of recordings by id; steps with `NO_LABEL` are left out, and test steps with
-        labels that no training step has. Of what features and labels differ in length, the shorter
-        one counts.
+        Labels [step] of recordings by id; steps with `NO_LABEL` are left out. Of what features and
+        labels differ in length, the shorter one counts.
     config : ProbeConfig
     seed : int
 
@@ -59,11 +64,9 @@ def step_accuracies(
         draw = np.random.default_rng(derive_seed(seed, "step probe"))
         order = [ids[number] for number in draw.permutation(len(ids))]
     held = min(held_out_count(len(ids), config.validation), len(ids) - 1)
-    # What training has none of cannot be known by anybody; nor may test labels size a classifier.
-    known = np.unique(np.concatenate([np.unique(own) for own in train.values()]))
-    classes = 1 + int(known.max(initial=0))
-    tested = {i: np.where(np.isin(own, known), own, NO_LABEL) for i, own in test.items()}
-    labels = {**train, **tested}
+    # Of training alone: test labels may not size a classifier.
+    classes = 1 + max(int(own.max(initial=0)) for own in train.values())
+    labels = {**train, **test}
     fit = _Fit(walk, labels, order[held:], classes, config, seed)
     found = list(fit.epochs(order[:held], config.step_epochs))
     best = [int(np.argmax(own)) for own in zip(*found, strict=True)]

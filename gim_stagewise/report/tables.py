@@ -135,6 +135,7 @@ def status_table(pipeline: Pipeline, stages: Sequence[StageStatus]) -> Table:
     for name in ("module", "state", "epochs", "validation loss", "trained in", "cache", "why"):
         words = name in ("state", "why")
         table.add_column(name, justify="left" if words else "right", overflow="fold")
+    again = {"weights": ": trains again", "cache": ": builds its cache again", None: ""}
     colours = {"sealed": "green", "stale": "yellow", "corrupt": "red"}
     for stage in stages:
         state: str = stage.state
@@ -142,7 +143,6 @@ def status_table(pipeline: Pipeline, stages: Sequence[StageStatus]) -> Table:
             state = f"{state} {100 * stage.done:.0f} %"
         colour = colours.get(stage.state, "default")
         record = stage.record
-        again = {"weights": ": trains again", "cache": ": builds its cache again", None: ""}
         table.add_row(
             str(stage.module),
             f"[{colour}]{state}[/]",

@@ -8,6 +8,8 @@ from gim_stagewise.sources.base import (
     PATCH_AXES,
     SPLITS,
     Item,
+    Labelled,
+    Listed,
     Request,
     Source,
     Split,
@@ -16,6 +18,7 @@ from gim_stagewise.sources.base import (
     label_values,
     labels_of,
     read_stacked,
+    stamp,
     step_labelled,
 )
 from gim_stagewise.sources.patches import PatchSource
@@ -26,6 +29,8 @@ __all__ = [
     "PATCH_AXES",
     "SPLITS",
     "Item",
+    "Labelled",
+    "Listed",
     "PatchSource",
     "RegionSource",
     "Request",
@@ -39,6 +44,7 @@ __all__ = [
     "labels_of",
     "open_source",
     "read_stacked",
+    "stamp",
     "step_labelled",
 ]
 

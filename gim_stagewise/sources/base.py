@@ -62,6 +62,24 @@ class Request:
     region: Region | None = None
 
 
+class Listed(Protocol):
+    """Samples by name, such as a `Source`."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+
+    def split(self, name: Split) -> Sequence[str]: ...
+
+
+class Labelled(Listed, Protocol):
+    """Samples by name, with labels where there are any."""
+
+    @property
+    def label_names(self) -> tuple[str, ...]: ...
+
+    def labels(self, name: str) -> NDArray[np.int64]: ...
+
+
 class Source(Protocol):
     """A set of samples that can be read in any order."""
 
@@ -147,8 +165,7 @@ class PassedOn:
 
     def stamp(self, item_id: str) -> list[int]:
         """What tells whether the file of an item was replaced; empty of those without one."""
-        stamp = getattr(self._inner, "stamp", None)
-        return [] if stamp is None else list(stamp(item_id))
+        return stamp(self._inner, item_id)
 
     def label_values(self, name: str) -> tuple[str, ...]:
         """What labels of that name mean, from 0 on; empty where that is not known."""
@@ -197,11 +214,14 @@ class UniformItems(Sequence[Item]):
         return Item(self._ids[index], *self._shared)
 
 
-def labels_of(source: Source, name: Split) -> dict[str, int]:
-    """Labels of a split's samples by id, of those that have one, in the split's order."""
+def labels_of(source: Labelled, name: Split, labels: str | None = None) -> dict[str, int]:
+    """Labels of a split's samples by id, of those that have one, in the split's order.
+
+    Of the kind called ``labels``, by default the first.
+    """
     if not source.label_names:
         return {}
-    every = source.labels(source.label_names[0]).tolist()
+    every = source.labels(labels or source.label_names[0]).tolist()
     known = dict(zip(source.ids, every, strict=True))
     return {i: known[i] for i in source.split(name) if known[i] != NO_LABEL}
 
@@ -209,6 +229,12 @@ def labels_of(source: Source, name: Split) -> dict[str, int]:
 def read_stacked(source: Source, requests: Sequence[Request]) -> NDArray[Any]:
     """Read samples of one size into one array with a leading sample axis."""
     return np.stack(source.read(requests))
+
+
+def stamp(source: Any, item_id: str) -> list[int]:
+    """What tells whether the file of an item was replaced; empty of those without one."""
+    known = getattr(source, "stamp", None)
+    return [] if known is None else list(known(item_id))
 
 
 def label_values(source: Any, name: str) -> tuple[str, ...]:

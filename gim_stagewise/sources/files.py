@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
-from gim_stagewise.sources.arrays import NpyFile
+from gim_stagewise.sources.npy import NpyFile
 from gim_stagewise.units import format_bytes
 from gim_stagewise.windows import Region, common, tiles_over, within
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gim_stagewise.config import SourceConfig
-from gim_stagewise.durable import flush_tree, fsync_directory, remove, rename, storage_errors
+from gim_stagewise.durable import flush_tree, fsync_directory, remove, rename, storage_errors, token
 from gim_stagewise.errors import ConfigError, DataError
 from gim_stagewise.seeds import derive_seed
 from gim_stagewise.sources.base import SPLITS, Split
@@ -178,7 +177,7 @@ def _make(path: Path, *, side: int, seed: int) -> None:
     import zarr
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    aside = path.with_name(f".{path.name}.{token()}.tmp")
     try:
         array = zarr.create_array(
             str(aside),

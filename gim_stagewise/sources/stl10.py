@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from gim_stagewise.config import SourceConfig
 from gim_stagewise.durable import storage_errors
 from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError, StorageError
-from gim_stagewise.sources.arrays import ArrayFile
 from gim_stagewise.sources.base import Split
+from gim_stagewise.sources.npy import ArrayFile
 from gim_stagewise.sources.parts import PartsSource, array_digest
 
 # Images in each split.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import uuid
 from collections.abc import Mapping, Sequence
 from multiprocessing import current_process
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gim_stagewise.config import SourceConfig
-from gim_stagewise.durable import flush_tree, fsync_directory, remove, rename, storage_errors
+from gim_stagewise.durable import flush_tree, fsync_directory, remove, rename, storage_errors, token
 from gim_stagewise.errors import ConfigError, DataError, DataNotFoundError
 from gim_stagewise.processes import in_fresh_process
 from gim_stagewise.seeds import derive_seed
@@ -127,7 +126,7 @@ def make_corpus(path: Path, *, speakers: int, train: int, test: int, seed: int) 
         If espeak-ng or soundfile cannot be used here.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    aside = path.with_name(f".{path.name}.{token()}.tmp")
     try:
         aside.mkdir()
         _write(aside, SPEAKERS[:speakers], {"train": train, "test": test}, seed=seed)

@@ -7,7 +7,6 @@ import os
 import shutil
 import statistics
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
@@ -27,7 +26,7 @@ from gim_stagewise.cache import (
     write_samples,
 )
 from gim_stagewise.config import ExtractConfig
-from gim_stagewise.durable import fsync_file
+from gim_stagewise.durable import fsync_file, token
 from gim_stagewise.lock import exclusive
 from gim_stagewise.memory import available_host_bytes
 from gim_stagewise.sources import Request, Source, Split, read_stacked
@@ -213,7 +212,7 @@ def measure_choice(
 
     compute_seconds, (arrays, storing) = _timed(compute)
     place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    scratch = place / f".measure-{uuid.uuid4().hex[:8]}"
+    scratch = place / f".measure-{token()}"
     try:
         with exclusive(scratch):
             write_seconds, cache = _scratch_cache(scratch, manifest, arrays, storing, reading)

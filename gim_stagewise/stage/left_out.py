@@ -13,7 +13,7 @@ from typing import Any
 
 from gim_stagewise.durable import json_checksum, read_checked_json, remove, write_json
 from gim_stagewise.errors import CorruptCacheError
-from gim_stagewise.sources import Source
+from gim_stagewise.sources import Source, stamp
 
 _NAME = "left_out.json"
 
@@ -24,13 +24,18 @@ def left_out(folder: Path, source: Source) -> dict[str, str]:
     return {
         item_id: entry["why"]
         for item_id, entry in _read(folder).items()
-        if item_id in ids and entry["stamp"] == _stamp(source, item_id)
+        if item_id in ids and entry["stamp"] == stamp(source, item_id)
     }
+
+
+def noted(folder: Path) -> set[str]:
+    """Ids of items that runs in a folder left out, whether or not their files changed."""
+    return set(_read(folder))
 
 
 def leave_out(folder: Path, source: Source, item_id: str, why: str) -> None:
     """Note that an item of a source cannot be used, and why."""
-    _write(folder, _read(folder) | {item_id: {"why": why, "stamp": _stamp(source, item_id)}})
+    _write(folder, _read(folder) | {item_id: {"why": why, "stamp": stamp(source, item_id)}})
 
 
 def take_back(folder: Path, ids: Collection[str]) -> None:
@@ -45,11 +50,6 @@ def _write(folder: Path, items: dict[str, dict[str, Any]]) -> None:
         return
     content = {"items": items}
     write_json(folder / _NAME, content | {"checksum": json_checksum(content)})
-
-
-def _stamp(source: Source, item_id: str) -> list[int]:
-    stamp = getattr(source, "stamp", None)
-    return [] if stamp is None else list(stamp(item_id))
 
 
 def _read(folder: Path) -> dict[str, dict[str, Any]]:
